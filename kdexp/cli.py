@@ -1,0 +1,341 @@
+"""The command line: parse, one call, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import click
+import typer
+
+from kdexp import KdexpError, __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdexp.config import Sweep
+    from kdexp.settings import Settings
+    from kdexp.tracking import RunRecord, Tracking
+
+app = typer.Typer(
+    name="kdexp",
+    help="Find the smallest student network that still meets an accuracy bar, by knowledge distillation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file, such as training.epochs=10. Repeatable."),
+]
+Stores = Annotated[Path, typer.Option(envvar="KDEXP_STORES", help="Folder of the embedded stores and teacher caches.")]
+Storage = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(envvar="KDEXP_STORAGE", metavar="URL", help="Optuna storage, such as postgresql://…; default: embedded."),
+]
+TrackingUri = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(envvar="KDEXP_TRACKING_URI", metavar="URL", help="MLflow server, such as http://…; default: embedded."),
+]
+DataDir = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(envvar="KDEXP_DATA_DIR", help="Folder of the datasets; default: ./data, then the system's, then download."),
+]
+Device = Annotated[str, typer.Option(envvar="KDEXP_DEVICE", help="cpu, cuda, cuda:1, … or auto.")]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(envvar="KDEXP_THREADS", min=1, help="CPU threads; default: torch's own, for reproduce the run's."),
+]
+DEFAULT_STORES = Path("mlruns")
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """The options of kdexp itself; without a command, its help."""
+
+
+@app.command()
+def sweep(
+    file: SweepFile,
+    trials: Annotated[Optional[int], typer.Option(min=1, help="How many trials the study has in all.")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+    stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Run a study, or continue it, and select its smallest model over the bar."""
+    config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
+    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads)
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.screen import Screen
+    from kdexp.sweep import TeacherReady, TrialFinished, run_sweep
+    from kdexp.tracking import Tracking
+
+    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    finished = 0
+    try:
+        with Screen(console, config.study.trials, config.selection) as screen:
+            with closing(run_sweep(config, settings, tracking, chosen)) as events:
+                others = yield_all(events, screen)
+    except KeyboardInterrupt:
+        raise KdexpError(
+            f"Stopped; finished trials are kept, the one under way is trained again. Continue with the same command: {_again()}"
+        ) from None
+    if others:
+        console.print(f"{others} trials are still being trained by other processes; the last one to finish selects the model.")
+        return
+    _select(config.name, config.selection, settings, tracking, chosen, console)
+
+
+@app.command()
+def train(
+    file: SweepFile,
+    overrides: Overrides = None,
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train one student at the file's own values."""
+    config = _load(file, overrides)
+    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.runner import prepare, started
+    from kdexp.screen import Screen, percent, teacher_line
+    from kdexp.tracking import Tracking
+
+    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    experiment = tracking.experiment(config.name)
+    with Screen(console) as screen:
+        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen), screen)
+        console.print(teacher_line(prepared.teacher))
+        with started(config.recipe, prepared, tracking, experiment, "train", f"train {config.name}") as running:
+            for report in running.epochs():
+                screen.show(report)
+    result = running.result
+    assert result is not None
+    if result.state == "diverged":
+        raise KdexpError(f"The training diverged in epoch {result.epochs}: lower training.learning_rate (run {result.run_id}).")
+    low, high = result.val_interval
+    console.print(
+        f"{result.size.parameters:,} parameters, val accuracy {percent(result.val_accuracy)} (95 % interval {100 * low:.2f} "
+        f"to {percent(high)}), weights of epoch {result.kept_epoch}\nRun ID:   {result.run_id}\n\n"
+        f"Next:     kdexp ui\n          kdexp reproduce {result.run_id}"
+    )
+
+
+@app.command()
+def teacher(
+    file: SweepFile,
+    overrides: Overrides = None,
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train the teacher, or check the one there is, and fill its cache."""
+    config = _load(file, overrides)
+    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.runner import prepare
+    from kdexp.screen import Screen, percent, teacher_line
+    from kdexp.tracking import Tracking
+
+    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    with Screen(console) as screen:
+        prepared = yield_all(prepare(config.recipe, settings, tracking, tracking.experiment(config.name), chosen), screen)
+    low, high = prepared.teacher.val_interval
+    console.print(teacher_line(prepared.teacher))
+    console.print(
+        f"          95 % interval {100 * low:.2f} to {percent(high)}; weights {prepared.teacher.weights}\n"
+        f"Run ID:   {prepared.teacher_run}\n\nNext:     kdexp sweep {file}"
+    )
+
+
+@app.command()
+def select(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")],
+    bar: Annotated[Optional[float], typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")] = None,  # noqa: UP045
+    size: Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")] = None,  # noqa: UP045
+    most_accurate: Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")] = False,
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Select the smallest model of a study that meets the bar, and look at the test set once for it."""
+    settings = _settings(stores, None, tracking_uri, data_dir, device, None)
+    from kdexp.config import select_rule
+    from kdexp.environment import configure
+    from kdexp.promote import sweep_of
+    from kdexp.tracking import Tracking
+
+    tracking = Tracking(settings)
+    rule = sweep_of(tracking.study(study), tracking).selection
+    changed = {
+        "accuracy_bar": bar,
+        "size": size,
+        "limit": limit,
+        "goal": "most_accurate" if most_accurate else None,
+    }
+    rule = select_rule(rule, {key: value for key, value in changed.items() if value is not None})
+    _select(study, rule, settings, tracking, configure(settings.device, None), _console())
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run to train again.")],
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a run again from its own record, compare, and say identical or what differs."""
+    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.reproduce import reproduce as again
+    from kdexp.screen import Screen, comparison_table
+    from kdexp.tracking import Tracking
+
+    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
+        comparison = yield_all(events, screen)
+    if comparison.identical:
+        console.print(
+            f"identical: {comparison.compared} metric values and the SHA-256 of the weights "
+            f"({comparison.again.tags['kdexp.weights_sha256'][:16]}…) are equal, bit for bit",
+            style="bold green",
+        )
+    if comparison.differences or comparison.environment:
+        console.print(comparison_table(comparison))
+    console.print(f"original  {run_id}\nagain     {comparison.again.run_id}")
+    if not comparison.identical:
+        changed = ", ".join(d.what for d in comparison.environment) or "nothing recorded: please report this"
+        raise KdexpError(f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}.")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Serve the MLflow UI on 127.0.0.1 and print the address of each study's page."""
+    settings = _settings(stores, None, tracking_uri, None, "cpu", None)
+    from kdexp.tracking import Tracking
+    from kdexp.ui import serve
+
+    serve(Tracking(settings), port, _console())
+
+
+def main() -> None:
+    """The console script: every failure in one line on stderr, exit code not 0; --debug shows the traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if arguments == ["--version"]:
+        print(f"kdexp {__version__}")
+        return
+    sys.path.insert(0, os.getcwd())  # where architecture: package.module:callable is looked for
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(f"Stopped. To start again: {_again()}", 130)
+    except KdexpError as error:
+        if debug:
+            raise
+        _fail(str(error), 130 if str(error).startswith("Stopped") else 1)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        if debug:
+            raise
+        first = str(error).splitlines()[0] if str(error) else ""
+        _fail(f"Unexpected {type(error).__name__}: {first} (--debug shows where; please report it)", 1)
+
+
+def yield_all(events: Any, screen: Any) -> Any:
+    """Show every event of a generator; its return value."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        screen.show(event)
+
+
+def _select(
+    name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console
+) -> None:
+    from kdexp.promote import candidates, promote
+    from kdexp.screen import show_promotion, trials_table
+    from kdexp.selection import NothingPasses
+
+    study = tracking.study(name)
+    trials = candidates(study, tracking)
+    try:
+        promotion = promote(study, rule, settings, tracking, device)
+    except NothingPasses:
+        if trials:
+            console.print(trials_table(trials, rule, None))
+        raise
+    show_promotion(console, trials, promotion)
+
+
+def _load(file: Path, overrides: list[str] | None) -> Sweep:
+    from kdexp.config import load
+
+    return load(file, overrides)
+
+
+def _settings(
+    stores: Path, storage: str | None, tracking_uri: str | None, data_dir: Path | None, device: str, threads: int | None
+) -> Settings:
+    from kdexp.settings import Settings
+
+    return Settings(stores, storage, tracking_uri, data_dir, device, threads)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _again() -> str:
+    return shlex.join(["kdexp", *sys.argv[1:]])
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"kdexp: {message}", file=sys.stderr)
+    sys.exit(code)

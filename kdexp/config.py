@@ -1,0 +1,426 @@
+"""What to run: a sweep file is a recipe, a search space over it, study settings and a selection rule.
+
+A *recipe* is the complete description of one training. The defaults are the documented recipe:
+alpha 0.3, T 5, learning rate 3e-4, batch 128, 500 epochs, seed 8787, channels 16/32/64.
+Everything here is frozen; unknown keys, wrong types and values out of range fail before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from kdexp import KdexpError
+from kdexp.explain import explain, nearest, show
+
+__all__ = [
+    "Augment",
+    "Choices",
+    "ConfigError",
+    "Data",
+    "Distillation",
+    "Network",
+    "Range",
+    "Recipe",
+    "Selection",
+    "Size",
+    "Student",
+    "Study",
+    "Sweep",
+    "Teacher",
+    "Training",
+    "differences",
+    "flatten",
+    "load",
+    "select_rule",
+]
+
+MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
+SEARCHABLE = ("student", "distillation", "training")
+
+DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
+Size = Literal["parameters", "multiply_adds", "bytes"]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+M = TypeVar("M", bound=BaseModel)
+Scalar = bool | int | float | str
+
+
+class ConfigError(KdexpError):
+    """A sweep file or a --set that cannot be run."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- the recipe --------------------------------------------------------------------------------
+
+
+class Augment(Frozen):
+    """The finite set of views: (flip or not) x every shift of up to `shift` pixels each way."""
+
+    flip: bool = True
+    shift: int = Field(0, ge=0, le=8)
+
+
+class Data(Frozen):
+    """Which images, and how they are split, normalised and augmented."""
+
+    dataset: DatasetName = "fashion_mnist"
+    path: str | None = Field(None, description="image_folder only: the folder, relative to the data folder")
+    image_size: int | None = Field(None, ge=1, le=1024, description="image_folder only: resize to this square")
+    channels: Literal[1, 3] = 3
+    mean: float = 0.5
+    std: float = Field(0.5, gt=0)
+    validation_fraction: Fraction = 0.1
+    test_fraction: Fraction = Field(0.2, description="for datasets without a test split of their own")
+    split_seed: int = Field(8787, ge=0)
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _folder_keys_belong_to_image_folder(self) -> Self:
+        if self.dataset == "image_folder":
+            if self.path is None or self.image_size is None:
+                raise ValueError("dataset image_folder needs both path and image_size")
+        elif self.path is not None or self.image_size is not None:
+            raise ValueError(f"path and image_size belong to dataset image_folder, not to {self.dataset}")
+        return self
+
+
+class Network(Frozen):
+    """A network by name: `cnn` (the documented student, generalised), a torchvision name, or
+    `package.module:callable`, called as callable(channels=, image_size=, classes=, **options)."""
+
+    architecture: str = "cnn"
+    channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
+        None, strict=False, description="cnn: one per block"
+    )
+    hidden: int | None = Field(None, ge=1, le=65536, description="cnn: width of the hidden layer")
+    dropout: float | None = Field(None, ge=0, lt=1, description="cnn")
+    options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cnn_defaults(cls, values: Any) -> Any:
+        default = cls.model_fields["architecture"].default
+        if isinstance(values, Mapping) and values.get("architecture", default) == "cnn":
+            given = {key: value for key, value in values.items() if value is not None}
+            return {"channels": [16, 32, 64], "hidden": 128, "dropout": 0.2, **given}
+        return values
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_architecture(self) -> Self:
+        if self.architecture == "cnn":
+            if not self.channels:
+                raise ValueError("channels needs at least one block, as in [16, 32, 64]")
+        elif (self.channels, self.hidden, self.dropout) != (None, None, None):
+            raise ValueError(f"channels, hidden and dropout belong to architecture cnn, not to {self.architecture}")
+        if self.options and ":" not in self.architecture:
+            raise ValueError("options belong to an architecture of your own, package.module:callable")
+        return self
+
+
+class Training(Frozen):
+    """How a network is trained. `epochs` is the recipe's "max iteration"."""
+
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(3e-4, gt=0)
+    epochs: int = Field(500, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    seed: int = Field(8787, ge=0, lt=2**63)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = Field(1e-6, ge=0)
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
+    keep: Literal["best", "last"] = Field("best", description="which epoch's weights, by validation accuracy")
+
+
+class Student(Network):
+    """The network whose size the study shrinks."""
+
+
+class Teacher(Network, Training):
+    """The network whose soft labels the student learns from: trained once, or read from `weights`."""
+
+    architecture: str = "resnet50"
+    weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
+    epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class Distillation(Frozen):
+    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher."""
+
+    alpha: float = Field(0.3, ge=0, le=1)
+    temperature: float = Field(5.0, gt=0)
+    scale_by_t_squared: bool = True
+
+
+class Recipe(Frozen):
+    """The complete description of one training."""
+
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    distillation: Distillation = Distillation()
+    training: Training = Training()
+
+    def value(self, path: str) -> Any:
+        """The value at a dotted path, as plain JSON. Raises ValueError where there is none."""
+        node: Any = self.model_dump(mode="json")
+        for step in path.split("."):
+            if not isinstance(node, Mapping) or step not in node:
+                raise ValueError(f"search.{path}: no such key{nearest(path, flatten(self))}")
+            node = node[step]
+        if isinstance(node, Mapping):
+            raise ValueError(f"search.{path}: is a section; search over one of its keys ({', '.join(node)})")
+        return node
+
+    def replace(self, values: Mapping[str, Any]) -> Self:
+        """The same with `values` at their dotted paths, validated again. Raises ConfigError."""
+        tree = self.model_dump(mode="json")
+        for path, value in values.items():
+            _assign(tree, path, value, source="recipe")
+        return _validate(type(self), tree, source="recipe")
+
+
+# --- search, study, selection ------------------------------------------------------------------
+
+
+class Range(Frozen):
+    """Numbers from low to high, both included."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low {self.low} and high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range must start above 0, got low {self.low}")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("step must be positive and cannot be combined with log")
+        return self
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def ends(self) -> tuple[int | float, ...]:
+        return (self.low, self.high)
+
+
+class Choices(Frozen):
+    """A finite list of values."""
+
+    choices: tuple[Scalar | tuple[int, ...] | None, ...] = Field(min_length=1)
+
+    def __contains__(self, value: Any) -> bool:
+        return (tuple(value) if isinstance(value, list) else value) in self.choices
+
+    def ends(self) -> tuple[Any, ...]:
+        return self.choices
+
+
+def _kind(value: Any) -> str:
+    return "choices" if isinstance(value, Choices) or (isinstance(value, Mapping) and "choices" in value) else "range"
+
+
+Dimension = Annotated[
+    Annotated[Choices, Tag("choices")] | Annotated[Range, Tag("range")],
+    Discriminator(_kind),
+]
+
+
+class Study(Frozen):
+    """How the search space is searched."""
+
+    trials: int = Field(50, ge=1)
+    sampler: Literal["tpe", "random", "gp"] = "tpe"
+    pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
+    seed: int = Field(8787, ge=0, lt=2**32)
+
+
+class Selection(Frozen):
+    """Which trial wins: the smallest whose validation accuracy meets the bar, or the most accurate
+    within the size limit (and over the bar)."""
+
+    accuracy_bar: float = Field(0.924, ge=0, le=1)
+    size: Size = "parameters"
+    limit: int | None = Field(None, ge=1, description="no selected model is larger, in units of `size`")
+    goal: Literal["smallest", "most_accurate"] = "smallest"
+
+
+class Sweep(Recipe):
+    """A whole sweep file."""
+
+    name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=100)
+    search: dict[str, Dimension] = {}
+    study: Study = Study()
+    selection: Selection = Selection()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The file's own values: what trial 0 trains."""
+        return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
+
+    @model_validator(mode="after")
+    def _search_fits_the_recipe(self) -> Self:
+        leaves = flatten(self.recipe)
+        for path, dimension in self.search.items():
+            if path.split(".")[0] not in SEARCHABLE:
+                searchable = [leaf for leaf in leaves if leaf.split(".")[0] in SEARCHABLE]
+                raise ValueError(
+                    f"search.{path}: not searchable{nearest(path, searchable)}; "
+                    f"a search ranges over {', '.join(SEARCHABLE)} (data and teacher are fixed, so trials compare)"
+                )
+            current = self.recipe.value(path)
+            for value in dimension.ends():
+                try:
+                    self.recipe.replace({path: value})
+                except ConfigError as error:
+                    raise ValueError(f"search.{path}: goes beyond what {path} may be: {error}") from None
+            if current not in dimension:
+                raise ValueError(
+                    f"search.{path}: the recipe's own value {current} is not in the search space; "
+                    f"trial 0 always trains it, so widen the search or change {path}"
+                )
+        return self
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, with 3e-4 read as a number (YAML 1.2), duplicate keys refused, aliases refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported in sweep files")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Sweep:
+    """The sweep file at `path` with `KEY=VALUE` overrides applied, whole and validated.
+
+    Raises ConfigError naming the file, the key, the value and what is allowed.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is no sweep file (at most {MAX_FILE_BYTES:,})")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such sweep file{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}")
+    tree.setdefault("name", path.stem)
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
+        _assign(tree, key.strip(), _parse(value, f"--set {override}"), source=f"--set {override}")
+    return _validate(Sweep, tree, source=str(path))
+
+
+def select_rule(rule: Selection, changes: Mapping[str, Any]) -> Selection:
+    """A selection rule with changes, validated again. Raises ConfigError."""
+    return _validate(Selection, rule.model_dump(mode="json") | dict(changes), source="selection")
+
+
+def flatten(model: BaseModel) -> dict[str, Any]:
+    """Every leaf of a config by its dotted path: {"distillation.alpha": 0.3, …}."""
+    return dict(_leaves(model.model_dump(mode="json"), ""))
+
+
+def differences(one: BaseModel, other: BaseModel) -> list[str]:
+    """What differs between two configs, as 'training.epochs 5 → 6'."""
+    left, right = flatten(one), flatten(other)
+    return [
+        f"{path} {show(left.get(path))} → {show(right.get(path))}"
+        for path in sorted(left.keys() | right.keys())
+        if left.get(path) != right.get(path)
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{source}: not valid YAML: {error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
+    *parents, last = path.split(".")
+    if parents and parents[0] == "search":  # search space keys hold dots themselves
+        parents, last = ["search"], path.removeprefix("search.")
+    for step in parents:
+        child = tree.setdefault(step, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{source}: {step} in {path} is a value, not a section")
+        tree = child
+    tree[last] = value
+
+
+def _validate(model: type[M], tree: Any, source: str) -> M:
+    try:
+        # Through JSON: strict types, yet lists may become tuples.
+        return model.model_validate_json(json.dumps(tree))
+    except TypeError as error:
+        raise ConfigError(f"{source}: holds a value that is neither text, number, list nor section: {error}") from None
+    except ValidationError as error:
+        problems = [explain(model, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(problems))) from None
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("sweeps")
+    return nearest(path.name, [file.name for file in sorted(folder.glob("*.y*ml"))])

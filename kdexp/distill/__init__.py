@@ -1,0 +1,1 @@
+"""The functional core: distillation in plain PyTorch. Knows no MLflow, no Optuna, no command line."""

@@ -1,0 +1,298 @@
+"""Images as tensors: a split is one uint8 tensor on the training device, a batch one gather from it.
+
+An augmented *view* of an image is a (flip, down, right) triple out of a finite list, so that a teacher's
+logits can be cached for every (view, sample). View 0 is the image itself. Every split is known by the
+SHA-256 of its content.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from kdexp import KdexpError
+from kdexp.config import Augment, Data
+
+__all__ = ["DataError", "Split", "Splits", "load_splits", "load_test", "pixels", "stratified", "views"]
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+# MD5 of the unpacked files: archives of the same content differ in their gzip headers.
+FASHION_MNIST_MD5 = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+
+
+class DataError(KdexpError):
+    """A dataset that is missing, corrupt or unusable."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, labels and how pixels become floats: x = (pixel / 255 - mean) / std on `channels` channels."""
+
+    images: UInt8[Tensor, "samples stored_channels height width"]
+    labels: Int64[Tensor, " samples"]
+    classes: tuple[str, ...]
+    channels: int
+    mean: float
+    std: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of shape, pixels, labels and class names."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, samples: Int64[Tensor, " some"]) -> Split:
+        """The split of these samples only."""
+        return replace(self, images=self.images[samples], labels=self.labels[samples])
+
+    def to(self, device: torch.device) -> Split:
+        """The same on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a search may see. The test split is not here: `load_test` reads it, once, for the selected model."""
+
+    train: Split
+    validation: Split
+
+
+def load_splits(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Splits:
+    """The training set, cut into train and validation. Raises DataError."""
+    whole, _ = _train_and_test(data, data_dir, test=False)
+    kept, held = stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes))
+    splits = Splits(whole.take(kept), whole.take(held))
+    return Splits(splits.train.to(device), splits.validation.to(device)) if device else splits
+
+
+def load_test(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Split:
+    """The test split. Nothing in a search may call this. Raises DataError."""
+    _, test = _train_and_test(data, data_dir, test=True)
+    assert test is not None
+    return test.to(device) if device else test
+
+
+def stratified(
+    labels: Int64[Tensor, " samples"], fraction: float, seed: int, classes: int
+) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
+    """Sample numbers kept and held out, in order; `fraction` of each class is held, rounded, at least one.
+
+    Raises DataError where a class has fewer than two samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(classes):
+        members = (labels.cpu() == label).nonzero().flatten()
+        if len(members) < 2:
+            raise DataError(f"class {label} has {len(members)} samples; a stratified split needs at least 2 of each class")
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def views(augment: Augment) -> Int64[Tensor, "views 3"]:
+    """Every (flip, down, right) of `augment`; the first is the image itself."""
+    shifts = sorted(range(-augment.shift, augment.shift + 1), key=abs)
+    triples = [(flip, down, right) for flip in range(1 + augment.flip) for down in shifts for right in shifts]
+    return torch.tensor(triples, dtype=torch.int64)
+
+
+def pixels(
+    split: Split, samples: Int64[Tensor, " batch"], chosen: Int64[Tensor, "batch 3"] | None = None
+) -> Float[Tensor, "batch channels height width"]:
+    """One batch as normalised floats, each sample in its chosen view; pixels shifted in are black.
+
+    A view moves the image `down` and `right` pixels, then flips it left to right. One gather, channels last.
+    """
+    if chosen is None:
+        batch = split.images[samples].permute(0, 2, 3, 1)
+    else:
+        height, width = split.image_size
+        flip, down, right = (column[:, None] for column in chosen.unbind(1))
+        rows = torch.arange(height, device=samples.device) - down
+        columns = torch.arange(width, device=samples.device).expand(len(samples), width)
+        columns = torch.where(flip.bool(), width - 1 - columns, columns) - right
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        batch = split.images[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]] * inside[..., None]
+    floats = (batch.float() / 255 - split.mean) / split.std
+    if split.channels > floats.shape[-1]:
+        floats = floats.expand(-1, -1, -1, split.channels).contiguous()
+    return floats.permute(0, 3, 1, 2)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+Images = UInt8[np.ndarray, "samples channels height width"]
+Raw = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+
+
+def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Split, Split | None]:
+    """The training set, and the test set if asked for (or where it must be cut from the whole anyway)."""
+    folder = data_dir or Path("data")
+    if data.dataset == "digits":
+        return _cut(_split(_digits(), data), data)
+    if data.dataset == "image_folder":
+        root = folder / str(data.path)
+        if not root.is_dir():
+            raise DataError(f"data.path: no folder {root}; give --data-dir, or correct data.path")
+        if not (root / "train").is_dir():
+            return _cut(_split(_image_folder(root, data), data), data)
+        return (
+            _split(_image_folder(root / "train", data), data),
+            _split(_image_folder(root / "test", data), data) if test else None,
+        )
+    if data.dataset == "cifar10":
+        read: Callable[[bool], Raw] = lambda train: _cifar10(folder, train)  # noqa: E731
+    else:
+        name = data.dataset
+        read = lambda train: _mnist_like(name, folder, data_dir is not None, train)  # noqa: E731
+    return _split(read(True), data), _split(read(False), data) if test else None
+
+
+def _cut(whole: Split, data: Data) -> tuple[Split, Split]:
+    """Training and test set out of a dataset that comes in one piece."""
+    kept, held = stratified(whole.labels, data.test_fraction, data.split_seed, len(whole.classes))
+    return whole.take(kept), whole.take(held)
+
+
+def _split(raw: Raw, data: Data) -> Split:
+    images, labels, classes = raw
+    if data.channels == 1 and images.shape[1] == 3:
+        images = np.round(images.transpose(0, 2, 3, 1) @ np.array([0.299, 0.587, 0.114]))[:, None].astype(np.uint8)
+    if len(images) != len(labels):
+        raise DataError(f"{data.dataset}: {len(images):,} images but {len(labels):,} labels; fetch the files again")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{data.dataset}: labels must be 0 to {len(classes) - 1}; fetch the files again")
+    if len(classes) < 2:
+        raise DataError(f"{data.dataset}: only one class ({', '.join(classes)}); there is nothing to tell apart")
+    return Split(
+        torch.tensor(images),
+        torch.tensor(labels, dtype=torch.int64),
+        classes,
+        data.channels,
+        data.mean,
+        data.std,
+    )
+
+
+def _digits() -> Raw:
+    from sklearn.datasets import load_digits  # 1 s to import: only where it is used
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return images, digits.target, tuple(str(digit) for digit in range(10))
+
+
+def _mnist_like(name: str, folder: Path, only_folder: bool, train: bool) -> Raw:
+    from torchvision import datasets
+
+    kind = {"fashion_mnist": datasets.FashionMNIST, "mnist": datasets.MNIST, "kmnist": datasets.KMNIST}[name]
+    stems = [f"{'train' if train else 't10k'}-{part}" for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    places = [folder / kind.__name__ / "raw", folder]
+    if name == "fashion_mnist" and not only_folder:
+        places.append(DEBIAN)
+    found = next((place for place in places if all(_idx_file(place, stem) for stem in stems)), None)
+    if found is None:
+        if only_folder:
+            raise DataError(
+                f"{name}: no {stems[0]}[.gz] in {places[0]} or {folder}; "
+                f"correct --data-dir (KDEXP_DATA_DIR), or leave it out to download"
+            )
+        _download(lambda: kind(folder, train=train, download=True), name, folder)
+        found = places[0]
+    md5s = {file.removesuffix(".gz"): md5 for file, md5 in kind.resources}
+    images, labels = (_read_idx(_idx_file(found, stem), name, stem, md5s[stem]) for stem in stems)
+    if images.ndim != 3 or labels.ndim != 1:
+        raise DataError(f"{found}: images have {images.ndim} dimensions and labels {labels.ndim}, expected 3 and 1")
+    return images[:, None], labels, tuple(kind.classes)
+
+
+def _idx_file(place: Path, stem: str) -> Path | None:
+    return next((file for file in (place / f"{stem}.gz", place / stem) if file.is_file()), None)
+
+
+def _read_idx(file: Path | None, name: str, stem: str, archive_md5: str) -> np.ndarray:
+    """An idx file of unsigned bytes, packed or not. MD5: Fashion-MNIST's content, the others' archive."""
+    assert file is not None
+    again = f"delete it and fetch it again (torchvision's download, or the package that owns {file.parent})"
+    try:
+        stored = file.read_bytes()
+        content = gzip.decompress(stored) if file.suffix == ".gz" else stored
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {error}; {again}") from None
+    except Exception as error:  # zlib.error derives from Exception
+        raise DataError(f"{file}: corrupt archive: {error}; {again}") from None
+    checked, expected = (content, FASHION_MNIST_MD5[stem]) if name == "fashion_mnist" else (stored, archive_md5)
+    md5 = hashlib.md5(checked, usedforsecurity=False).hexdigest()
+    if md5 != expected and (name == "fashion_mnist" or file.suffix == ".gz"):
+        raise DataError(f"{file}: corrupt: MD5 {md5}, expected {expected}; {again}")
+    dimensions = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(content[4 : 4 + 4 * dimensions], ">u4").astype(int)
+    if not dimensions or len(content) != 4 + 4 * dimensions + int(shape.prod()):
+        raise DataError(f"{file}: not an idx file of unsigned bytes (or cut short); {again}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _cifar10(folder: Path, train: bool) -> Raw:
+    from torchvision.datasets import CIFAR10
+
+    dataset = _download(lambda: CIFAR10(folder, train=train, download=True), "cifar10", folder)
+    return dataset.data.transpose(0, 3, 1, 2), np.array(dataset.targets), tuple(dataset.classes)
+
+
+def _download(make: Callable[[], object], name: str, folder: Path):  # type: ignore[no-untyped-def]
+    """What torchvision makes of it, its failures in one line and its chatter unheard."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    try:
+        with redirect_stdout(StringIO()):
+            return make()
+    except (OSError, RuntimeError) as error:
+        hint = " or install the Debian package dataset-fashion-mnist" if name == "fashion_mnist" else ""
+        first = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: not found, and downloading it into {folder} failed ({first}); "
+            f"put its files into a folder in torchvision's layout and pass --data-dir{hint}"
+        ) from None
+
+
+def _image_folder(root: Path, data: Data) -> Raw:
+    from torchvision.datasets import ImageFolder
+
+    size = int(data.image_size or 0)
+    try:
+        folder = ImageFolder(str(root))
+        images = []
+        for file, _ in folder.samples:
+            image = folder.loader(file).convert("L" if data.channels == 1 else "RGB").resize((size, size))
+            images.append(np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root}: not readable as an image folder (one sub-folder per class): {error}") from None
+    return np.stack(images), np.array(folder.targets), tuple(folder.classes)

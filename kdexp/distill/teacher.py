@@ -1,0 +1,265 @@
+"""The teacher: trained once, or read from a checkpoint; and its logits cache.
+
+The cache holds raw logits in half precision for every (view, training sample), so that one file serves every
+temperature and every loss on logits. It is keyed by the SHA-256 of weights, data, normalisation and views,
+written atomically, memory-mapped, and compared with the live teacher each time it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float16
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdexp import KdexpError
+from kdexp.config import Data, Distillation, Teacher
+from kdexp.distill.data import Split, Splits, pixels, views
+from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
+from kdexp.distill.models import build, measure, weights_hash
+from kdexp.distill.train import EpochReport, Lane, train
+
+__all__ = ["CacheProgress", "CachedTeacher", "TeacherError", "prepare_teacher", "read_weights", "write_atomically"]
+
+SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
+NESTS = ("model_state_dict", "state_dict", "model", "weights")
+
+
+class TeacherError(KdexpError):
+    """A teacher that is missing, does not fit, or disagrees with its cache."""
+
+
+@dataclass(frozen=True)
+class CacheProgress:
+    """`done` of `views` views are in the cache."""
+
+    done: int
+    views: int
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """What a student needs of its teacher, and what the record needs to know of it."""
+
+    sha256: str
+    logits: Float16[Tensor, "views samples classes"]
+    parameters: int
+    val_correct: int
+    val_samples: int
+    weights: Path
+    history: tuple[Mapping[str, float], ...]
+
+    @property
+    def val_accuracy(self) -> float:
+        """The teacher's own validation accuracy."""
+        return self.val_correct / self.val_samples
+
+    @property
+    def val_interval(self) -> tuple[float, float]:
+        """Its 95 % interval."""
+        return wilson_interval(self.val_correct, self.val_samples)
+
+
+def prepare_teacher(
+    teacher: Teacher, data: Data, splits: Splits, folder: Path, weights: Path | None = None
+) -> Generator[EpochReport | CacheProgress, None, CachedTeacher]:
+    """The teacher of a recipe with its logits, out of `folder` or made now; yields progress while it makes them.
+
+    `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Raises TeacherError.
+    """
+    module = build(teacher, splits.train)
+    given = weights or (Path(teacher.weights) if teacher.weights else None)
+    if given is None:
+        name = _digest(teacher.model_dump_json(), data.model_dump_json(), *_fingerprints(splits))[:16]
+    else:
+        module.load_state_dict(read_weights(given, module))
+        name = f"given-{weights_hash(module.state_dict())[:16]}"
+    home = folder / name
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):  # N processes that start together train it once
+        own = home / "weights.safetensors"
+        if given is None:
+            if not own.exists():
+                yield from _train(teacher, data, splits, home)
+            module.load_state_dict(read_weights(own, module))
+        elif not own.exists():
+            state = {key: value.contiguous() for key, value in module.state_dict().items()}
+            write_atomically(own, lambda path: save_file(state, path))
+        module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()
+        sha256 = weights_hash(module.state_dict())
+        at = views(data.augment)
+        cache = folder / f"logits-{_cache_key(sha256, data, splits)[:16]}.safetensors"
+        if not cache.exists():
+            yield from _fill(module, splits, at, cache)
+        logits, facts = _open(cache)
+    _spot_check(module, splits.train, at, logits, cache)
+    history = tuple(json.loads((home / "history.json").read_text())) if (home / "history.json").exists() else ()
+    return CachedTeacher(
+        sha256=sha256,
+        logits=logits.to(splits.train.labels.device),
+        parameters=int(facts["parameters"]),
+        val_correct=int(facts["val_correct"]),
+        val_samples=int(facts["val_samples"]),
+        weights=own,
+        history=history,
+    )
+
+
+def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """A state that fits `module`, from .safetensors, .pt or .pth; nothing in the file is executed.
+
+    Accepts a state nested under model_state_dict (or state_dict, model, weights) and names prefixed by a
+    wrapper module. Raises TeacherError naming what does not fit.
+    """
+    if not path.is_file():
+        raise TeacherError(f"{path}: no such checkpoint; correct teacher.weights, or set it to null to train one")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise TeacherError(f"{path}: cannot be read: {str(error).splitlines()[0]}; the file is damaged or no checkpoint") from None
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise TeacherError(
+            f"{path}: not a checkpoint of weights alone ({type(error).__name__}); save its state_dict() with "
+            f"torch.save or safetensors: kdexp never runs code from a checkpoint"
+        ) from None
+    for nest in NESTS:
+        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
+            state = state[nest]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise TeacherError(f"{path}: holds no weights by name; save the network's state_dict()")
+    expected = module.state_dict()
+    state = _without_prefix({str(name): value for name, value in state.items()}, set(expected))
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        example = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the network has not"
+        raise TeacherError(
+            f"{path}: is of another network than teacher.architecture: it {example} "
+            f"({len(missing)} names missing, {len(extra)} too many)"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise TeacherError(
+                f"{path}: wrong shape: {name} is {tuple(state[name].shape)}, the teacher of this sweep needs "
+                f"{tuple(tensor.shape)}; correct the teacher section or give the matching checkpoint"
+            )
+        if not torch.isfinite(state[name].float()).all():
+            raise TeacherError(f"{path}: {name} holds NaN or infinity; give a checkpoint of a training that did not diverge")
+    return {name: state[name] for name in expected}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it there: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
+    state, history = None, []
+    for (report,) in train([Lane(teacher, teacher, Distillation(alpha=0.0))], splits, data):
+        if not report.finite:
+            raise TeacherError(
+                f"teacher: its training diverged in epoch {report.epoch} (loss {report.loss}, learning rate "
+                f"{report.learning_rate:.3g}); lower teacher.learning_rate"
+            )
+        state = report.weights or state
+        history.append(
+            {name: getattr(report, name) for name in ("epoch", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")}
+        )
+        yield report
+    assert state is not None
+    write_atomically(home / "history.json", lambda path: path.write_text(json.dumps(history)))
+    write_atomically(home / "weights.safetensors", lambda path: save_file(state, path))
+
+
+def _fill(module: nn.Module, splits: Splits, at: Tensor, cache: Path) -> Generator[CacheProgress, None, None]:
+    filled = []
+    for done, view in enumerate(at, 1):
+        logits = logits_of(module, splits.train, view)
+        half = logits.to(torch.float16).cpu()
+        if not torch.isfinite(half).all():
+            raise TeacherError(
+                "teacher: its logits hold NaN, infinity or values beyond half precision (65,504); "
+                "check its weights and that data.mean and data.std are those it was trained with"
+            )
+        filled.append(half)
+        yield CacheProgress(done, len(at))
+    own = evaluate(module, splits.validation)
+    facts = {
+        "parameters": str(measure(module, splits.train).parameters),
+        "val_correct": str(own.correct),
+        "val_samples": str(own.samples),
+    }
+    write_atomically(cache, lambda path: save_file({"logits": torch.stack(filled)}, path, metadata=facts))
+
+
+def _open(cache: Path) -> tuple[Tensor, dict[str, str]]:
+    try:
+        with safe_open(cache, framework="pt") as file:
+            return file.get_tensor("logits"), file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise TeacherError(f"{cache}: damaged logits cache ({error}); delete it, it will be made again") from None
+
+
+@torch.no_grad()
+def _spot_check(module: nn.Module, split: Split, at: Tensor, logits: Tensor, cache: Path) -> None:
+    generator = torch.Generator().manual_seed(len(split))
+    sample = torch.randint(len(split), (SPOT_CHECKS,), generator=generator)
+    view = torch.randint(len(at), (SPOT_CHECKS,), generator=generator)
+    device = split.labels.device
+    live = module(pixels(split, sample.to(device), at[view].to(device))).float().cpu()
+    cached = logits[view, sample].float()
+    if live.shape != cached.shape or not torch.allclose(live, cached, rtol=4e-3, atol=2e-2):
+        raise TeacherError(
+            f"{cache}: disagrees with the live teacher on {SPOT_CHECKS} random samples; delete it, it will be made again"
+        )
+
+
+def _cache_key(sha256: str, data: Data, splits: Splits) -> str:
+    how = data.model_dump_json(include={"channels", "mean", "std", "augment"})
+    return _digest(sha256, how, *_fingerprints(splits))
+
+
+def _fingerprints(splits: Splits) -> tuple[str, str]:
+    return splits.train.fingerprint, splits.validation.fingerprint
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """Names without the wrapper's, such as 'module.' or 'model.', where all of them carry it."""
+    while not expected & state.keys():
+        prefixes = {name.split(".", 1)[0] for name in state if "." in name}
+        if len(prefixes) != 1 or not all("." in name for name in state):
+            break
+        state = {name.split(".", 1)[1]: value for name, value in state.items()}
+    return state
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""What a result may depend on besides its recipe: code, libraries, threads, device, CPU."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kdexp import __version__
+
+__all__ = ["configure", "differing", "record"]
+
+LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
+
+
+def configure(device: str, threads: int | None) -> Any:
+    """Pick the device ('auto': a GPU where there is one), set threads, ask for deterministic kernels.
+
+    Returns the torch.device. Raises KdexpError for a device that is not there.
+    """
+    import os
+
+    import torch
+
+    from kdexp import KdexpError
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise KdexpError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    return chosen
+
+
+def record(device: str) -> dict[str, str]:
+    """This machine and code, as text by name; holds no paths, names of people or variables."""
+    import torch
+
+    return {
+        "kdexp": __version__,
+        "code": _code_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        **{name: _version(name) for name in LIBRARIES},
+    }
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What differs between two records: name → (one, other)."""
+    return {
+        name: (one.get(name, "—"), other.get(name, "—"))
+        for name in [*one, *(name for name in other if name not in one)]
+        if one.get(name) != other.get(name)
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _code_version() -> str:
+    """The commit of the source tree, with + where it has changes; the version alone where it is no checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
+        return f"{commit}+changes" if _git("status", "--porcelain", "--", ".", folder=here) else commit
+    except (OSError, subprocess.SubprocessError):
+        return f"release {__version__}"
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

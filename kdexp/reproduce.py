@@ -1,0 +1,146 @@
+"""A run trained again from its own record, and compared: identical, or what differs.
+
+Recipe, teacher weights and thread count come from the run; nothing from sweep files or today's defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdexp import KdexpError
+from kdexp.distill.train import EpochReport
+from kdexp.environment import differing, record
+from kdexp.promote import recipe_of
+from kdexp.runner import EPOCH_METRICS, TeacherProgress, prepare, started
+from kdexp.settings import Settings
+from kdexp.tracking import RunRecord, Tracking, TrackingError
+
+__all__ = ["Comparison", "Difference", "reproduce"]
+
+COMPARED = tuple(name for name in EPOCH_METRICS if name != "seconds")
+TAGS = {
+    "kdexp.train_sha256": "training data",
+    "kdexp.validation_sha256": "validation data",
+    "kdexp.teacher_sha256": "teacher weights",
+    "kdexp.weights_sha256": "student weights",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same in the two runs."""
+
+    what: str
+    original: str
+    again: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run beside its reproduction."""
+
+    original: RunRecord
+    again: RunRecord
+    compared: int
+    """How many metric values were compared."""
+    differences: tuple[Difference, ...]
+    environment: tuple[Difference, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Every metric of every epoch and the SHA-256 of the weights are equal."""
+        return not self.differences
+
+
+def reproduce(
+    run_id: str, settings: Settings, tracking: Tracking, device: torch.device
+) -> Generator[TeacherProgress | EpochReport, None, Comparison]:
+    """Train a run again as a new run linked to it; yields progress, returns the comparison.
+
+    Raises KdexpError where the run cannot be trained again.
+    """
+    original = tracking.read(run_id)
+    _check(original, tracking)
+    recipe = recipe_of(original, tracking)
+    with tempfile.TemporaryDirectory() as temporary:
+        recorded = json.loads(tracking.download(run_id, "environment.json", Path(temporary)).read_text())
+        if settings.threads is None:
+            torch.set_num_threads(int(recorded["threads"]))  # another count sums in another order
+        weights = _teacher_weights(original, tracking, Path(temporary))
+        prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights)
+    epochs = int(original.metrics["epochs_trained"])
+    with started(
+        recipe,
+        prepared,
+        tracking,
+        original.experiment_id,
+        "reproduction",
+        f"{original.name} · again",
+        parent=run_id,
+        tags={"kdexp.reproduces": run_id},
+    ) as running:
+        for report in running.epochs():
+            yield report
+            if report.epoch == epochs and epochs < report.epochs:
+                running.state = "pruned"
+                break
+    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, record(device.type)))
+    tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
+    return comparison
+
+
+def _check(run: RunRecord, tracking: Tracking) -> None:
+    kind = run.tags.get("kdexp.kind")
+    if kind == "study":
+        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
+        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
+        raise KdexpError(f"Run {run.run_id} is a whole study; reproduce one of its trials: kdexp reproduce {example}")
+    if kind not in ("trial", "train", "reproduction"):
+        raise KdexpError(f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only trained students can be reproduced.")
+    if run.status != "FINISHED":
+        raise KdexpError(
+            f"Run {run.run_id} did not finish (status {run.status}, {run.tags.get('kdexp.state', 'no state recorded')}); "
+            f"there is no result to compare with. Choose a finished run."
+        )
+
+
+def _teacher_weights(run: RunRecord, tracking: Tracking, folder: Path) -> Path | None:
+    """The teacher's weights out of its own run; None lets the recipe say how to get them again."""
+    try:
+        return tracking.download(run.tags["kdexp.teacher_run"], "weights.safetensors", folder)
+    except (KeyError, TrackingError):
+        return None
+
+
+def _compare(
+    original: RunRecord, again: RunRecord, tracking: Tracking, environment: dict[str, tuple[str, str]]
+) -> Comparison:
+    differences = [
+        Difference(what, original.tags.get(tag, "—")[:16], again.tags.get(tag, "—")[:16])
+        for tag, what in TAGS.items()
+        if original.tags.get(tag) != again.tags.get(tag)
+    ]
+    compared = 0
+    for name in COMPARED:
+        before = dict(tracking.history(original.run_id, f"epoch/{name}"))
+        after = dict(tracking.history(again.run_id, f"epoch/{name}"))
+        for epoch in sorted(before.keys() | after.keys()):
+            compared += 1
+            one, other = repr(before.get(epoch)), repr(after.get(epoch))  # repr: also NaN equals itself
+            if one != other:
+                differences.append(Difference(f"{name}, epoch {epoch}", one, other))
+    if compared == 0:
+        raise KdexpError(f"Run {original.run_id} holds no per-epoch metrics; there is nothing to compare with.")
+    return Comparison(
+        original=original,
+        again=again,
+        compared=compared,
+        differences=tuple(differences),
+        environment=tuple(Difference(name, *pair) for name, pair in environment.items()),
+    )

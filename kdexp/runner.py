@@ -1,0 +1,296 @@
+"""The seam between distillation and tracking: one training, from a recipe to a finished MLflow run.
+
+`sweep`, `train` and `reproduce` all go through `started`, so what one records another can rebuild. The record
+(whole config, environment, fingerprints) is written before the first step and fails loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from kdexp.config import Data, Recipe, flatten
+from kdexp.distill.data import Split, Splits, load_splits
+from kdexp.distill.evaluate import wilson_interval
+from kdexp.distill.models import Size, build, measure, summary, weights_hash
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
+from kdexp.distill.train import EpochReport, Lane, train
+from kdexp.environment import record
+from kdexp.plots import curves
+from kdexp.settings import Settings
+from kdexp.tracking import Kind, Tracking
+
+__all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "describe", "prepare", "started"]
+
+State = Literal["complete", "pruned", "diverged"]
+EPOCH_METRICS = (
+    "loss", "distillation_loss", "student_loss", "val_accuracy", "val_loss", "learning_rate", "seconds",
+)  # fmt: skip
+TeacherProgress = EpochReport | CacheProgress
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every trial of a study shares: data and teacher, and where they are recorded."""
+
+    data: Data
+    splits: Splits
+    teacher: CachedTeacher
+    teacher_run: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one training."""
+
+    run_id: str
+    state: State
+    size: Size
+    val_accuracy: float
+    val_interval: tuple[float, float]
+    kept_epoch: int
+    epochs: int
+    weights_sha256: str
+
+
+@dataclass
+class Running:
+    """A training under way: iterate `epochs()`; set `state` to 'pruned' and stop iterating to end it early."""
+
+    run_id: str
+    recipe: Recipe
+    prepared: Prepared
+    tracking: Tracking
+    size: Size
+    state: State = "complete"
+    kept: EpochReport | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    result: Result | None = None
+
+    def epochs(self) -> Iterator[EpochReport]:
+        """Train, and record each epoch as it comes."""
+        lane = Lane.of(self.recipe)
+        for (report,) in train([lane], self.prepared.splits, self.prepared.data, self.prepared.teacher.logits):
+            values = {name: getattr(report, name) for name in EPOCH_METRICS}
+            self.history.append({"epoch": report.epoch, **values})
+            self.tracking.log_metrics(self.run_id, {f"epoch/{name}": values[name] for name in values}, report.epoch)
+            if not report.finite:
+                self.state = "diverged"
+                yield report
+                return
+            if report.weights is not None:
+                self.kept = report
+            yield report
+
+
+def prepare(
+    recipe: Recipe,
+    settings: Settings,
+    tracking: Tracking,
+    experiment_id: str,
+    device: torch.device,
+    weights: Path | None = None,
+) -> Generator[TeacherProgress, None, Prepared]:
+    """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made."""
+    splits = load_splits(recipe.data, settings.data_dir, device)
+    teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights)
+    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, tracking, experiment_id))
+
+
+@contextmanager
+def started(
+    recipe: Recipe,
+    prepared: Prepared,
+    tracking: Tracking,
+    experiment_id: str,
+    kind: Kind,
+    name: str,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> Iterator[Running]:
+    """A run around one training: recorded before it, closed after it, whatever happens in between.
+
+    Left normally: FINISHED, with final metrics and artifacts. Interrupted: KILLED. Failed: FAILED.
+    """
+    train_split, validation = prepared.splits.train, prepared.splits.validation
+    with torch.random.fork_rng([]):
+        module = build(recipe.student, train_split)
+    size = measure(module, train_split)
+    run_id = tracking.start(
+        experiment_id,
+        kind,
+        name,
+        params={**flatten(recipe), **(params or {})},
+        tags={
+            "kdexp.teacher_run": prepared.teacher_run,
+            "kdexp.teacher_sha256": prepared.teacher.sha256,
+            "kdexp.train_sha256": train_split.fingerprint,
+            "kdexp.validation_sha256": validation.fingerprint,
+            "mlflow.note.content": f"{describe(recipe, size, prepared)}\n\n*Training.*",
+            **(tags or {}),
+        },
+        parent=parent,
+    )
+    running = Running(run_id, recipe, prepared, tracking, size)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+            (folder / "environment.json").write_text(json.dumps(record(train_split.labels.device.type), indent=2))
+            (folder / "model_summary.txt").write_text(summary(module, train_split))
+            tracking.log_files(run_id, folder)
+        _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
+        yield running
+        running.result = _close(running)
+    except (KeyboardInterrupt, GeneratorExit):
+        tracking.tag(run_id, {"kdexp.state": "interrupted"})
+        tracking.finish(run_id, "KILLED")
+        raise
+    except BaseException as error:
+        tracking.tag(run_id, {"kdexp.state": "failed", "kdexp.error": str(error)[:500]})
+        tracking.finish(run_id, "FAILED")
+        raise
+
+
+def describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
+    """A run's description for someone who has never seen kdexp, in Markdown."""
+    how, training, teacher = recipe.distillation, recipe.training, prepared.teacher
+    return "\n".join(
+        [
+            f"A small network (the *student*, {_named(recipe.student)}) learns {recipe.data.dataset} from the labels and "
+            f"from the *soft labels* of a larger one (the *teacher*, {_named(recipe.teacher)}).",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| student | {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes |",
+            f"| teacher | {teacher.parameters:,} parameters, {teacher.val_accuracy:.2%} on validation |",
+            f"| alpha | {how.alpha:.4g}: the teacher's weight in the loss; the labels have {1 - how.alpha:.4g} |",
+            f"| temperature | {how.temperature:.4g} (T² factor {'on' if how.scale_by_t_squared else 'off'}) |",
+            f"| training | {training.epochs} epochs, {training.optimizer}, learning rate {training.learning_rate:.3g} "
+            f"({training.schedule}), batch {training.batch_size}, seed {training.seed} |",
+            "",
+            "`val_accuracy` is measured on images held out of the training set; `epoch/…` are the curves. "
+            "Artifacts: `config.json` is the whole recipe, `weights.safetensors` the student.",
+        ]
+    )
+
+
+def _close(running: Running) -> Result:
+    """Final metrics, weights and curves on the run; then FINISHED."""
+    tracking, run_id, kept, size = running.tracking, running.run_id, running.kept, running.size
+    validation = running.prepared.splits.validation
+    correct = kept.val_correct if kept else 0
+    low, high = wilson_interval(correct, len(validation))
+    sha256 = weights_hash(kept.weights) if kept and kept.weights else ""
+    result = Result(
+        run_id=run_id,
+        state=running.state,
+        size=size,
+        val_accuracy=correct / len(validation),
+        val_interval=(low, high),
+        kept_epoch=kept.epoch if kept else 0,
+        epochs=len(running.history),
+        weights_sha256=sha256,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if kept and kept.weights:
+            save_file(kept.weights, folder / "weights.safetensors")
+        title = f"{_named(running.recipe.student)}, {size.parameters:,} parameters"
+        curves(running.history, title, result.kept_epoch).savefig(folder / "curves.png", dpi=110)
+        tracking.log_files(run_id, folder)
+    tracking.log_metrics(
+        run_id,
+        {
+            "parameters": size.parameters,
+            "multiply_adds": size.multiply_adds,
+            "model_bytes": size.bytes,
+            "val_accuracy": result.val_accuracy,
+            "val_accuracy_low": low,
+            "val_accuracy_high": high,
+            "kept_epoch": result.kept_epoch,
+            "epochs_trained": result.epochs,
+            "train_seconds": sum(row["seconds"] for row in running.history),
+            "teacher_val_accuracy": running.prepared.teacher.val_accuracy,
+        },
+    )
+    how = {"complete": "Trained to the end", "pruned": "Pruned", "diverged": "Diverged (loss not finite)"}[running.state]
+    note = (
+        f"**{result.val_accuracy:.2%}** validation accuracy (95 % interval {low:.2%} to {high:.2%}) with "
+        f"**{size.parameters:,}** parameters. {how} after {result.epochs} epochs; weights of epoch {result.kept_epoch}.\n\n"
+        f"Train it again, bit for bit: `kdexp reproduce {run_id}`"
+    )
+    tracking.tag(
+        run_id,
+        {
+            "kdexp.state": running.state,
+            "kdexp.weights_sha256": sha256,
+            "mlflow.note.content": f"{note}\n\n{describe(running.recipe, size, running.prepared)}",
+        },
+    )
+    tracking.finish(run_id, "FINISHED")
+    return result
+
+
+def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, tracking: Tracking, experiment_id: str) -> str:
+    """The id of the teacher's own run in this store: its accuracy, curves and weights, recorded once."""
+    known = tracking.find("teacher", {"kdexp.weights_sha256": teacher.sha256, "kdexp.state": "complete"})
+    if known:
+        return known[0].run_id
+    low, high = teacher.val_interval
+    run_id = tracking.start(
+        experiment_id,
+        "teacher",
+        f"teacher · {_named(recipe.teacher)}",
+        params={path: value for path, value in flatten(recipe).items() if path.split(".")[0] in ("data", "teacher")},
+        tags={
+            "kdexp.weights_sha256": teacher.sha256,
+            "mlflow.note.content": (
+                f"The teacher ({_named(recipe.teacher)}, {teacher.parameters:,} parameters): **{teacher.val_accuracy:.2%}** "
+                f"validation accuracy (95 % interval {low:.2%} to {high:.2%}). Its soft labels train the students "
+                f"whose tag `kdexp.teacher_run` names this run."
+            ),
+        },
+    )
+    for row in teacher.history:
+        tracking.log_metrics(run_id, {f"epoch/{name}": row[name] for name in row if name != "epoch"}, int(row["epoch"]))
+    tracking.log_metrics(
+        run_id,
+        {
+            "parameters": teacher.parameters,
+            "val_accuracy": teacher.val_accuracy,
+            "val_accuracy_low": low,
+            "val_accuracy_high": high,
+        },
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+        (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
+        tracking.log_files(run_id, folder)
+    _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})
+    tracking.tag(run_id, {"kdexp.state": "complete"})
+    tracking.finish(run_id, "FINISHED")
+    return run_id
+
+
+def _log_datasets(tracking: Tracking, run_id: str, data: Data, splits: Mapping[str, Split]) -> None:
+    for role, split in splits.items():
+        profile = {"samples": len(split), "classes": len(split.classes), "image": [split.channels, *split.image_size]}
+        tracking.log_dataset(run_id, data.dataset, role, split.fingerprint, profile)
+
+
+def _named(network: Any) -> str:
+    """A network in a few characters: 'cnn 16-32-64/128'."""
+    if network.architecture == "cnn":
+        return f"cnn {'-'.join(map(str, network.channels))}/{network.hidden}"
+    return " ".join([network.architecture, *(f"{key}={value}" for key, value in network.options.items())])

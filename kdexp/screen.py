@@ -1,0 +1,198 @@
+"""What a person sees: progress while a study runs, tables when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kdexp.config import Recipe, Selection
+from kdexp.distill.teacher import CachedTeacher, CacheProgress
+from kdexp.distill.train import EpochReport
+from kdexp.promote import Promotion, gain
+from kdexp.reproduce import Comparison
+from kdexp.runner import Result
+from kdexp.selection import Candidate, passes, size_of
+from kdexp.sweep import EpochDone, TeacherReady, TrialFinished, TrialStarted
+
+__all__ = ["Screen", "comparison_table", "percent", "show_promotion", "teacher_line", "trials_table"]
+
+ROWS = 20  # trials shown; the rest are in the UI
+
+
+class Screen:
+    """Live progress on a terminal, one line per trial elsewhere."""
+
+    def __init__(self, console: Console, trials: int | None = None, rule: Selection | None = None) -> None:
+        self.console, self.trials, self.rule = console, trials, rule
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.study: TaskID | None = None
+        self.current: TaskID | None = None
+        self.done = 0
+        self.best: Result | None = None
+        self.smallest: Result | None = None
+        self.labels = ""
+        self.teaching = False
+
+    def __enter__(self) -> Screen:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def show(self, event: Any) -> None:
+        """Show one event of a sweep, a training or a reproduction."""
+        match event:
+            case TeacherReady():
+                self._end_current()
+                self.console.print(teacher_line(event.prepared.teacher))
+                self.done = event.done
+                self.study = self.progress.add_task("study", total=self.trials, completed=event.done, note="")
+            case TrialStarted():
+                self._end_current()
+                self.labels = f"trial {event.number:<3} {_values(event.recipe)}{' (again)' if event.retried else ''}"
+            case EpochDone():
+                self.show(event.report)
+            case EpochReport():
+                self._epoch(event)
+            case CacheProgress():
+                self._step("teacher's logits", event.done, event.views, "views")
+            case TrialFinished():
+                self._finished(event)
+
+    def _epoch(self, report: EpochReport) -> None:
+        note = f"val {percent(report.val_accuracy)}  loss {report.loss:.3f}"
+        self._step(self.labels or "training", report.epoch, report.epochs, note)
+        if self.study is not None:
+            self.progress.update(self.study, completed=self.done + report.epoch / report.epochs)
+        elif not self.console.is_terminal:
+            self.console.print(f"{self.labels or 'epoch'} {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
+
+    def _finished(self, event: TrialFinished) -> None:
+        result, self.done = event.result, event.done
+        state = "" if result.state == "complete" else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
+        self.console.print(f"{self.labels}  {result.size.parameters:>9,} parameters  val {percent(result.val_accuracy)}{state}")
+        if self.best is None or result.val_accuracy > self.best.val_accuracy:
+            self.best = result
+        if self.rule and result.val_accuracy >= self.rule.accuracy_bar:
+            if self.smallest is None or result.size.parameters < self.smallest.size.parameters:
+                self.smallest = result
+        small = f", smallest over the bar {self.smallest.size.parameters:,}" if self.smallest else ""
+        if self.study is not None:
+            self.progress.update(self.study, completed=event.done, note=f"best val {percent(self.best.val_accuracy)}{small}")
+
+    def _step(self, label: str, done: int, total: int, note: str) -> None:
+        if self.current is None:
+            self.current = self.progress.add_task(label, total=total, note=note)
+        self.progress.update(self.current, description=label, completed=done, total=total, note=note)
+
+    def _end_current(self) -> None:
+        if self.current is not None:
+            self.progress.remove_task(self.current)
+            self.current = None
+
+
+def percent(share: float) -> str:
+    """0.9312 as '93.12 %'."""
+    return f"{100 * share:.2f} %"
+
+
+def teacher_line(teacher: CachedTeacher) -> str:
+    """The teacher in one line."""
+    return (
+        f"teacher   {teacher.parameters:,} parameters, val {percent(teacher.val_accuracy)}, "
+        f"{teacher.logits.shape[0]} view{'s' if teacher.logits.shape[0] > 1 else ''} cached, sha256 {teacher.sha256[:12]}"
+    )
+
+
+def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
+    """The trials, smallest first, those over the bar marked."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("trial", "right"), ("parameters", "right"), ("multiply-adds", "right"), ("bytes", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("val accuracy", justify="right")
+    table.add_column(f"≥ {percent(rule.accuracy_bar)}")
+    table.add_column("run ID", no_wrap=True)
+    shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
+    for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
+        mark = "selected" if selected and c.run_id == selected.run_id else "yes" if passes(c, rule) else "no"
+        table.add_row(
+            str(c.trial),
+            f"{c.parameters:,}",
+            f"{c.multiply_adds:,}",
+            f"{c.bytes:,}",
+            percent(c.val_accuracy),
+            mark,
+            c.run_id,
+            style="bold green" if mark == "selected" else None,
+        )
+    return table
+
+
+def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion, validation: int | None = None) -> None:
+    """The table, what distillation gained, the selected model, and the next commands."""
+    chosen, (low, high) = done.candidate, done.test_interval
+    console.print()
+    console.print(trials_table(trials, done.rule, chosen))
+    if len(trials) > ROWS:
+        console.print(f"({len(trials) - ROWS} more trials in the UI)")
+    console.print()
+    gained = gain(trials)
+    if gained is not None:
+        console.print(
+            f"Distillation: trial 0 (documented defaults) over trial 1 (labels only): {100 * gained:+.2f} points on "
+            f"validation, one seed each."
+        )
+    look = "looked at once" if done.new_look else "recorded when it was first looked at"
+    console.print(
+        f"Selected: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
+        f"{chosen.bytes:,} bytes\n"
+        f"          val accuracy  {percent(chosen.val_accuracy)}\n"
+        f"          test accuracy {percent(done.test_accuracy)} (95 % interval {100 * low:.2f} to {percent(high)}, "
+        f"{done.test_samples:,} images, {look})\n"
+        f"Run ID:   {chosen.run_id}",
+        style="bold",
+    )
+    if done.looks > 1:
+        console.print(
+            f"Note: {done.looks} models of this study have now been looked at on test; choosing between them by those "
+            f"numbers would make the test set a validation set.",
+            style="yellow",
+        )
+    console.print(
+        f"\nNext:     kdexp ui                    browse the study in MLflow\n"
+        f"          kdexp reproduce {chosen.run_id}\n"
+        f'          mlflow.pytorch.load_model("{done.model}")   in Python'
+    )
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """What differs between a run and its reproduction, first differences first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("differs", "original", "again"):
+        table.add_column(name)
+    for difference in [*comparison.differences[:ROWS], *comparison.environment]:
+        table.add_row(difference.what, difference.original, difference.again)
+    return table
+
+
+def _values(recipe: Recipe) -> str:
+    student, how = recipe.student, recipe.distillation
+    name = "-".join(map(str, student.channels)) if student.channels else student.architecture
+    hidden = f"/{student.hidden}" if student.hidden else ""
+    return f"{name + hidden:<16} α {how.alpha:<5.3g} T {how.temperature:<5.3g} lr {recipe.training.learning_rate:<8.3g}"

@@ -1,0 +1,79 @@
+"""The selection rule: the smallest trial that meets the accuracy bar, or the most accurate within a size limit.
+
+Pure: no store, no network, no test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdexp import KdexpError
+from kdexp.config import Selection, Size
+
+__all__ = ["Candidate", "NothingPasses", "passes", "select", "size_of"]
+
+
+class NothingPasses(KdexpError):
+    """No candidate meets the rule; the message holds the nearest miss and what to change."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained student as the selector sees it. `val_accuracy` is 0 to 1, on validation."""
+
+    run_id: str
+    trial: int
+    parameters: int
+    multiply_adds: int
+    bytes: int
+    val_accuracy: float
+
+
+def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") -> Candidate:
+    """The candidate that `rule` picks; ties go to the more accurate (or the smaller), then the earlier trial.
+
+    Raises NothingPasses.
+    """
+    passing = [candidate for candidate in candidates if passes(candidate, rule)]
+    if not passing:
+        raise NothingPasses(_nearest_miss(candidates, rule, study))
+    if rule.goal == "smallest":
+        return min(passing, key=lambda c: (size_of(c, rule.size), -c.val_accuracy, c.trial))
+    return min(passing, key=lambda c: (-c.val_accuracy, size_of(c, rule.size), c.trial))
+
+
+def passes(candidate: Candidate, rule: Selection) -> bool:
+    """Whether a candidate meets both bar and limit."""
+    return candidate.val_accuracy >= rule.accuracy_bar and _within(candidate, rule)
+
+
+def size_of(candidate: Candidate, size: Size) -> int:
+    """A candidate's size in the unit chosen."""
+    return int(getattr(candidate, size))
+
+
+def _within(candidate: Candidate, rule: Selection) -> bool:
+    return rule.limit is None or size_of(candidate, rule.size) <= rule.limit
+
+
+def _nearest_miss(candidates: Sequence[Candidate], rule: Selection, study: str) -> str:
+    unit = rule.size.replace("_", "-")
+    of = f" of study '{study}'" if study else ""
+    if not candidates:
+        return f"No trial{of} has finished, so there is nothing to select; run its sweep first."
+    within = [candidate for candidate in candidates if _within(candidate, rule)]
+    limit = f" within {rule.limit:,} {unit}" if rule.limit else ""
+    if not within:
+        best = min(candidates, key=lambda c: (size_of(c, rule.size), c.trial))
+        return (
+            f"No student{of} is{limit}. Smallest: {size_of(best, rule.size):,} {unit} (val accuracy "
+            f"{best.val_accuracy:.4f}, trial {best.trial}, run {best.run_id}). Raise selection.limit, or add smaller "
+            f"students to 'search'."
+        )
+    best = max(within, key=lambda c: (c.val_accuracy, -size_of(c, rule.size), -c.trial))
+    return (
+        f"No student{of} reaches validation accuracy {rule.accuracy_bar:.4g}{limit}. Best: {best.val_accuracy:.4f} "
+        f"({size_of(best, rule.size):,} {unit}, trial {best.trial}, run {best.run_id}). Lower the bar "
+        f"(kdexp select --bar), train longer (training.epochs), or add larger students to 'search'."
+    )

@@ -1,0 +1,291 @@
+"""MLflow, through a client that is handed around: no global run, no global tracking URI.
+
+One experiment per sweep name. In it: one parent run per study, one child run per trial, one run per teacher,
+and the runs of `train` and `reproduce`. `kdexp.kind` tells them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from filelock import FileLock
+
+from kdexp import KdexpError
+from kdexp.settings import Settings, without_credentials
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+import mlflow.exceptions
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.tracking import MlflowClient
+
+__all__ = ["Kind", "RunRecord", "Tracking", "TrackingError"]
+
+Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
+P, R = ParamSpec("P"), TypeVar("R")
+BATCH = 1000  # MLflow's limit of metrics in one request
+PARAMS = 100  # and of params
+
+
+class TrackingError(KdexpError):
+    """MLflow's store refuses or does not answer, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as stored."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Tracking:
+    """A handle to one MLflow store."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = settings.tracking_url
+        self.shown = "the embedded store" if settings.tracking_uri is None else without_credentials(self.url)
+        self.artifacts = settings.stores.resolve() / "artifacts" if settings.tracking_uri is None else None
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if self.url.startswith("http"):
+            self._knock()
+        if self.artifacts is None:
+            self.client = self._connect()
+        else:
+            try:
+                self.artifacts.mkdir(parents=True, exist_ok=True)
+                with FileLock(settings.stores / ".mlflow.lock"):  # two processes must not migrate one new store
+                    self.client = self._connect()
+            except OSError as error:
+                raise TrackingError(f"{settings.stores}: {error.strerror}; choose another folder with --stores") from None
+
+    # --- writing ---
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment of that name, made if it is new."""
+        found = self._do(self.client.get_experiment_by_name, name)
+        if found is not None:
+            if found.lifecycle_stage != "active":
+                raise TrackingError(f"MLflow experiment '{name}' is deleted; restore it, or rename the sweep (name: …)")
+            return str(found.experiment_id)
+        place = (self.artifacts / name).as_uri() if self.artifacts else None
+        try:
+            return str(self.client.create_experiment(name, artifact_location=place))
+        except mlflow.exceptions.MlflowException:  # another process made it just now
+            found = self._do(self.client.get_experiment_by_name, name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+    def start(
+        self,
+        experiment_id: str,
+        kind: Kind,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent: str | None = None,
+    ) -> str:
+        """A new run with its params and tags; its id."""
+        every = {"kdexp.kind": kind, **({"mlflow.parentRunId": parent} if parent else {}), **tags}
+        run = self._do(self.client.create_run, experiment_id, tags=every, run_name=name)
+        run_id = str(run.info.run_id)
+        flat = [Param(key, _text(value)) for key, value in params.items()]
+        for first in range(0, len(flat), PARAMS):
+            self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
+        return run_id
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """These values at one step, in one request. The time stamp is fixed here, so a repeat stores nothing twice."""
+        now = time.time_ns() // 1_000_000
+        batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        for first in range(0, len(batch), BATCH):
+            self._do(self.client.log_batch, run_id, metrics=batch[first : first + BATCH])
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._do(self.client.log_batch, run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_files(self, run_id: str, folder: Path, under: str | None = None) -> None:
+        """Every file of a folder as an artifact, `under` a folder of that name if given."""
+        self._do(self.client.log_artifacts, run_id, str(folder), under)
+
+    def log_model(self, run_id: str, module: Any, example: Any) -> None:
+        """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle."""
+        import mlflow.pytorch
+        from mlflow.models import infer_signature
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            mlflow.pytorch.save_model(
+                module,
+                folder,
+                serialization_format="pt2",
+                input_example=example.numpy(),
+                signature=infer_signature(example.numpy(), module(example).detach().numpy()),
+                pip_requirements=[f"torch=={version('torch')}"],
+            )
+            self.log_files(run_id, folder, "model")
+
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        """A text as an artifact."""
+        self._do(self.client.log_text, run_id, text, name)
+
+    def log_dataset(self, run_id: str, name: str, role: str, fingerprint: str, profile: Mapping[str, Any]) -> None:
+        """A dataset input of the run; `role` is training, validation or test."""
+        dataset = Dataset(
+            name=f"{name}-{role}",
+            digest=fingerprint[:16],
+            source_type="kdexp",
+            source=json.dumps({"dataset": name, "split": role, "sha256": fingerprint}),
+            profile=json.dumps(profile),
+        )
+        self._do(self.client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", role)])])
+
+    def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]) -> None:
+        """Close a run (or open it again: RUNNING)."""
+        if status == "RUNNING":
+            self._do(self.client.update_run, run_id, status="RUNNING")
+        else:
+            self._do(self.client.set_terminated, run_id, status=status)
+
+    def register(self, run_id: str, name: str, alias: str, description: str) -> str:
+        """The run's artifact folder `model` as a new version of a registered model, under an alias; its version."""
+        try:
+            self.client.create_registered_model(name)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise TrackingError(self._message(error)) from error
+        source = self._do(self.client.get_run, run_id).info.artifact_uri + "/model"
+        registered = self._do(self.client.create_model_version, name, source, run_id=run_id, description=description)
+        self.alias(name, alias, str(registered.version))
+        return str(registered.version)
+
+    def alias(self, name: str, alias: str, version: str) -> None:
+        """Let an alias point to a version."""
+        self._do(self.client.set_registered_model_alias, name, alias, version)
+
+    # --- reading ---
+
+    def read(self, run_id: str) -> RunRecord:
+        """The run of that id. Raises TrackingError where there is none."""
+        try:
+            return _record(self.client.get_run(run_id))
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise TrackingError(
+                    f"No run '{run_id}' in {self.shown}. Copy the run ID from `kdexp select` or the MLflow UI "
+                    f"(kdexp ui); --tracking-uri or --stores names another store."
+                ) from None
+            raise TrackingError(self._message(error)) from error
+
+    def find(self, kind: Kind, tags: Mapping[str, str], experiment: str | None = None) -> list[RunRecord]:
+        """The runs of a kind with these tags, oldest first; of one experiment, or of all."""
+        if experiment is None:
+            experiments = [str(found.experiment_id) for found in self._do(self.client.search_experiments)]
+        else:
+            named = self._do(self.client.get_experiment_by_name, experiment)
+            experiments = [str(named.experiment_id)] if named else []
+        quoted = [f"tags.`{key}` = '{value}'" for key, value in {"kdexp.kind": kind, **tags}.items()]
+        runs: list[Run] = []
+        token: str | None = None
+        while experiments:
+            page = self._do(
+                self.client.search_runs,
+                experiments,
+                filter_string=" and ".join(quoted),
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token:
+                break
+        return [_record(run) for run in runs]
+
+    def study(self, name: str) -> RunRecord:
+        """The parent run of a study. Raises TrackingError naming the studies there are."""
+        runs = self.find("study", {"kdexp.study": name}) if "'" not in name else []
+        if not runs:
+            known = sorted({run.tags["kdexp.study"] for run in self.find("study", {})})
+            there = f"Studies there: {', '.join(known)}." if known else "There is no study yet; run kdexp sweep first."
+            raise TrackingError(f"No study '{name}' in {self.shown}. {there}")
+        return runs[-1]
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Every (step, value) of a metric, by step."""
+        points = self._do(self.client.get_metric_history, run_id, metric)
+        return sorted((int(point.step), float(point.value)) for point in points)
+
+    def download(self, run_id: str, artifact: str, folder: Path) -> Path:
+        """An artifact as a local file. Raises TrackingError where the run has none of that name."""
+        try:
+            return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise TrackingError(
+                f"Run {run_id} holds no artifact '{artifact}' (or its store is out of reach): "
+                f"{without_credentials(str(error).splitlines()[0])}"
+            ) from None
+
+    # --- talking ---
+
+    def _connect(self) -> MlflowClient:
+        client = MlflowClient(self.url, registry_uri=self.url)
+        try:
+            client.search_experiments(max_results=1)
+        except Exception as error:  # SQLAlchemy, requests and MLflow each raise their own
+            raise TrackingError(self._message(error)) from error
+        return client
+
+    def _knock(self) -> None:
+        """Fail in seconds where no server listens; MLflow itself would retry for minutes."""
+        import requests
+
+        try:
+            requests.get(self.url.rstrip("/") + "/health", timeout=10)
+        except requests.RequestException as error:
+            raise TrackingError(
+                f"No MLflow server answers at {self.shown} ({type(error).__name__}). Start it, or correct "
+                f"--tracking-uri; without it kdexp uses the embedded store."
+            ) from None
+
+    def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except mlflow.exceptions.MlflowException as error:
+            raise TrackingError(self._message(error)) from error
+
+    def _message(self, error: Exception) -> str:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"MLflow, {self.shown}: {without_credentials(lines[0] if lines else type(error).__name__)}"
+
+
+def _record(run: Run) -> RunRecord:
+    return RunRecord(
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,74 @@
+"""The MLflow UI on the right stores, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from kdexp import KdexpError
+from kdexp.tracking import Tracking
+
+__all__ = ["serve"]
+
+HOST = "127.0.0.1"
+START_TIMEOUT = 120.0  # seconds; 8 on a quiet machine
+
+
+def serve(tracking: Tracking, port: int, console: Console) -> None:
+    """Serve until Ctrl-C; where a tracking server is given, only print its pages. Raises KdexpError."""
+    if tracking.url.startswith("http"):
+        for line in _pages(tracking, tracking.url.rstrip("/")):
+            console.print(line)
+        return
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, port)) == 0:
+            raise KdexpError(f"Port {port} of {HOST} is taken; choose another: kdexp ui --port {port + 1}")
+    address = f"http://{HOST}:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.url,
+               "--registry-store-uri", tracking.url, "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
+    console.print(f"Starting the MLflow UI on {address} …")
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait(server, address)
+        for line in _pages(tracking, address):
+            console.print(line)
+        console.print("Ctrl-C stops the UI.")
+        server.wait()
+    except KeyboardInterrupt:
+        console.print("The UI is stopped.")
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise KdexpError(f"mlflow server ended at once (exit code {server.returncode}); run it by hand to see why")
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise KdexpError(f"mlflow server did not answer on {address} within {START_TIMEOUT:.0f} s")
+
+
+def _pages(tracking: Tracking, address: str) -> Iterator[str]:
+    studies = tracking.find("study", {})
+    if not studies:
+        yield f"{address}   (no study yet: kdexp sweep sweeps/digits.yaml)"
+    for study in studies:
+        page = f"{address}/#/experiments/{study.experiment_id}/runs"
+        yield f"{study.tags['kdexp.study']:<24} trials {page}"
+        yield f"{'':<24} study  {page}/{study.run_id}"
