@@ -1,0 +1,90 @@
+"""Shared parts of the tests: shapes checked at run time, real stores in temporary folders, small real data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("kdexp.distill", "beartype.beartype")  # shapes in annotations are checked in every test
+
+import torch
+
+from kdexp.config import Sweep
+from kdexp.distill.data import DEBIAN, Splits, load_splits
+from kdexp.settings import Settings
+from kdexp.tracking import Tracking
+
+torch.set_num_threads(1)  # the networks here are too small to share
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def needs(present: bool, what: str) -> None:
+    """Skip with a reason where something is absent; under CI its absence is a failure."""
+    if not present:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have {what}")
+        pytest.skip(f"needs {what}")
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Path:
+    """The folder of the real Fashion-MNIST files, from where kdexp itself looks for them."""
+    places = [ROOT / "data" / "FashionMNIST" / "raw", DEBIAN]
+    found = next((place for place in places if list(place.glob("train-images-idx3-ubyte*"))), None)
+    needs(found is not None, "the Fashion-MNIST files (Debian package dataset-fashion-mnist)")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def tiny() -> Sweep:
+    """A sweep over real digits that takes seconds."""
+    return Sweep.model_validate_json(
+        """{"name": "tiny",
+        "data": {"dataset": "digits", "channels": 1, "validation_fraction": 0.2, "augment": {"flip": false, "shift": 1}},
+        "teacher": {"architecture": "cnn", "channels": [8, 16], "hidden": 16, "epochs": 3, "learning_rate": 0.01},
+        "student": {"channels": [4, 8], "hidden": 16},
+        "training": {"epochs": 3, "learning_rate": 0.01},
+        "search": {"distillation.alpha": {"low": 0.0, "high": 1.0},
+                   "distillation.temperature": {"low": 1.0, "high": 10.0, "log": true},
+                   "training.learning_rate": {"low": 0.003, "high": 0.03, "log": true},
+                   "student.channels": {"choices": [[2, 4], [4, 8]]}},
+        "study": {"trials": 4},
+        "selection": {"accuracy_bar": 0.3}}"""
+    )
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """Digits as the tiny sweep splits them."""
+    from kdexp.config import Augment, Data
+
+    return load_splits(Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1)))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated MLflow store: making one takes seconds, copying it none."""
+    folder = tmp_path_factory.mktemp("empty")
+    Tracking(Settings(stores=folder))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, empty_store: Path) -> Settings:
+    """Fresh embedded stores."""
+    stores = tmp_path / "mlruns"
+    stores.mkdir()
+    shutil.copy(empty_store, stores / "mlflow.db")
+    return Settings(stores=stores)
+
+
+@pytest.fixture
+def tracking(settings: Settings) -> Tracking:
+    """MLflow on the fresh stores."""
+    return Tracking(settings)

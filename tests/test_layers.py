@@ -1,0 +1,98 @@
+"""The layers of the package: imports point down, the core knows no shell, and the help is instant."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "kdexp"
+LAYERS = {
+    "kdexp": 0,
+    "kdexp.explain": 0,
+    "kdexp.config": 1,
+    "kdexp.settings": 0,
+    "kdexp.environment": 1,
+    "kdexp.selection": 2,
+    "kdexp.plots": 3,
+    "kdexp.distill": 2,
+    "kdexp.distill.data": 2,
+    "kdexp.distill.models": 3,
+    "kdexp.distill.losses": 2,
+    "kdexp.distill.evaluate": 3,
+    "kdexp.distill.train": 4,
+    "kdexp.distill.teacher": 5,
+    "kdexp.tracking": 4,
+    "kdexp.runner": 6,
+    "kdexp.sweep": 7,
+    "kdexp.promote": 7,
+    "kdexp.reproduce": 8,
+    "kdexp.ui": 7,
+    "kdexp.screen": 9,
+    "kdexp.cli": 10,
+    "kdexp.__main__": 11,
+}
+SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
+OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.sweep"}}
+
+
+def modules() -> dict[str, Path]:
+    files = [path for path in PACKAGE.rglob("*.py")]
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    assert len(names) == len(LAYERS), "a module is missing from LAYERS, or LAYERS names one that is gone"
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_imports_point_down_only(name: str) -> None:
+    ours = imported(modules()[name]) & LAYERS.keys()
+    upward = [other for other in ours if other != "kdexp" and LAYERS[other] >= LAYERS[name]]
+    assert not upward
+
+
+@pytest.mark.parametrize("library", sorted(OWNERS))
+def test_one_library_lives_in_one_file(library: str) -> None:
+    users = {name for name, path in modules().items() if any(i.split(".")[0] == library for i in imported(path))}
+    assert users == OWNERS[library]
+
+
+def test_distill_and_tracking_never_see_each_other() -> None:
+    assert not any(i.startswith("kdexp.distill") for i in imported(modules()["kdexp.tracking"]))
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_core_imports_no_shell_library() -> None:
+    core = "import kdexp.distill.teacher, kdexp.distill.train"
+    assert not loaded_after(core) & SHELL_LIBRARIES
+    assert loaded_after(f"{core}, optuna") & SHELL_LIBRARIES, "this test must be able to fail"
+
+
+def test_kdexp_and_its_command_line_import_nothing_heavy() -> None:
+    assert not loaded_after("import kdexp, kdexp.cli") & {"torch", "mlflow", "optuna", "pydantic", "sklearn", "matplotlib"}
+
+
+def test_help_takes_under_half_a_second() -> None:
+    def once() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kdexp", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(once() for _ in range(5)) < 0.5

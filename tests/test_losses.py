@@ -1,0 +1,105 @@
+"""The distillation loss against a float64 reference, at the ends of its ranges, and in its scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from kdexp.distill.losses import distillation_loss
+
+
+def batch(seed: int, samples: int = 6, classes: int = 10, spread: float = 3.0):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(samples, classes, generator=generator, dtype=torch.float64) * spread
+    teacher = torch.randn(samples, classes, generator=generator, dtype=torch.float64) * spread
+    return student, teacher, torch.randint(classes, (samples,), generator=generator)
+
+
+def reference(student, teacher, labels, alpha, temperature, scale) -> float:
+    """Hinton et al. 2015 in numpy, float64, sample by sample."""
+    total = 0.0
+    for s, t, label in zip(student.numpy(), teacher.numpy(), labels.numpy(), strict=True):
+        soft, prediction = log_softmax(t / temperature), log_softmax(s / temperature)
+        kl = float(np.sum(np.exp(soft) * (soft - prediction)))
+        total += alpha * kl * (temperature**2 if scale else 1) - (1 - alpha) * log_softmax(s)[label]
+    return total / len(labels)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.floats(0, 1),
+    st.floats(0.05, 200),
+    st.booleans(),
+    st.integers(1, 9),
+    st.integers(2, 12),
+)
+def test_it_equals_the_float64_reference(seed, alpha, temperature, scale, samples, classes) -> None:
+    student, teacher, labels = batch(seed, samples, classes)
+    loss = distillation_loss(student, teacher, labels, alpha, temperature, scale)
+    assert loss.total.item() == pytest.approx(reference(student, teacher, labels, alpha, temperature, scale), rel=1e-9, abs=1e-9)
+
+
+def test_float32_is_as_good_as_its_precision_allows() -> None:
+    student, teacher, labels = batch(1)
+    loss = distillation_loss(student.float(), teacher.float(), labels, 0.3, 5.0)
+    assert loss.total.item() == pytest.approx(reference(student, teacher, labels, 0.3, 5.0, True), rel=1e-5)
+
+
+def test_alpha_0_is_cross_entropy_and_alpha_1_is_the_soft_term() -> None:
+    student, teacher, labels = batch(2)
+    assert distillation_loss(student, teacher, labels, 0.0, 5.0).total == torch.nn.functional.cross_entropy(student, labels)
+    loss = distillation_loss(student, teacher, labels, 1.0, 5.0)
+    assert loss.total == loss.distillation
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_it_is_continuous_at_both_ends_of_alpha(alpha: float) -> None:
+    student, teacher, labels = batch(3)
+    inside = abs(alpha - 1e-9)
+    at, near = (distillation_loss(student, teacher, labels, a, 5.0).total.item() for a in (alpha, inside))
+    assert at == pytest.approx(near, abs=1e-6)
+
+
+def test_at_temperature_1_the_soft_term_is_the_plain_divergence() -> None:
+    student, teacher, labels = batch(4)
+    scaled, plain = (distillation_loss(student, teacher, labels, 1.0, 1.0, scale) for scale in (True, False))
+    assert scaled.total == plain.total
+
+
+def test_a_student_equal_to_its_teacher_has_no_soft_loss() -> None:
+    _, teacher, labels = batch(5)
+    assert distillation_loss(teacher, teacher, labels, 1.0, 4.0).total.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_at_large_temperature_it_matches_logits() -> None:
+    """Hinton et al., section 2.1: for large T the soft term tends to 1 / (2 N) of the squared distance of centred logits."""
+    student, teacher, labels = batch(6)
+    difference = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    expected = difference.square().sum(1).mean().item() / (2 * student.shape[1])
+    assert distillation_loss(student, teacher, labels, 1.0, 1e4).total.item() == pytest.approx(expected, rel=1e-3)
+
+
+def gradient(temperature: float, scale: bool) -> float:
+    student, teacher, labels = batch(7, samples=64, spread=1.0)
+    student.requires_grad_()
+    distillation_loss(student, teacher, labels, 1.0, temperature, scale).total.backward()
+    return student.grad.norm().item()
+
+
+def test_with_t_squared_the_soft_gradients_keep_their_scale() -> None:
+    scaled = [gradient(t, True) for t in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)]
+    assert max(scaled) / min(scaled) < 4
+    assert gradient(1.0, False) / gradient(50.0, False) > 1000, "without T² they shrink as 1 / T²"
+
+
+def test_a_mean_over_samples_not_over_classes() -> None:
+    """The field's most repeated bug: reduction='mean' divides by the number of classes too."""
+    student, teacher, labels = batch(8, samples=4)
+    once = distillation_loss(student, teacher, labels, 0.3, 5.0).total
+    twice = distillation_loss(student.repeat(2, 1), teacher.repeat(2, 1), labels.repeat(2), 0.3, 5.0).total
+    assert twice.item() == pytest.approx(once.item())
+    assert once.item() == pytest.approx(reference(student, teacher, labels, 0.3, 5.0, True))

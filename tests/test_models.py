@@ -1,0 +1,130 @@
+"""Networks: the documented student to the number, teachers by name, networks of one's own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from kdexp.config import Network, Student, Teacher
+from kdexp.distill.data import Split
+from kdexp.distill.models import FromPixels, ModelError, build, measure, summary, weights_hash
+
+# DESIGN: the recipe's layer table (kind, output shape, parameters).
+LAYER_TABLE = [
+    ("Conv2d", (16, 28, 28), 448),
+    ("BatchNorm2d", (16, 28, 28), 32),
+    ("ReLU", (16, 28, 28), 0),
+    ("AvgPool2d", (16, 14, 14), 0),
+    ("Conv2d", (32, 14, 14), 4_640),
+    ("BatchNorm2d", (32, 14, 14), 64),
+    ("ReLU", (32, 14, 14), 0),
+    ("AvgPool2d", (32, 7, 7), 0),
+    ("Conv2d", (64, 7, 7), 18_496),
+    ("BatchNorm2d", (64, 7, 7), 128),
+    ("ReLU", (64, 7, 7), 0),
+    ("AvgPool2d", (64, 3, 3), 0),
+    ("Dropout", (64, 3, 3), 0),
+    ("Flatten", (576,), 0),
+    ("Linear", (128,), 73_856),
+    ("ReLU", (128,), 0),
+    ("Dropout", (128,), 0),
+    ("Linear", (10,), 1_290),
+]
+
+
+def images(channels: int = 3, size: int = 28, classes: int = 10) -> Split:
+    stored = torch.zeros(2, 1, size, size, dtype=torch.uint8)
+    return Split(stored, torch.zeros(2, dtype=torch.int64), tuple(map(str, range(classes))), channels, 0.5, 0.5)
+
+
+def test_the_documented_student_equals_the_layer_table_line_by_line() -> None:
+    student, x = build(Student(), images()), torch.zeros(1, 3, 28, 28)
+    found = []
+    for layer in student:
+        x = layer(x)
+        found.append((type(layer).__name__, tuple(x.shape[1:]), sum(p.numel() for p in layer.parameters())))
+    assert found == LAYER_TABLE
+    assert sum(parameters for _, _, parameters in found) == 98_954
+
+
+def test_the_documented_students_details() -> None:
+    student = build(Student(), images())
+    assert [layer.p for layer in student if isinstance(layer, nn.Dropout)] == [0.2, 0.2]
+    assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) for c in student if isinstance(c, nn.Conv2d))
+
+
+def test_the_documented_students_size() -> None:
+    size = measure(build(Student(), images()), images())
+    assert size.parameters == 98_954
+    assert size.multiply_adds == 2_242_346  # 2.24 M, torchinfo's count
+    assert size.bytes == 4 * 98_954 + 3 * 8 + 4 * 2 * (16 + 32 + 64)  # weights, batch counters, running statistics
+
+
+def test_the_summary_names_every_layer_and_the_total() -> None:
+    text = summary(build(Student(), images()), images())
+    assert "98,954" in text
+    assert all(f"{parameters:,}" in text for _, _, parameters in LAYER_TABLE if parameters)
+
+
+def test_the_documented_teacher_is_resnet50_with_10_outputs() -> None:
+    assert measure(build(Teacher(), images()), images()).parameters == 23_528_522
+
+
+@pytest.mark.parametrize(("channels", "hidden", "parameters"), [((4, 8, 16), 32, 6_602), ((8, 16, 32), 128, 44_426)])
+def test_the_student_generalises_by_channels_and_hidden_width(channels, hidden, parameters) -> None:
+    assert measure(build(Student(channels=channels, hidden=hidden), images()), images()).parameters == parameters
+
+
+def test_a_student_can_be_a_teacher() -> None:
+    assert measure(build(Teacher(architecture="cnn"), images()), images()).parameters == 98_954
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\n"
+        "def flat(channels, image_size, classes, width):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size[0] * image_size[1], width),\n"
+        "                         nn.Linear(width, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = build(Network(architecture="my_nets:flat", options={"width": 4}), images(channels=1))
+    assert measure(module, images(channels=1)).parameters == 784 * 4 + 4 + 4 * 10 + 10
+    with pytest.raises(ModelError, match="cannot be built"):
+        build(Network(architecture="my_nets:flat"), images())
+    with pytest.raises(ModelError, match="cannot import 'my_nets:none'"):
+        build(Network(architecture="my_nets:none"), images())
+    sys.modules.pop("my_nets")
+
+
+@pytest.mark.parametrize(
+    ("network", "like", "says"),
+    [
+        (Network(architecture="resnet5"), images(), "no network named 'resnet5'; did you mean resnet50?"),
+        (Network(architecture="resnet18"), images(channels=1), "take 3 channels"),
+        (Network(architecture="cnn", channels=(1,) * 5), images(), "halvings leave nothing"),
+        (Network(architecture="alexnet"), images(), "cannot be built"),
+        (Network(architecture="torch.nn:Identity"), images(), "Identity|gives|cannot"),
+        (Network(architecture="fcn_resnet50"), images(), "no network named|gives"),
+    ],
+)
+def test_what_does_not_fit_is_said(network, like, says) -> None:
+    with pytest.raises(ModelError, match=says):
+        build(network, like)
+
+
+def test_equal_seeds_give_equal_weights() -> None:
+    def made(seed: int) -> str:
+        torch.manual_seed(seed)
+        return weights_hash(build(Student(), images()).state_dict())
+
+    assert made(1) == made(1) != made(2)
+
+
+def test_the_registered_form_takes_pixels() -> None:
+    like = images()
+    student = build(Student(), like).eval()
+    pixels = torch.randint(256, (4, 3, 28, 28)).float()
+    assert torch.equal(FromPixels(student, like)(pixels), student((pixels / 255 - 0.5) / 0.5))
