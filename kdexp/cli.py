@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import click
 import typer
 
 from kdexp import KdexpError, __version__
@@ -260,9 +259,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail(f"Stopped. To start again: {_again()}", 130)
     except KdexpError as error:
         if debug:
@@ -274,6 +271,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", 1)
     except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
+            _fail(f"{error.format_message()} See kdexp --help.", getattr(error, "exit_code", 2))
         if debug:
             raise
         first = str(error).splitlines()[0] if str(error) else ""
