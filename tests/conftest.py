@@ -44,6 +44,11 @@ def fashion() -> Path:
 @pytest.fixture
 def tiny() -> Sweep:
     """A sweep over real digits that takes seconds."""
+    return tiny_sweep()
+
+
+def tiny_sweep() -> Sweep:
+    """The same, for fixtures that outlive a test."""
     return Sweep.model_validate_json(
         """{"name": "tiny",
         "data": {"dataset": "digits", "channels": 1, "validation_fraction": 0.2, "augment": {"flip": false, "shift": 1}},

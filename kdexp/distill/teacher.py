@@ -57,7 +57,7 @@ class CachedTeacher:
     val_correct: int
     val_samples: int
     weights: Path
-    history: tuple[Mapping[str, float], ...]
+    history: tuple[Mapping[str, int | float], ...]
 
     @property
     def val_accuracy(self) -> float:

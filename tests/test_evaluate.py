@@ -1,0 +1,57 @@
+"""Accuracy and its interval."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "samples", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3 (Wilson's score without correction)
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_interval_equals_the_published_one(correct, samples, low, high) -> None:
+    assert wilson_interval(correct, samples) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_holds_the_estimate_and_stays_in_range(pair) -> None:
+    correct, samples = pair
+    low, high = wilson_interval(correct, samples)
+    assert 0 <= low < high <= 1
+    assert low - 1e-12 <= correct / samples <= high + 1e-12
+
+
+def test_a_network_that_knows_the_answers_scores_1(digits) -> None:
+    split = digits.validation
+
+    class Oracle(nn.Module):
+        def forward(self, images):
+            start = self.seen
+            self.seen += len(images)
+            return torch.nn.functional.one_hot(split.labels[start : self.seen], 10).float()
+
+    oracle = Oracle()
+    oracle.seen = 0
+    result = evaluate(oracle, split)
+    assert (result.accuracy, result.samples) == (1.0, len(split))
+    assert result.loss == pytest.approx(float(torch.log(torch.e + torch.tensor(9.0)) - 1), rel=1e-5)
+
+
+def test_evaluation_leaves_the_network_as_it_was(digits) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    first, second = logits_of(module, digits.validation), logits_of(module, digits.validation)
+    assert torch.equal(first, second)
+    assert module.training
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
