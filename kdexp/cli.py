@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdexp.config import Sweep
     from kdexp.settings import Settings
-    from kdexp.tracking import RunRecord, Tracking
+    from kdexp.tracking import Tracking
 
 app = typer.Typer(
     name="kdexp",
@@ -81,15 +80,14 @@ def sweep(
     console = _console()
     from kdexp.environment import configure
     from kdexp.screen import Screen
-    from kdexp.sweep import TeacherReady, TrialFinished, run_sweep
+    from kdexp.sweep import run_sweep
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
-    finished = 0
     try:
-        with Screen(console, config.study.trials, config.selection) as screen:
-            with closing(run_sweep(config, settings, tracking, chosen)) as events:
-                others = yield_all(events, screen)
+        events = run_sweep(config, settings, tracking, chosen)
+        with Screen(console, config.study.trials, config.selection) as screen, closing(events):
+            others = yield_all(events, screen)
     except KeyboardInterrupt:
         raise KdexpError(
             f"Stopped; finished trials are kept, the one under way is trained again. Continue with the same command: {_again()}"
@@ -172,7 +170,9 @@ def teacher(
 @app.command()
 def select(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")],
-    bar: Annotated[Optional[float], typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")] = None,  # noqa: UP045
+    bar: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")
+    ] = None,
     size: Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")] = None,  # noqa: UP045
     most_accurate: Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")] = False,
@@ -231,7 +231,9 @@ def reproduce(
     console.print(f"original  {run_id}\nagain     {comparison.again.run_id}")
     if not comparison.identical:
         changed = ", ".join(d.what for d in comparison.environment) or "nothing recorded: please report this"
-        raise KdexpError(f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}.")
+        raise KdexpError(
+            f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}."
+        )
 
 
 @app.command()
@@ -255,7 +257,7 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"kdexp {__version__}")
         return
-    sys.path.insert(0, os.getcwd())  # where architecture: package.module:callable is looked for
+    sys.path.insert(0, str(Path.cwd()))  # where architecture: package.module:callable is looked for
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
@@ -289,9 +291,7 @@ def yield_all(events: Any, screen: Any) -> Any:
         screen.show(event)
 
 
-def _select(
-    name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console
-) -> None:
+def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console) -> None:
     from kdexp.promote import candidates, promote
     from kdexp.screen import show_promotion, trials_table
     from kdexp.selection import NothingPasses

@@ -223,6 +223,7 @@ class Range(Frozen):
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def ends(self) -> tuple[int | float, ...]:
+        """The values that must be valid for all in between to be."""
         return (self.low, self.high)
 
 
@@ -235,6 +236,7 @@ class Choices(Frozen):
         return (tuple(value) if isinstance(value, list) else value) in self.choices
 
     def ends(self) -> tuple[Any, ...]:
+        """Every value."""
         return self.choices
 
 

@@ -61,9 +61,7 @@ def _bounds(model: type[BaseModel], path: list[str]) -> str:
         return ""
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    limits = [
-        f"{word} {getattr(rule, sign)}" for rule in field.metadata for sign, word in signs.items() if hasattr(rule, sign)
-    ]
+    limits = [f"{word} {getattr(rule, sign)}" for rule in field.metadata for sign, word in signs.items() if hasattr(rule, sign)]
     return ", ".join([names.get(field.annotation, ""), *limits]) if field.annotation in names else ""
 
 
@@ -77,6 +75,7 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
 
 
 def show(value: Any) -> str:
+    """A value as a person would write it, cut at 60 characters."""
     if isinstance(value, float) and not math.isfinite(value):
         return "not a number"
     text = json.dumps(value, ensure_ascii=False, default=str)

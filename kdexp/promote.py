@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdexp.config import Recipe, Selection, Sweep
-from kdexp.distill.data import Split, load_test
+from kdexp.distill.data import Split, load_splits, load_test
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels, build
 from kdexp.plots import frontier
@@ -165,8 +165,7 @@ def _register(run: RunRecord, study: RunRecord, rule: Selection, settings: Setti
 
 def _log_model(run: RunRecord, settings: Settings, tracking: Tracking) -> None:
     recipe = recipe_of(run, tracking)
-    # Any two images say what the network's input is like; test images are as good as others for that.
-    like = load_test(recipe.data, settings.data_dir).take(torch.arange(2))
+    like = load_splits(recipe.data, settings.data_dir).train.take(torch.arange(2))  # what the network's input is like
     module = FromPixels(load_student(run, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
     tracking.log_model(run.run_id, module, example)
@@ -180,7 +179,7 @@ def _report_on_study(study: RunRecord, trials: Sequence[Candidate], done: Promot
         f"{high:.2%}, {done.test_samples:,} images).",
         "",
         f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')}, validation accuracy at least "
-        f"{done.rule.accuracy_bar:.2%}. Load it: `mlflow.pytorch.load_model(\"{done.model}\")`. "
+        f'{done.rule.accuracy_bar:.2%}. Load it: `mlflow.pytorch.load_model("{done.model}")`. '
         f"Train it again: `kdexp reproduce {chosen.run_id}`.",
         "",
         "| trial | parameters | validation accuracy | run |",

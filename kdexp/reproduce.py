@@ -102,7 +102,9 @@ def _check(run: RunRecord, tracking: Tracking) -> None:
         example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
         raise KdexpError(f"Run {run.run_id} is a whole study; reproduce one of its trials: kdexp reproduce {example}")
     if kind not in ("trial", "train", "reproduction"):
-        raise KdexpError(f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only trained students can be reproduced.")
+        raise KdexpError(
+            f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only trained students can be reproduced."
+        )
     if run.status != "FINISHED":
         raise KdexpError(
             f"Run {run.run_id} did not finish (status {run.status}, {run.tags.get('kdexp.state', 'no state recorded')}); "
@@ -118,9 +120,7 @@ def _teacher_weights(run: RunRecord, tracking: Tracking, folder: Path) -> Path |
         return None
 
 
-def _compare(
-    original: RunRecord, again: RunRecord, tracking: Tracking, environment: dict[str, tuple[str, str]]
-) -> Comparison:
+def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environment: dict[str, tuple[str, str]]) -> Comparison:
     differences = [
         Difference(what, original.tags.get(tag, "—")[:16], again.tags.get(tag, "—")[:16])
         for tag, what in TAGS.items()

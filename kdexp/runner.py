@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from kdexp import KdexpError
 from kdexp.config import Data, Recipe, flatten
 from kdexp.distill.data import Split, Splits, load_splits
 from kdexp.distill.evaluate import wilson_interval
@@ -151,13 +152,12 @@ def started(
         _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
         yield running
         running.result = _close(running)
-    except (KeyboardInterrupt, GeneratorExit):
-        tracking.tag(run_id, {"kdexp.state": "interrupted"})
-        tracking.finish(run_id, "KILLED")
-        raise
     except BaseException as error:
-        tracking.tag(run_id, {"kdexp.state": "failed", "kdexp.error": str(error)[:500]})
-        tracking.finish(run_id, "FAILED")
+        interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
+        why = {"kdexp.state": "interrupted"} if interrupted else {"kdexp.state": "failed", "kdexp.error": str(error)[:500]}
+        with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
+            tracking.tag(run_id, why)
+            tracking.finish(run_id, "KILLED" if interrupted else "FAILED")
         raise
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdexp.config import Recipe, Selection
+from kdexp.config import Recipe, Selection, Size
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
 from kdexp.promote import Promotion, gain
@@ -123,28 +123,21 @@ def teacher_line(teacher: CachedTeacher) -> str:
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
     """The trials, smallest first, those over the bar marked."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("trial", "right"), ("parameters", "right"), ("multiply-adds", "right"), ("bytes", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("val accuracy", justify="right")
-    table.add_column(f"≥ {percent(rule.accuracy_bar)}")
+    units: list[Size] = ["parameters", *([rule.size] if rule.size != "parameters" else [])]
+    for name in ("trial", *(unit.replace("_", "-") for unit in units), "val accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"≥ {percent(rule.accuracy_bar)}", no_wrap=True)
     table.add_column("run ID", no_wrap=True)
     shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
         mark = "selected" if selected and c.run_id == selected.run_id else "yes" if passes(c, rule) else "no"
-        table.add_row(
-            str(c.trial),
-            f"{c.parameters:,}",
-            f"{c.multiply_adds:,}",
-            f"{c.bytes:,}",
-            percent(c.val_accuracy),
-            mark,
-            c.run_id,
-            style="bold green" if mark == "selected" else None,
-        )
+        sizes = (f"{size_of(c, unit):,}" for unit in units)
+        style = "bold green" if mark == "selected" else None
+        table.add_row(str(c.trial), *sizes, percent(c.val_accuracy), mark, c.run_id, style=style)
     return table
 
 
-def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion, validation: int | None = None) -> None:
+def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
     chosen, (low, high) = done.candidate, done.test_interval
     console.print()

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,8 @@ from mlflow.tracking import MlflowClient
 __all__ = ["Kind", "RunRecord", "Tracking", "TrackingError"]
 
 Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 BATCH = 1000  # MLflow's limit of metrics in one request
 PARAMS = 100  # and of params
 

@@ -52,7 +52,13 @@ def test_every_shipped_sweep_is_valid_and_round_trips_exactly() -> None:
         assert path.read_text().startswith("#"), "a sweep file says what it is for"
 
 
-@given(st.floats(0, 1), st.floats(1e-6, 1e6), st.floats(1e-12, 10), st.integers(0, 2**63 - 1), st.lists(st.integers(1, 4096), min_size=1, max_size=6))
+@given(
+    st.floats(0, 1),
+    st.floats(1e-6, 1e6),
+    st.floats(1e-12, 10),
+    st.integers(0, 2**63 - 1),
+    st.lists(st.integers(1, 4096), min_size=1, max_size=6),
+)
 def test_any_recipe_round_trips_exactly(alpha, temperature, rate, seed, channels) -> None:
     recipe = Recipe().replace({
         "distillation.alpha": alpha, "distillation.temperature": temperature, "training.learning_rate": rate,

@@ -41,7 +41,7 @@ OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.sweep"}}
 
 
 def modules() -> dict[str, Path]:
-    files = [path for path in PACKAGE.rglob("*.py")]
+    files = list(PACKAGE.rglob("*.py"))
     names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
     assert len(names) == len(LAYERS), "a module is missing from LAYERS, or LAYERS names one that is gone"
     return names

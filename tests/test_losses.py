@@ -40,7 +40,9 @@ def reference(student, teacher, labels, alpha, temperature, scale) -> float:
 def test_it_equals_the_float64_reference(seed, alpha, temperature, scale, samples, classes) -> None:
     student, teacher, labels = batch(seed, samples, classes)
     loss = distillation_loss(student, teacher, labels, alpha, temperature, scale)
-    assert loss.total.item() == pytest.approx(reference(student, teacher, labels, alpha, temperature, scale), rel=1e-9, abs=1e-9)
+    assert loss.total.item() == pytest.approx(
+        reference(student, teacher, labels, alpha, temperature, scale), rel=1e-9, abs=1e-9
+    )
 
 
 def test_float32_is_as_good_as_its_precision_allows() -> None:

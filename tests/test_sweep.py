@@ -101,7 +101,7 @@ def test_trial_0_is_the_recipe_and_trial_1_the_same_without_the_teacher(finished
 
 
 def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(finished, tmp_path) -> None:
-    sweep, settings, tracking, events, _ = finished
+    sweep, _settings, tracking, events, _ = finished
     study = tracking.study(sweep.name)
     assert study.status == "FINISHED"
     runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id})
@@ -113,7 +113,9 @@ def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(fin
         assert run.params["trial"] == str(number)
         for path, value in flatten(recipes[number]).items():
             assert run.params[path] == (value if isinstance(value, str) else json.dumps(value))
-        assert {"parameters", "multiply_adds", "model_bytes", "val_accuracy", "val_accuracy_low", "val_accuracy_high"} <= set(run.metrics)
+        assert {"parameters", "multiply_adds", "model_bytes", "val_accuracy", "val_accuracy_low", "val_accuracy_high"} <= set(
+            run.metrics
+        )
         assert run.metrics["val_accuracy_low"] <= run.metrics["val_accuracy"] <= run.metrics["val_accuracy_high"]
         for name in EPOCH_METRICS:
             assert [step for step, _ in tracking.history(run.run_id, f"epoch/{name}")] == [1, 2, 3]
@@ -139,7 +141,7 @@ def test_study_and_parent_run_and_trial_and_child_run_know_each_other(finished) 
 
 
 def test_datasets_are_recorded_as_inputs_and_the_test_split_is_not_among_them(finished) -> None:
-    sweep, settings, tracking, _, _ = finished
+    sweep, _settings, tracking, _, _ = finished
     runs = [run.run_id for run in tracking.find("trial", {"kdexp.study": sweep.name})]
     for run_id in runs:
         inputs = tracking.client.get_run(run_id).inputs.dataset_inputs
@@ -182,8 +184,10 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
     first = promote(study, sweep.selection, settings, tracking, CPU)
     again = promote(study, sweep.selection, settings, tracking, CPU)
     assert (first.new_look, again.new_look) == (True, False)
-    assert first.candidate == again.candidate == min(
-        (c for c in candidates(study, tracking) if c.val_accuracy >= 0.3), key=lambda c: (c.parameters, -c.val_accuracy)
+    assert (
+        first.candidate
+        == again.candidate
+        == min((c for c in candidates(study, tracking) if c.val_accuracy >= 0.3), key=lambda c: (c.parameters, -c.val_accuracy))
     )
     assert again.test_accuracy == first.test_accuracy
     tested = [run for run in tracking.find("trial", {"kdexp.study": sweep.name}) if "test_accuracy" in run.metrics]
@@ -240,7 +244,9 @@ def test_what_cannot_be_reproduced_is_said(finished, which) -> None:
         "study": tracking.study(sweep.name).run_id,
         "teacher": tracking.find("teacher", {})[0].run_id,
     }[which]
-    says = {"unknown": "No run '0000", "study": "is a whole study; reproduce one of its trials", "teacher": "is a teacher"}[which]
+    says = {"unknown": "No run '0000", "study": "is a whole study; reproduce one of its trials", "teacher": "is a teacher"}[
+        which
+    ]
     with pytest.raises(KdexpError, match=says):
         drain(reproduce(run_id, settings, tracking, CPU))
 
@@ -267,7 +273,8 @@ def interrupt_at(generator, stop) -> list:
 @pytest.mark.parametrize("number", [0, 2])
 def test_an_interrupted_study_continues_without_repeating_or_losing_a_trial(tiny: Sweep, settings, tracking, number) -> None:
     first = interrupt_at(
-        run_sweep(tiny, settings, tracking, CPU), lambda e: isinstance(e, EpochDone) and (e.number, e.report.epoch) == (number, 2)
+        run_sweep(tiny, settings, tracking, CPU),
+        lambda e: isinstance(e, EpochDone) and (e.number, e.report.epoch) == (number, 2),
     )
     assert statuses(settings, "trial")["RUNNING"] == statuses(settings, "study")["RUNNING"] == 0
     assert statuses(settings, "trial")["KILLED"] == 1
@@ -290,7 +297,9 @@ def test_an_interrupted_study_ends_like_an_unbroken_one(tiny: Sweep, settings, t
     assert [(t.params, t.value) for t in broken] == [(t.params, t.value) for t in unbroken]
 
 
-def test_a_trial_whose_run_was_closed_but_never_told_is_told_not_trained_again(tiny: Sweep, settings, tracking, monkeypatch) -> None:
+def test_a_trial_whose_run_was_closed_but_never_told_is_told_not_trained_again(
+    tiny: Sweep, settings, tracking, monkeypatch
+) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -389,7 +398,10 @@ def test_a_student_that_cannot_be_built_is_found_before_any_trial(tiny: Sweep, s
 def test_a_run_that_fails_is_closed_with_its_reason(tiny: Sweep, settings, tracking) -> None:
     experiment = tracking.experiment("x")
     _, prepared = drain(prepare(tiny.recipe, settings, tracking, experiment, CPU))
-    with pytest.raises(RuntimeError, match="boom"), started(tiny.recipe, prepared, tracking, experiment, "train", "x") as running:
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        started(tiny.recipe, prepared, tracking, experiment, "train", "x") as running,
+    ):
         raise RuntimeError("boom")
     run = tracking.read(running.run_id)
     assert (run.status, run.tags["kdexp.error"]) == ("FAILED", "boom")

@@ -54,7 +54,7 @@ def test_its_accuracy_is_measured_on_validation(tmp_path, digits) -> None:
 
 
 def test_the_cache_knows_weights_normalisation_and_views(tmp_path, digits) -> None:
-    _, once = prepared(tmp_path, digits)
+    _, _once = prepared(tmp_path, digits)
     teacher, _ = prepared(tmp_path, digits)
     caches = set(tmp_path.glob("logits-*"))
     for change in ({"mean": 0.4}, {"augment": Augment(flip=True, shift=0)}):

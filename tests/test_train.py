@@ -31,7 +31,15 @@ def run(lanes: list[Lane], splits: Splits, soft: torch.Tensor | None) -> list[tu
 
 def facts(reports: list[EpochReport]) -> list:
     return [
-        (r.epoch, r.loss, r.distillation_loss, r.student_loss, r.val_accuracy, r.val_loss, weights_hash(r.weights) if r.weights else "")
+        (
+            r.epoch,
+            r.loss,
+            r.distillation_loss,
+            r.student_loss,
+            r.val_accuracy,
+            r.val_loss,
+            weights_hash(r.weights) if r.weights else "",
+        )
         for r in reports
     ]
 

@@ -44,9 +44,7 @@ def evaluate(module: nn.Module, split: Split) -> Evaluation:
 
 
 @torch.no_grad()
-def logits_of(
-    module: nn.Module, split: Split, view: Int64[Tensor, " 3"] | None = None
-) -> Float[Tensor, "samples classes"]:
+def logits_of(module: nn.Module, split: Split, view: Int64[Tensor, " 3"] | None = None) -> Float[Tensor, "samples classes"]:
     """The logits of every sample, all in one view."""
     training = module.training
     module.eval()

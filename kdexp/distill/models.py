@@ -59,9 +59,7 @@ def build(network: Network, like: Split) -> nn.Module:
     return module
 
 
-def cnn(
-    shape: tuple[int, int, int], classes: int, channels: tuple[int, ...], hidden: int, dropout: float
-) -> nn.Sequential:
+def cnn(shape: tuple[int, int, int], classes: int, channels: tuple[int, ...], hidden: int, dropout: float) -> nn.Sequential:
     """The documented student for images of `shape` (channels, height, width)."""
     depth, height, width = shape
     layers: list[nn.Module] = []

@@ -95,7 +95,7 @@ def prepare_teacher(
         elif not own.exists():
             state = {key: value.contiguous() for key, value in module.state_dict().items()}
             write_atomically(own, lambda path: save_file(state, path))
-        module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()
+        module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         sha256 = weights_hash(module.state_dict())
         at = views(data.augment)
         cache = folder / f"logits-{_cache_key(sha256, data, splits)[:16]}.safetensors"
@@ -126,7 +126,9 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise TeacherError(f"{path}: cannot be read: {str(error).splitlines()[0]}; the file is damaged or no checkpoint") from None
+        raise TeacherError(
+            f"{path}: cannot be read: {str(error).splitlines()[0]}; the file is damaged or no checkpoint"
+        ) from None
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise TeacherError(
             f"{path}: not a checkpoint of weights alone ({type(error).__name__}); save its state_dict() with "
@@ -167,7 +169,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from kdexp.config import Data, Distillation, Network, Recipe, Training
-from kdexp.distill.data import Split, Splits, pixels, views
+from kdexp.distill.data import Splits, pixels, views
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.losses import Loss, distillation_loss
 from kdexp.distill.models import build
@@ -139,7 +139,7 @@ class _Runner:
             torch.manual_seed(lane.training.seed)
             self.module = build(lane.network, splits.train)
         # Channels last: a quarter less time on a CPU, and what a GPU's convolutions want.
-        self.module.to(self.device, memory_format=torch.channels_last)
+        self.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = _optimizer(self.module, lane.training)
         self.steps = _total_steps(lane.training, len(splits.train))
         self.best = -1
@@ -225,8 +225,7 @@ def _anneal(start: float, end: float, share: float) -> float:
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in module.state_dict().items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in module.state_dict().items()
     }
 
 

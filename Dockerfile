@@ -1,0 +1,27 @@
+# kdexp as a container:
+#   docker build -t kdexp .
+#   docker run --rm -v kdexp-runs:/work/mlruns kdexp sweep sweeps/digits.yaml
+#   docker run --rm --network host -v kdexp-runs:/work/mlruns kdexp ui
+FROM python:3.11-slim
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+RUN useradd --create-home --uid 1000 kdexp \
+    && install -d -o kdexp -g kdexp /work /work/mlruns /work/data
+
+# The dependencies first: gigabytes that change only with these two files.
+WORKDIR /opt/kdexp
+COPY pyproject.toml constraints.txt README.md ./
+RUN mkdir -p kdexp/distill \
+    && touch kdexp/__init__.py kdexp/distill/__init__.py \
+    && pip install -c constraints.txt '.[postgresql]'
+
+COPY kdexp kdexp
+RUN pip install --no-deps --force-reinstall .
+
+USER kdexp
+WORKDIR /work
+COPY --chown=kdexp:kdexp sweeps sweeps
+VOLUME ["/work/mlruns", "/work/data"]
+ENTRYPOINT ["kdexp"]
+CMD ["--help"]

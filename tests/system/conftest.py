@@ -1,0 +1,63 @@
+"""kdexp as a user runs it: the real command in a process of its own, on real stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import tiny_sweep
+
+Kdexp = Callable[..., subprocess.CompletedProcess]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KDEXP_", "MLFLOW_"))}
+    return kept | {"KDEXP_THREADS": "1", "COLUMNS": "200"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kdexp", *arguments]
+
+
+@pytest.fixture
+def kdexp(tmp_path: Path) -> Kdexp:
+    """Run kdexp in an empty folder: kdexp("sweep", "tiny.yaml") → the finished process."""
+
+    def run(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command(*arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """The tiny sweep as a file (JSON is YAML)."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(json.loads(tiny_sweep().model_dump_json()), indent=1))
+    return path
+
+
+def runs(folder: Path, kind: str) -> Counter:
+    """How many runs of a kind the embedded store holds, by status."""
+    query = "select status from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and tags.value = ?"
+    with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as database:
+        return Counter(status for (status,) in database.execute(query, (kind,)))
+
+
+def trials(folder: Path) -> Counter:
+    """How many finished MLflow runs each trial number has."""
+    query = (
+        "select value from tags join runs using (run_uuid) where tags.key = 'kdexp.trial' and status = 'FINISHED' "
+        "and run_uuid in (select run_uuid from tags where key = 'kdexp.kind' and value = 'trial')"
+    )
+    with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as database:
+        return Counter(int(number) for (number,) in database.execute(query))

@@ -1,0 +1,84 @@
+"""A sweep that is stopped or killed and started again: nothing repeated, nothing lost, no run left RUNNING."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from system.conftest import command, environment, runs, trials
+
+
+def started(folder: Path, *extra: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("sweep", "tiny.yaml", "--set", "training.epochs=40", *extra),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_trial(process: subprocess.Popen, number: int) -> None:
+    """Until the line of trial `number` is printed."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"trial {number}"):
+            return
+    pytest.fail(f"the sweep ended before trial {number}")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_continues(kdexp, tiny_file: Path, tmp_path: Path, kind: signal.Signals) -> None:
+    process = started(tmp_path)
+    wait_for_trial(process, 1)
+    time.sleep(0.7)  # into trial 2
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    if kind == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert errors.startswith("kdexp: Stopped; finished trials are kept")
+        assert "kdexp sweep tiny.yaml --set training.epochs=40" in errors
+        assert runs(tmp_path, "trial")["RUNNING"] == runs(tmp_path, "study")["RUNNING"] == 0
+    before = trials(tmp_path)
+    assert set(before) >= {0, 1}
+
+    again = kdexp("sweep", "tiny.yaml", "--set", "training.epochs=40")
+    assert again.returncode == 0, again.stderr
+    assert "Selected: trial" in again.stdout
+    assert trials(tmp_path) == {0: 1, 1: 1, 2: 1, 3: 1}
+    for run_kind in ("trial", "study", "teacher"):
+        assert runs(tmp_path, run_kind)["RUNNING"] == 0
+    assert runs(tmp_path, "teacher") == {"FINISHED": 1}
+
+
+def test_two_processes_share_a_study_and_the_last_one_selects(tiny_file: Path, tmp_path: Path) -> None:
+    both = [started(tmp_path, "--trials", "6") for _ in range(2)]
+    outputs = [process.communicate(timeout=180) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert trials(tmp_path) == dict.fromkeys(range(6), 1)
+    assert runs(tmp_path, "teacher") == {"FINISHED": 1}
+    assert runs(tmp_path, "trial") == {"FINISHED": 6}
+    assert sum("Selected: trial" in out for out, _ in outputs) >= 1
+    trained = [line.split()[1] for out, _ in outputs for line in out.splitlines() if line.startswith("trial ") and "parameters" in line and "val " in line]
+    assert sorted(int(number) for number in trained if number.isdigit()) == list(range(6))
+
+
+def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+    first = started(tmp_path, "--trials", "6")
+    wait_for_trial(first, 0)
+    second = started(tmp_path, "--trials", "6")
+    wait_for_trial(second, 0) if False else time.sleep(9)
+    first.kill()
+    first.communicate()
+    out, errors = second.communicate(timeout=180)
+    assert second.returncode == 0, errors
+    assert trials(tmp_path) == dict.fromkeys(range(6), 1)
+    assert runs(tmp_path, "trial")["RUNNING"] == 0
+    assert "Selected: trial" in out or "Selected: trial" in kdexp("select", "tiny").stdout
