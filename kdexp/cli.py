@@ -170,9 +170,7 @@ def teacher(
 @app.command()
 def select(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")],
-    bar: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")
-    ] = None,
+    bar: Annotated[float | None, typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")] = None,
     size: Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")] = None,  # noqa: UP045
     most_accurate: Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")] = False,

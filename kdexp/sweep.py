@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 import uuid
 import warnings
 from collections.abc import Generator, Iterator
@@ -35,7 +36,7 @@ from kdexp.tracking import RunRecord, Tracking
 __all__ = ["EpochDone", "StudyError", "TeacherReady", "TrialFinished", "TrialStarted", "run_sweep"]
 
 CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+SET_UP_SECONDS = 30.0
 
 
 class StudyError(KdexpError):
@@ -174,11 +175,14 @@ def _check(sweep: Sweep) -> None:
 def _open(sweep: Sweep, settings: Settings, tracking: Tracking, experiment_id: str) -> tuple[optuna.Study, RunRecord]:
     """The study and its MLflow parent run, made or found; both know the other."""
     settings.stores.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.stores / ".optuna.lock"):  # two processes must not make one new store or study
+    with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
         storage = _storage(settings)
-        study = optuna.create_study(
-            storage=storage, study_name=sweep.name, direction="maximize", load_if_exists=True, pruner=_pruner(sweep)
-        )
+        try:
+            study = optuna.create_study(storage=storage, study_name=sweep.name, direction="maximize")
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=sweep.name)
+            _wait_for_set_up(study)
+        study.pruner = _pruner(sweep)
         if "sweep" not in study.user_attrs:
             run_id = tracking.start(
                 experiment_id,
@@ -189,22 +193,40 @@ def _open(sweep: Sweep, settings: Settings, tracking: Tracking, experiment_id: s
             )
             study.set_user_attr("mlflow_run_id", run_id)
             _enqueue_controls(study, sweep)
-            study.set_user_attr("sweep", sweep.model_dump_json())
+            study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
     parent = tracking.read(study.user_attrs["mlflow_run_id"])
     tracking.log_text(parent.run_id, "sweep.json", sweep.model_dump_json(indent=2))
     return study, parent
 
 
+def _wait_for_set_up(study: optuna.Study) -> None:
+    """Another machine may have made the study a moment ago; if it died over that, this one finishes the job."""
+    deadline = time.monotonic() + SET_UP_SECONDS
+    while "sweep" not in study.user_attrs and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def _storage(settings: Settings) -> optuna.storages.BaseStorage:
     url = settings.storage_url
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except Exception as error:  # SQLAlchemy and the database's driver each raise their own
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise StudyError(
-            f"Optuna storage {without_credentials(url)}: {without_credentials(first)}; correct --storage, or start the database"
-        ) from None
+    for attempt in range(3):  # two machines that make the tables at the same moment disturb each other once
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except Exception as error:  # SQLAlchemy and the database's driver each raise their own
+            if attempt < 2 and "already exists" in str(error):
+                time.sleep(1)
+                continue
+            if isinstance(error, ImportError):
+                raise StudyError(
+                    f"--storage {without_credentials(url)} needs a driver that is not installed ({error}); "
+                    f"for PostgreSQL: pip install 'kdexp[postgresql]'"
+                ) from None
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise StudyError(
+                f"Optuna storage {without_credentials(url)}: {without_credentials(first)}; "
+                f"correct --storage, or start the database"
+            ) from None
+    raise AssertionError("unreachable")
 
 
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
@@ -222,13 +244,13 @@ def _check_same(study: optuna.Study, sweep: Sweep) -> None:
 
 def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
     own = {path: _stored(dimension, sweep.recipe.value(path)) for path, dimension in sweep.search.items()}
-    study.enqueue_trial(own, user_attrs={"control": "documented defaults"})
+    study.enqueue_trial(own, user_attrs={"control": "documented defaults"}, skip_if_exists=True)
     path = "distillation.alpha"
     labels_only = {key: value for key, value in own.items() if key != path}
     if path in sweep.search and 0.0 in sweep.search[path]:
         labels_only[path] = _stored(sweep.search[path], 0.0)
     # The override holds also where the search space has no alpha = 0 for Optuna to be told of.
-    study.enqueue_trial(labels_only, user_attrs={"control": "labels only", "overrides": {path: 0.0}})
+    study.enqueue_trial(labels_only, user_attrs={"control": "labels only", "overrides": {path: 0.0}}, skip_if_exists=True)
 
 
 def _stored(dimension: Choices | Range, value: Any) -> Any:
@@ -274,7 +296,14 @@ def _about(sweep: Sweep) -> str:
 
 
 def _done(study: optuna.Study) -> int:
-    return sum(trial.state in FINISHED for trial in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    return sum(trial.state.is_finished() and "over_budget" not in trial.user_attrs for trial in trials)
+
+
+def _begun_before(trials: list[FrozenTrial], number: int | None = None) -> int:
+    """How many trials (with a lower number) have begun within the budget."""
+    begun = (trial for trial in trials if trial.state != TrialState.WAITING and "over_budget" not in trial.user_attrs)
+    return sum(number is None or trial.number < number for trial in begun)
 
 
 def _quiet() -> None:
@@ -315,12 +344,17 @@ class _Worker:
                 if frozen.state == TrialState.RUNNING and not self._alive(frozen):
                     if (trial := self._adopt(study, frozen, tracking)) is not None:
                         return trial
-            begun = sum(frozen.state != TrialState.WAITING for frozen in trials)
+            begun = _begun_before(trials)
             if begun >= sweep.study.trials:
                 return None
             study.sampler = _sampler(sweep, begun)
             trial = study.ask()
             trial.set_user_attr("worker", self.name)
+            # Another machine, which this lock does not hold back, may have asked at the same moment.
+            if _begun_before(study.get_trials(deepcopy=False), trial.number) >= sweep.study.trials:
+                trial.set_user_attr("over_budget", True)
+                study.tell(trial, state=TrialState.FAIL)
+                return None
             return trial
 
     def others(self, study: optuna.Study) -> int:

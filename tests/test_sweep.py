@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from kdexp import KdexpError
 from kdexp import sweep as sweep_module
 from kdexp.config import Recipe, Selection, Sweep, flatten
+from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.train import train
 from kdexp.promote import candidates, gain, promote, sweep_of
@@ -197,7 +198,9 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
     versions = tracking.client.search_model_versions(f"name='{sweep.name}'")
     assert [v.run_id for v in versions] == [first.candidate.run_id]
     model = mlflow.pyfunc.load_model(tracking.client.get_model_version_by_alias(sweep.name, "smallest").source)
-    assert model.predict(torch.zeros(2, 1, 8, 8).numpy()).shape == (2, 10)
+    test = load_test(sweep.data)
+    logits = torch.tensor(model.predict(test.images.float().numpy()))
+    assert (logits.argmax(1) == test.labels).float().mean().item() == pytest.approx(first.test_accuracy)
     assert first.model == "models:/tiny@smallest"
 
 

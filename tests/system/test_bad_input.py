@@ -12,7 +12,10 @@ CASES = {
     "unknown key": (["sweep", "tiny.yaml", "--set", "distillation.beta=1"], "distillation.beta: unknown key"),
     "misspelt key": (["sweep", "tiny.yaml", "--set", "training.epoch=1"], "did you mean epochs?"),
     "wrong type": (["train", "tiny.yaml", "--set", "training.epochs=ten"], 'got "ten"; allowed: a whole number, at least 1'),
-    "alpha 1.5": (["train", "tiny.yaml", "--set", "distillation.alpha=1.5"], "got 1.5; allowed: a number, at least 0, at most 1"),
+    "alpha 1.5": (
+        ["train", "tiny.yaml", "--set", "distillation.alpha=1.5"],
+        "got 1.5; allowed: a number, at least 0, at most 1",
+    ),
     "temperature 0": (["train", "tiny.yaml", "--set", "distillation.temperature=0"], "got 0; allowed: a number, above 0"),
     "low above high": (
         ["sweep", "tiny.yaml", "--set", "search.distillation.alpha={low: 1, high: 0}"],
@@ -36,7 +39,10 @@ CASES = {
     "unknown architecture": (["train", "tiny.yaml", "--set", "student={architecture: resnet}"], "no network named 'resnet'"),
     "unknown run": (["reproduce", "0123456789abcdef0123456789abcdef"], "No run '0123456789abcdef0123456789abcdef'"),
     "unknown study": (["select", "nothing"], "No study 'nothing' in the embedded store"),
-    "unreachable tracking server": (["train", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:{port}"], "No MLflow server answers"),
+    "unreachable tracking server": (
+        ["train", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:{port}"],
+        "No MLflow server answers",
+    ),
     "unreachable storage": (
         ["sweep", "tiny.yaml", "--storage", "postgresql://me:secret@127.0.0.1:{port}/x"],
         "correct --storage",

@@ -66,7 +66,12 @@ def test_two_processes_share_a_study_and_the_last_one_selects(tiny_file: Path, t
     assert runs(tmp_path, "teacher") == {"FINISHED": 1}
     assert runs(tmp_path, "trial") == {"FINISHED": 6}
     assert sum("Selected: trial" in out for out, _ in outputs) >= 1
-    trained = [line.split()[1] for out, _ in outputs for line in out.splitlines() if line.startswith("trial ") and "parameters" in line and "val " in line]
+    trained = [
+        line.split()[1]
+        for out, _ in outputs
+        for line in out.splitlines()
+        if line.startswith("trial ") and "parameters" in line and "val " in line
+    ]
     assert sorted(int(number) for number in trained if number.isdigit()) == list(range(6))
 
 

@@ -1,0 +1,88 @@
+"""The documentation says what is true: every key, every command, every variable, and the two commands first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from kdexp.cli import app
+from kdexp.config import Sweep, flatten, load
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def annotated() -> str:
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL) if block.startswith("name:")]
+    return block
+
+
+def test_the_annotated_sweep_file_is_valid_and_shows_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(annotated())
+    defaults = Sweep(name="x")
+    sweep = load(path)
+    assert sweep.recipe == defaults.recipe
+    assert (sweep.study, sweep.selection) == (defaults.study, defaults.selection)
+
+
+def test_the_annotated_sweep_file_names_every_key() -> None:
+    written = yaml.safe_load(annotated())
+    shared = {f"teacher.{key}" for key in flatten(Sweep(name="x").training)}  # "and every key of training"
+    missing = []
+    for path in flatten(Sweep(name="x")):
+        node = written
+        for step in path.split("."):
+            node = node.get(step, missing) if isinstance(node, dict) else missing
+        if node is missing and path not in shared:
+            missing.append(path)
+    assert not missing
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) == 6
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_stands_in_the_guide(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    assert f"`kdexp {name}" in GUIDE
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            assert parameter.help, f"--{parameter.name} of {name} has no help"
+            assert parameter.opts[0] in GUIDE, f"{parameter.opts[0]} is not in the guide"
+            if parameter.envvar:
+                assert str(parameter.envvar) in GUIDE
+
+
+def test_the_two_commands_stand_on_the_readmes_first_screen() -> None:
+    first = "\n".join(README.splitlines()[:30])
+    assert "make sweep" in first
+    assert "make test" in first
+
+
+@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def test_every_link_and_sweep_file_that_a_document_names_exists(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (document.parent / target).exists(), target
+    for name in re.findall(r"sweeps/[\w.-]+\.yaml", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_constraints_hold_versions_only_and_a_matching_pair() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) > 100
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+", line) for line in lines)
+    pinned = dict(line.split("==") for line in lines)
+    torch, vision = (tuple(map(int, pinned[name].split(".")[:2])) for name in ("torch", "torchvision"))
+    assert vision == (0, torch[1] + 15), "torchvision 0.(n+15) belongs to torch 2.n"
