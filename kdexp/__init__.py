@@ -3,12 +3,13 @@
 The map of the package (imports point down only; tests/test_layers.py holds it to that):
 
     cli, screen                      parse and print
-    sweep · reproduce · promote      an Optuna study · a run trained again · the selected model
-    runner                           one trial, from recipe to finished MLflow run
-    tracking                         MLflow (the only file that knows it)
-    selection, plots, environment    pure helpers of the shell
+    sweep · reproduce · promote      a study's trials · a run trained again · the selected model
+    study · workers                  Optuna (the only file that knows it) · which processes are alive
+    runner                           one training, from recipe to finished MLflow run
+    tracking · ui                    MLflow (the only file that knows it) · its UI
+    selection, plots, environment    the selection rule · pictures · what a result depends on besides its recipe
     distill.{data, models, losses, train, evaluate, teacher}    plain PyTorch
-    config, settings                 what to run · where to run it
+    config, settings, reading        what to run · where to run it · text to config, or one clear line
 
 Importing `kdexp` imports nothing heavy.
 """

@@ -7,25 +7,20 @@ Everything here is frozen; unknown keys, wrong types and values out of range fai
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
-from kdexp import KdexpError
-from kdexp.explain import explain, nearest, show
+from kdexp.reading import ConfigError, assign, nearest, parse, show, validate
 
 __all__ = [
     "Augment",
@@ -55,12 +50,7 @@ SEARCHABLE = ("student", "distillation", "training")
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
 Size = Literal["parameters", "multiply_adds", "bytes"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-M = TypeVar("M", bound=BaseModel)
 Scalar = bool | int | float | str
-
-
-class ConfigError(KdexpError):
-    """A sweep file or a --set that cannot be run."""
 
 
 class Frozen(BaseModel):
@@ -194,8 +184,8 @@ class Recipe(Frozen):
         """The same with `values` at their dotted paths, validated again. Raises ConfigError."""
         tree = self.model_dump(mode="json")
         for path, value in values.items():
-            _assign(tree, path, value, source="recipe")
-        return _validate(type(self), tree, source="recipe")
+            assign(tree, path, value, source="recipe")
+        return validate(type(self), tree, source="recipe")
 
 
 # --- search, study, selection ------------------------------------------------------------------
@@ -309,31 +299,6 @@ class Sweep(Recipe):
 # --- reading -----------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML, with 3e-4 read as a number (YAML 1.2), duplicate keys refused, aliases refused."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported in sweep files")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=node.start_mark)
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     """The sweep file at `path` with `KEY=VALUE` overrides applied, whole and validated.
 
@@ -349,7 +314,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         raise ConfigError(f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    tree = _parse(text, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}")
     tree.setdefault("name", path.stem)
@@ -357,13 +322,13 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
-        _assign(tree, key.strip(), _parse(value, f"--set {override}"), source=f"--set {override}")
-    return _validate(Sweep, tree, source=str(path))
+        assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
+    return validate(Sweep, tree, source=str(path))
 
 
 def select_rule(rule: Selection, changes: Mapping[str, Any]) -> Selection:
     """A selection rule with changes, validated again. Raises ConfigError."""
-    return _validate(Selection, rule.model_dump(mode="json") | dict(changes), source="selection")
+    return validate(Selection, rule.model_dump(mode="json") | dict(changes), source="selection")
 
 
 def flatten(model: BaseModel) -> dict[str, Any]:
@@ -387,40 +352,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{source}: not valid YAML: {error.problem}{where}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-
-def _assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
-    *parents, last = path.split(".")
-    if parents and parents[0] == "search":  # search space keys hold dots themselves
-        parents, last = ["search"], path.removeprefix("search.")
-    for step in parents:
-        child = tree.setdefault(step, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{source}: {step} in {path} is a value, not a section")
-        tree = child
-    tree[last] = value
-
-
-def _validate(model: type[M], tree: Any, source: str) -> M:
-    try:
-        # Through JSON: strict types, yet lists may become tuples.
-        return model.model_validate_json(json.dumps(tree))
-    except TypeError as error:
-        raise ConfigError(f"{source}: holds a value that is neither text, number, list nor section: {error}") from None
-    except ValidationError as error:
-        problems = [explain(model, problem) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(problems))) from None
 
 
 def _nearest_file(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def configure(device: str, threads: int | None) -> Any:
         raise KdexpError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
     if threads:
         torch.set_num_threads(threads)
+    _code_version()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     return chosen
@@ -83,6 +85,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache  # the code of this process is that of its start, whatever is edited meanwhile
 def _code_version() -> str:
     """The commit of the source tree, with + where it has changes; the version alone where it is no checkout."""
     here = Path(__file__).resolve().parent

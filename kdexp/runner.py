@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from kdexp import KdexpError
@@ -103,7 +104,7 @@ def prepare(
     """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made."""
     splits = load_splits(recipe.data, settings.data_dir, device)
     teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights)
-    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, tracking, experiment_id))
+    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, settings, tracking, experiment_id))
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def started(
         parent=parent,
     )
     running = Running(run_id, recipe, prepared, tracking, size)
-    try:
+    with _closed(run_id, tracking):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
@@ -151,14 +152,7 @@ def started(
             tracking.log_files(run_id, folder)
         _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
         yield running
-        running.result = _close(running)
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
-        why = {"kdexp.state": "interrupted"} if interrupted else {"kdexp.state": "failed", "kdexp.error": str(error)[:500]}
-        with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
-            tracking.tag(run_id, why)
-            tracking.finish(run_id, "KILLED" if interrupted else "FAILED")
-        raise
+        running.result = _conclude(running)
 
 
 def describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
@@ -184,8 +178,8 @@ def describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
     )
 
 
-def _close(running: Running) -> Result:
-    """Final metrics, weights and curves on the run; then FINISHED."""
+def _conclude(running: Running) -> Result:
+    """Final metrics, weights and curves on the run."""
     tracking, run_id, kept, size = running.tracking, running.run_id, running.kept, running.size
     validation = running.prepared.splits.validation
     correct = kept.val_correct if kept else 0
@@ -237,15 +231,23 @@ def _close(running: Running) -> Result:
             "mlflow.note.content": f"{note}\n\n{describe(running.recipe, size, running.prepared)}",
         },
     )
-    tracking.finish(run_id, "FINISHED")
     return result
 
 
-def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, tracking: Tracking, experiment_id: str) -> str:
+def _teacher_run(
+    recipe: Recipe, teacher: CachedTeacher, splits: Splits, settings: Settings, tracking: Tracking, experiment_id: str
+) -> str:
     """The id of the teacher's own run in this store: its accuracy, curves and weights, recorded once."""
-    known = tracking.find("teacher", {"kdexp.weights_sha256": teacher.sha256, "kdexp.state": "complete"})
-    if known:
-        return known[0].run_id
+    with FileLock(settings.teachers / "run.lock"):  # processes that start together record it once
+        for run in tracking.find("teacher", {"kdexp.weights_sha256": teacher.sha256}):
+            if run.status == "FINISHED":
+                return run.run_id
+            if run.status == "RUNNING":  # whoever began it is gone: the lock is ours
+                tracking.finish(run.run_id, "KILLED")
+        return _record_teacher(recipe, teacher, splits, tracking, experiment_id)
+
+
+def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, tracking: Tracking, experiment_id: str) -> str:
     low, high = teacher.val_interval
     run_id = tracking.start(
         experiment_id,
@@ -261,26 +263,32 @@ def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trackin
             ),
         },
     )
-    for row in teacher.history:
-        tracking.log_metrics(run_id, {f"epoch/{name}": row[name] for name in row if name != "epoch"}, int(row["epoch"]))
-    tracking.log_metrics(
-        run_id,
-        {
-            "parameters": teacher.parameters,
-            "val_accuracy": teacher.val_accuracy,
-            "val_accuracy_low": low,
-            "val_accuracy_high": high,
-        },
-    )
-    with tempfile.TemporaryDirectory() as temporary:
+    with _closed(run_id, tracking), tempfile.TemporaryDirectory() as temporary:
+        for row in teacher.history:
+            tracking.log_metrics(run_id, {f"epoch/{name}": row[name] for name in row if name != "epoch"}, int(row["epoch"]))
+        measured = {"val_accuracy": teacher.val_accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
+        tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
         folder = Path(temporary)
         (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
         (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
         tracking.log_files(run_id, folder)
-    _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})
-    tracking.tag(run_id, {"kdexp.state": "complete"})
-    tracking.finish(run_id, "FINISHED")
+        _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})
     return run_id
+
+
+@contextmanager
+def _closed(run_id: str, tracking: Tracking) -> Iterator[None]:
+    """Close a run on the way out: FINISHED, KILLED where it was interrupted, FAILED with the reason."""
+    try:
+        yield
+        tracking.finish(run_id, "FINISHED")
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
+        why = {"kdexp.state": "interrupted"} if interrupted else {"kdexp.state": "failed", "kdexp.error": str(error)[:500]}
+        with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
+            tracking.tag(run_id, why)
+            tracking.finish(run_id, "KILLED" if interrupted else "FAILED")
+        raise
 
 
 def _log_datasets(tracking: Tracking, run_id: str, data: Data, splits: Mapping[str, Split]) -> None:

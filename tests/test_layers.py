@@ -13,7 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kdexp"
 LAYERS = {
     "kdexp": 0,
-    "kdexp.explain": 0,
+    "kdexp.files": 0,
+    "kdexp.reading": 0,
+    "kdexp.workers": 1,
     "kdexp.config": 1,
     "kdexp.settings": 0,
     "kdexp.environment": 1,
@@ -28,7 +30,8 @@ LAYERS = {
     "kdexp.distill.teacher": 5,
     "kdexp.tracking": 4,
     "kdexp.runner": 6,
-    "kdexp.sweep": 7,
+    "kdexp.study": 7,
+    "kdexp.sweep": 8,
     "kdexp.promote": 7,
     "kdexp.reproduce": 8,
     "kdexp.ui": 7,
@@ -37,7 +40,7 @@ LAYERS = {
     "kdexp.__main__": 11,
 }
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
-OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.sweep"}}
+OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.study"}}
 
 
 def modules() -> dict[str, Path]:

@@ -15,17 +15,17 @@ from conftest import CPU, tiny_sweep
 from safetensors.torch import load_file
 
 from kdexp import KdexpError
-from kdexp import sweep as sweep_module
 from kdexp.config import Recipe, Selection, Sweep, flatten
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
-from kdexp.distill.train import train
+from kdexp.distill.train import seed_of, train
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.reproduce import reproduce
 from kdexp.runner import EPOCH_METRICS, prepare, started
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, StudyError, TrialFinished, TrialStarted, run_sweep
+from kdexp.study import OpenStudy, StudyError
+from kdexp.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
 from kdexp.tracking import Tracking, TrackingError
 
 
@@ -232,8 +232,7 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_own_record(finished, tmp_path)
 def test_what_differs_is_named(finished, monkeypatch) -> None:
     sweep, settings, tracking, _, _ = finished
     run = tracking.find("trial", {"kdexp.study": sweep.name})[0]
-    real = sweep_module.seed_of
-    monkeypatch.setattr("kdexp.distill.train.seed_of", lambda seed, *purpose: real(seed + 1, *purpose))
+    monkeypatch.setattr("kdexp.distill.train.seed_of", lambda seed, *purpose: seed_of(seed + 1, *purpose))
     _, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
     assert not comparison.identical
     assert {d.what for d in comparison.differences} >= {"student weights", "loss, epoch 1"}
@@ -307,7 +306,7 @@ def test_a_trial_whose_run_was_closed_but_never_told_is_told_not_trained_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "_tell", killed)
+        patch.setattr(OpenStudy, "tell", killed)
         with pytest.raises(KeyboardInterrupt):
             drain(run_sweep(tiny, settings, tracking, CPU))
     events, _ = drain(run_sweep(tiny, settings, tracking, CPU))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -253,10 +254,11 @@ def _read_idx(file: Path | None, name: str, stem: str, archive_md5: str) -> np.n
     if md5 != expected and (name == "fashion_mnist" or file.suffix == ".gz"):
         raise DataError(f"{file}: corrupt: MD5 {md5}, expected {expected}; {again}")
     dimensions = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(content[4 : 4 + 4 * dimensions], ">u4").astype(int)
-    if not dimensions or len(content) != 4 + 4 * dimensions + int(shape.prod()):
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    if not dimensions or len(content) != start + math.prod(shape):
         raise DataError(f"{file}: not an idx file of unsigned bytes (or cut short); {again}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def _cifar10(folder: Path, train: bool) -> Raw:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +26,9 @@ from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.models import build, measure, weights_hash
 from kdexp.distill.train import EpochReport, Lane, train
+from kdexp.files import write_atomically
 
-__all__ = ["CacheProgress", "CachedTeacher", "TeacherError", "prepare_teacher", "read_weights", "write_atomically"]
+__all__ = ["CacheProgress", "CachedTeacher", "TeacherError", "prepare_teacher", "read_weights"]
 
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
 NESTS = ("model_state_dict", "state_dict", "model", "weights")
@@ -159,22 +158,6 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in expected}
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, then rename it there: whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
     state, history = None, []
     for (report,) in train([Lane(teacher, teacher, Distillation(alpha=0.0))], splits, data):
@@ -257,11 +240,3 @@ def _without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, T
             break
         state = {name.split(".", 1)[1]: value for name, value in state.items()}
     return state
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

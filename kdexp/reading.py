@@ -1,16 +1,88 @@
-"""A config's validation errors in one line each: the key, the value, what is allowed, the nearest valid name."""
+"""Text to a validated model, or one clear line per mistake: the key, the value, what is allowed, the nearest name."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel
+import yaml
+from pydantic import BaseModel, ValidationError
 
-__all__ = ["explain", "nearest", "show"]
+from kdexp import KdexpError
+
+__all__ = ["ConfigError", "assign", "explain", "nearest", "parse", "show", "validate"]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class ConfigError(KdexpError):
+    """A sweep file or a --set that cannot be run."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, with 3e-4 read as a number (YAML 1.2), duplicate keys refused, aliases refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported in sweep files")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse(text: str, source: str) -> Any:
+    """YAML as plain values. Raises ConfigError with line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{source}: not valid YAML: {error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set the value at a dotted path, making sections on the way. Raises ConfigError."""
+    *parents, last = path.split(".")
+    if parents and parents[0] == "search":  # search space keys hold dots themselves
+        parents, last = ["search"], path.removeprefix("search.")
+    for step in parents:
+        child = tree.setdefault(step, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{source}: {step} in {path} is a value, not a section")
+        tree = child
+    tree[last] = value
+
+
+def validate(model: type[M], tree: Any, source: str) -> M:
+    """Plain values as a model. Raises ConfigError, a line per mistake."""
+    try:
+        # Through JSON: strict types, yet lists may become tuples.
+        return model.model_validate_json(json.dumps(tree))
+    except TypeError as error:
+        raise ConfigError(f"{source}: holds a value that is neither text, number, list nor section: {error}") from None
+    except ValidationError as error:
+        problems = [explain(model, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(problems))) from None
 
 
 def explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:

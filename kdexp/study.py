@@ -1,0 +1,255 @@
+"""Optuna: the only file that knows it. A study on a storage, its controls, its trials, its verdicts.
+
+Trial 0 is the recipe's own values, trial 1 the same with alpha = 0: every study holds its baseline and its
+labels-only control. Optuna chooses what no trial has yet; which process trains it is settled here, so that
+any number of processes may run the same study, and what was interrupted keeps its trial number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import FrozenTrial, TrialState
+
+from kdexp import KdexpError
+from kdexp.config import Choices, Range, Recipe, Sweep, differences
+from kdexp.distill.train import EpochReport, seed_of
+from kdexp.runner import State
+from kdexp.settings import Settings, without_credentials
+from kdexp.workers import Worker
+
+__all__ = ["Ended", "OpenStudy", "StudyError", "Trial", "open_study"]
+
+CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
+SET_UP_SECONDS = 30.0
+
+Ended = tuple[State, float]
+"""How a trial's training ended, and its validation accuracy."""
+
+
+class StudyError(KdexpError):
+    """A study that cannot be opened or continued."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that this process is to train: Optuna's choice as a recipe."""
+
+    number: int
+    recipe: Recipe
+    control: str
+    """'documented defaults', 'labels only', or nothing."""
+    retried: bool
+    _trial: optuna.Trial
+    _reported: frozenset[int]
+
+    def link(self, run_id: str) -> None:
+        """Let Optuna know the trial's MLflow run."""
+        self._trial.set_user_attr("run_id", run_id)
+
+    def report(self, report: EpochReport) -> bool:
+        """Tell Optuna an epoch's validation accuracy; whether the trial should be pruned now."""
+        if report.finite and report.epoch not in self._reported:
+            self._trial.report(report.val_accuracy, report.epoch)
+        # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
+        known = report.epoch >= max(self._reported, default=0)
+        return known and self.number >= CONTROLS and report.epoch < report.epochs and self._trial.should_prune()
+
+
+class OpenStudy:
+    """A handle to one study, for one sweep file."""
+
+    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
+        self._study, self.sweep = study, sweep
+
+    @property
+    def parent_run(self) -> str:
+        """The id of the study's MLflow run."""
+        return str(self._study.user_attrs["mlflow_run_id"])
+
+    @property
+    def done(self) -> int:
+        """How many trials have ended."""
+        return sum(trial.state.is_finished() for trial in self._trials())
+
+    def next_trial(self, worker: Worker, ended: Callable[[int], Ended | None]) -> Trial | None:
+        """The next trial to train: one whose worker is gone, else a new one; None where the budget is used up.
+
+        `ended` says of a trial whose worker is gone how it ended, if it did (and cleans up after it if not).
+        """
+        with worker.turn:
+            for frozen in self._trials():
+                if frozen.state == TrialState.RUNNING and not worker.sees_alive(frozen.user_attrs.get("worker")):
+                    verdict = ended(frozen.number)
+                    if verdict is None:
+                        # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
+                        self._study.sampler = _sampler(self.sweep, frozen.number)
+                        return self._take(optuna.Trial(self._study, frozen._trial_id), worker, retried=True)
+                    self.tell(frozen.number, *verdict)
+            begun = self._begun()
+            if begun >= self.sweep.study.trials:
+                return None
+            self._study.sampler = _sampler(self.sweep, begun)
+            trial = self._study.ask()
+            # Another machine, which the turn does not hold back, may have asked at the same moment.
+            if self._begun(before=trial.number) >= self.sweep.study.trials:
+                trial.set_user_attr("over_budget", True)
+                self._study.tell(trial, state=TrialState.FAIL)
+                return None
+            return self._take(trial, worker, retried=False)
+
+    def tell(self, number: int, state: State, val_accuracy: float) -> None:
+        """A trial has ended."""
+        if state == "complete":
+            self._study.tell(number, val_accuracy)
+        else:
+            self._study.tell(number, state=TrialState.PRUNED)
+
+    def others(self, worker: Worker) -> int:
+        """How many trials other, living workers have under way."""
+        running = (trial for trial in self._trials() if trial.state == TrialState.RUNNING)
+        return sum(worker.sees_alive(trial.user_attrs.get("worker")) for trial in running)
+
+    def _take(self, trial: optuna.Trial, worker: Worker, retried: bool) -> Trial:
+        trial.set_user_attr("worker", worker.name)
+        values = {path: _suggest(trial, self.sweep, path) for path in self.sweep.search}
+        return Trial(
+            number=trial.number,
+            recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
+            control=trial.user_attrs.get("control", ""),
+            retried=retried,
+            _trial=trial,
+            _reported=frozenset(self._study.trials[trial.number].intermediate_values),
+        )
+
+    def _trials(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if "over_budget" not in trial.user_attrs]
+
+    def _begun(self, before: int | None = None) -> int:
+        """How many trials (of a lower number) have begun."""
+        begun = (trial for trial in self._trials() if trial.state != TrialState.WAITING)
+        return sum(before is None or trial.number < before for trial in begun)
+
+
+def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str]) -> OpenStudy:
+    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run. Raises StudyError."""
+    if not sweep.search:
+        raise StudyError(
+            f"search of '{sweep.name}' is empty: there is nothing to search over. Add a range or choices, for example "
+            f"distillation.alpha: {{low: 0.0, high: 1.0}}; or use kdexp train for a single run."
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    settings.stores.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
+        storage = _storage(settings)
+        try:
+            study = optuna.create_study(storage=storage, study_name=sweep.name, direction="maximize")
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=sweep.name)
+            _wait_for_set_up(study)
+        study.pruner = _pruner(sweep)
+        if "sweep" not in study.user_attrs:
+            study.set_user_attr("mlflow_run_id", new_parent_run())
+            _enqueue_controls(study, sweep)
+            study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
+    _check_same(study, sweep)
+    return OpenStudy(study, sweep)
+
+
+def _wait_for_set_up(study: optuna.Study) -> None:
+    """Another machine may have made the study a moment ago; if it died over that, this one finishes the job."""
+    deadline = time.monotonic() + SET_UP_SECONDS
+    while "sweep" not in study.user_attrs and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _check_same(study: optuna.Study, sweep: Sweep) -> None:
+    """A study continues only with the recipe and search space it began with; budget and rule may change."""
+    begun = Sweep.model_validate_json(study.user_attrs["sweep"])
+    free = {"study": begun.study.model_copy(update={"trials": sweep.study.trials}), "selection": sweep.selection}
+    changed = differences(begun.model_copy(update=free), sweep)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise StudyError(
+            f"Study '{sweep.name}' exists with another content: {changed[0]}{more}. Trials would not compare: give the "
+            f"sweep another name (--set name={sweep.name}-2), or set it back."
+        )
+
+
+def _storage(settings: Settings) -> optuna.storages.BaseStorage:
+    url = settings.storage_url
+    for attempt in range(3):  # two machines that make the tables at the same moment disturb each other once
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except Exception as error:  # SQLAlchemy and the database's driver each raise their own
+            if attempt < 2 and "already exists" in str(error):
+                time.sleep(1)
+                continue
+            if isinstance(error, ImportError):
+                raise StudyError(
+                    f"--storage {without_credentials(url)} needs a driver that is not installed ({error}); "
+                    f"for PostgreSQL: pip install 'kdexp[postgresql]'"
+                ) from None
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise StudyError(
+                f"Optuna storage {without_credentials(url)}: {without_credentials(first)}; "
+                f"correct --storage, or start the database"
+            ) from None
+    raise AssertionError("unreachable")
+
+
+def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
+    own = {path: _stored(dimension, sweep.recipe.value(path)) for path, dimension in sweep.search.items()}
+    study.enqueue_trial(own, user_attrs={"control": "documented defaults"}, skip_if_exists=True)
+    path = "distillation.alpha"
+    labels_only = {key: value for key, value in own.items() if key != path}
+    if path in sweep.search and 0.0 in sweep.search[path]:
+        labels_only[path] = _stored(sweep.search[path], 0.0)
+    # The override holds also where the search space has no alpha = 0 for Optuna to be told of.
+    study.enqueue_trial(labels_only, user_attrs={"control": "labels only", "overrides": {path: 0.0}}, skip_if_exists=True)
+
+
+def _stored(dimension: Choices | Range, value: Any) -> Any:
+    """A value as Optuna stores it: choices travel as JSON, because a list is no category to Optuna."""
+    return json.dumps(value) if isinstance(dimension, Choices) else value
+
+
+def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
+    dimension = sweep.search[path]
+    if isinstance(dimension, Choices):
+        return json.loads(trial.suggest_categorical(path, [_stored(dimension, choice) for choice in dimension.choices]))
+    whole = all(isinstance(value, int) for value in (dimension.low, dimension.high, sweep.recipe.value(path)))
+    suggest: Any = trial.suggest_int if whole else trial.suggest_float
+    step = {"step": dimension.step} if dimension.step is not None else {}
+    return suggest(path, dimension.low, dimension.high, log=dimension.log, **step)
+
+
+def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
+    """A sampler seeded by (study seed, trial number): proposals do not depend on when a study was interrupted."""
+    seed = seed_of(sweep.study.seed, "sampler", number) % 2**32
+    if sweep.study.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if sweep.study.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # liar: other workers' trials count as bad
+
+
+def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    return {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    }[sweep.study.pruner]()

@@ -1,0 +1,61 @@
+"""Which processes are alive: each worker holds a lock file while it lives, and the system frees it even after kill -9."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdexp.files import write_atomically
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """This process among those that share a folder of stores; a context manager that is alive inside."""
+
+    def __init__(self, stores: Path) -> None:
+        self.folder = stores / "workers"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.turn = FileLock(stores / ".ask.lock")
+        """Held by the one worker that is taking a trial."""
+        with self.turn:
+            self.place = _place(self.folder)
+        self.name = f"{uuid.uuid4().hex[:12]}@{self.place}"
+        self._lock = FileLock(self.folder / f"{self.name}.lock")
+
+    def __enter__(self) -> Worker:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        (self.folder / f"{self.name}.lock").unlink(missing_ok=True)
+
+    def sees_alive(self, name: str | None) -> bool:
+        """Whether another worker of that name lives. One of another folder may, for all that is known here."""
+        if name is None or name == self.name:
+            return False
+        if name.partition("@")[2] != self.place:
+            return True
+        path = self.folder / f"{name}.lock"
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+
+
+def _place(folder: Path) -> str:
+    """What names a folder of workers, whatever host or container it is seen from."""
+    file = folder / "place"
+    if not file.exists():
+        write_atomically(file, lambda path: path.write_text(uuid.uuid4().hex[:8]))
+    return file.read_text()
