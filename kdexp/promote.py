@@ -30,6 +30,7 @@ class Promotion:
 
     candidate: Candidate
     rule: Selection
+    val_interval: tuple[float, float]
     test_accuracy: float
     test_interval: tuple[float, float]
     test_samples: int
@@ -62,6 +63,7 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
     promotion = Promotion(
         candidate=chosen,
         rule=rule,
+        val_interval=(run.metrics["val_accuracy_low"], run.metrics["val_accuracy_high"]),
         test_accuracy=run.metrics["test_accuracy"],
         test_interval=(run.metrics["test_accuracy_low"], run.metrics["test_accuracy_high"]),
         test_samples=int(run.metrics["test_samples"]),

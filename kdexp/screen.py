@@ -139,7 +139,7 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
 
 def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
-    chosen, (low, high) = done.candidate, done.test_interval
+    chosen = done.candidate
     console.print()
     console.print(trials_table(trials, done.rule, chosen))
     if len(trials) > ROWS:
@@ -155,8 +155,8 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
     console.print(
         f"Selected: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
         f"{chosen.bytes:,} bytes\n"
-        f"          val accuracy  {percent(chosen.val_accuracy)}\n"
-        f"          test accuracy {percent(done.test_accuracy)} (95 % interval {100 * low:.2f} to {percent(high)}, "
+        f"          val accuracy  {percent(chosen.val_accuracy)} (95 % interval {_interval(done.val_interval)})\n"
+        f"          test accuracy {percent(done.test_accuracy)} (95 % interval {_interval(done.test_interval)}, "
         f"{done.test_samples:,} images, {look})\n"
         f"Run ID:   {chosen.run_id}",
         style="bold",
@@ -182,6 +182,10 @@ def comparison_table(comparison: Comparison) -> Table:
     for difference in [*comparison.differences[:ROWS], *comparison.environment]:
         table.add_row(difference.what, difference.original, difference.again)
     return table
+
+
+def _interval(pair: tuple[float, float]) -> str:
+    return f"{100 * pair[0]:.2f} to {percent(pair[1])}"
 
 
 def _values(recipe: Recipe) -> str:

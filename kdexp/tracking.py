@@ -19,7 +19,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from filelock import FileLock
 
-from kdexp import KdexpError
+from kdexp import KdexpError, __version__
 from kdexp.settings import Settings, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
@@ -35,6 +35,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 BATCH = 1000  # MLflow's limit of metrics in one request
 PARAMS = 100  # and of params
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
+    "mlflow.note.content": (
+        "Knowledge distillation: small *student* networks learn from a large *teacher*, in search of the smallest that "
+        "still meets an accuracy bar. `study …` holds its trials as child runs; open it for the selected model. "
+        "`teacher …` is the teacher's own training."
+    ),
+}
 
 
 class TrackingError(KdexpError):
@@ -86,7 +94,7 @@ class Tracking:
             return str(found.experiment_id)
         place = (self.artifacts / name).as_uri() if self.artifacts else None
         try:
-            return str(self.client.create_experiment(name, artifact_location=place))
+            return str(self.client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS))
         except mlflow.exceptions.MlflowException:  # another process made it just now
             found = self._do(self.client.get_experiment_by_name, name)
             if found is None:
@@ -103,7 +111,12 @@ class Tracking:
         parent: str | None = None,
     ) -> str:
         """A new run with its params and tags; its id."""
-        every = {"kdexp.kind": kind, **({"mlflow.parentRunId": parent} if parent else {}), **tags}
+        every = {
+            "kdexp.kind": kind,
+            "mlflow.source.name": f"kdexp {__version__}",
+            **({"mlflow.parentRunId": parent} if parent else {}),
+            **tags,
+        }
         run = self._do(self.client.create_run, experiment_id, tags=every, run_name=name)
         run_id = str(run.info.run_id)
         flat = [Param(key, _text(value)) for key, value in params.items()]

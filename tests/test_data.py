@@ -181,6 +181,10 @@ def break_file(raw: Path, how: str) -> None:
             file.write_bytes(content + b"x")
         case "no idx":
             file.write_bytes(b"PK" + content[2:])
+        case "torn header":
+            file.write_bytes(content[:9])
+        case "many dimensions":
+            file.write_bytes(b"\x00\x00\x08\xff" + content[4:])
         case "broken gzip":
             file.with_suffix(".gz").write_bytes(gzip.compress(content)[:-100])
         case "wrong gzip":
@@ -193,8 +197,19 @@ def break_file(raw: Path, how: str) -> None:
             (raw / "train-labels-idx1-ubyte").write_bytes(idx(np.full(40, 11, np.uint8)))
 
 
-BROKEN = ["empty", "cut short", "too long", "no idx", "broken gzip", "wrong gzip", "another archive", "fewer labels",
-          "label out of range"]  # fmt: skip
+BROKEN = [
+    "empty",
+    "cut short",
+    "too long",
+    "no idx",
+    "torn header",
+    "many dimensions",
+    "broken gzip",
+    "wrong gzip",
+    "another archive",
+    "fewer labels",
+    "label out of range",
+]
 
 
 @pytest.mark.parametrize("how", BROKEN)

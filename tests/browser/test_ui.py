@@ -33,7 +33,7 @@ def page_text(chromium: str, url: str, profile: Path, until: str) -> str:
         done = subprocess.run(
             [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1600,1400",
-             f"--user-data-dir={profile}", "--virtual-time-budget=30000", "--dump-dom", url],
+             f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", url],
             capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
         text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.S)))

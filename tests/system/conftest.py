@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -27,8 +28,15 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.fixture
+def migrated(tmp_path: Path, empty_store: Path) -> None:
+    """Spare the seconds that making an MLflow store takes, where that is not what is tested."""
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_store, tmp_path / "mlruns" / "mlflow.db")
+
+
+@pytest.fixture
 def kdexp(tmp_path: Path) -> Kdexp:
-    """Run kdexp in an empty folder: kdexp("sweep", "tiny.yaml") → the finished process."""
+    """Run kdexp in a folder of its own: kdexp("sweep", "tiny.yaml") → the finished process."""
 
     def run(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
         return subprocess.run(

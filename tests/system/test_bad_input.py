@@ -61,6 +61,7 @@ def closed_port() -> int:
         return int(free.getsockname()[1])
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_clear_line(kdexp, tiny_file: Path, tmp_path: Path, closed_port: int, name: str) -> None:
     raw = tmp_path / "broken" / "MNIST" / "raw"
