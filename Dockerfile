@@ -11,9 +11,9 @@ RUN useradd --create-home --uid 1000 kdexp \
 
 # The dependencies first: gigabytes that change only with these two files.
 WORKDIR /opt/kdexp
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt ./
 RUN mkdir -p kdexp/distill \
-    && touch kdexp/__init__.py kdexp/distill/__init__.py \
+    && touch README.md kdexp/__init__.py kdexp/distill/__init__.py \
     && pip install -c constraints.txt '.[postgresql]'
 
 COPY kdexp kdexp

@@ -252,10 +252,11 @@ def main() -> None:
     """The console script: every failure in one line on stderr, exit code not 0; --debug shows the traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    arguments = arguments or ["--help"]
     if arguments == ["--version"]:
         print(f"kdexp {__version__}")
         return
-    sys.path.insert(0, str(Path.cwd()))  # where architecture: package.module:callable is looked for
+    sys.path.append(str(Path.cwd()))  # where architecture: package.module:callable is looked for
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
@@ -334,5 +335,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"kdexp: {message}", file=sys.stderr)
+    from kdexp.settings import without_credentials  # whatever a library put into its message
+
+    print(f"kdexp: {without_credentials(message)}", file=sys.stderr)
     sys.exit(code)

@@ -7,6 +7,7 @@ Everything here is frozen; unknown keys, wrong types and values out of range fai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -207,10 +208,13 @@ class Range(Frozen):
             raise ValueError(f"a log range must start above 0, got low {self.low}")
         if self.step is not None and (self.log or self.step <= 0):
             raise ValueError("step must be positive and cannot be combined with log")
+        if isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, float):
+            raise ValueError(f"a range of whole numbers needs a whole step, got {self.step}")
         return self
 
     def __contains__(self, value: Any) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        inside = isinstance(value, int | float) and self.low <= value <= self.high
+        return inside and (self.step is None or math.isclose(((value - self.low) / self.step + 0.5) % 1, 0.5, abs_tol=1e-9))
 
     def ends(self) -> tuple[int | float, ...]:
         """The values that must be valid for all in between to be."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexp import __version__
+from kdexp.config import Recipe
 
 __all__ = ["configure", "differing", "record"]
 
@@ -37,19 +40,21 @@ def configure(device: str, threads: int | None) -> Any:
         raise KdexpError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
     if threads:
         torch.set_num_threads(threads)
-    _code_version()
+    _source(), _commit()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     return chosen
 
 
-def record(device: str) -> dict[str, str]:
+def record(device: str, recipe: Recipe) -> dict[str, str]:
     """This machine and code, as text by name; holds no paths, names of people or variables."""
     import torch
 
     return {
         "kdexp": __version__,
-        "code": _code_version(),
+        "source": _source(),
+        "commit": _commit(),
+        **_own_networks(recipe),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -86,14 +91,36 @@ def _cpu() -> str:
 
 
 @cache  # the code of this process is that of its start, whatever is edited meanwhile
-def _code_version() -> str:
-    """The commit of the source tree, with + where it has changes; the version alone where it is no checkout."""
+def _source() -> str:
+    """SHA-256 of the package's source files."""
+    digest = hashlib.sha256()
+    here = Path(__file__).resolve().parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(f"{path.relative_to(here)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _commit() -> str:
+    """The commit of kdexp's own checkout, with + where its package has changes; 'none' where it is installed."""
     here = Path(__file__).resolve().parent
     try:
+        _git("ls-files", "--error-unmatch", "__init__.py", folder=here)  # not somebody else's repository around us
         commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
         return f"{commit}+changes" if _git("status", "--porcelain", "--", ".", folder=here) else commit
     except (OSError, subprocess.SubprocessError):
-        return f"release {__version__}"
+        return "none"
+
+
+def _own_networks(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files that hold the recipe's own networks."""
+    found = {}
+    for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):
+        place = network.architecture.partition(":")[0]
+        file = getattr(sys.modules.get(place), "__file__", None) if ":" in network.architecture else None
+        if file:
+            found[f"{role} source"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return found
 
 
 def _git(*arguments: str, folder: Path) -> str:

@@ -9,9 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 
+from kdexp import KdexpError
 from kdexp.config import Recipe, Selection, Sweep
 from kdexp.distill.data import Split, load_splits, load_test
 from kdexp.distill.evaluate import evaluate
@@ -39,7 +41,7 @@ class Promotion:
     looks: int
     """How many models of this study have been looked at on test."""
     model: str
-    """Where MLflow loads it from: models:/name@alias."""
+    """Where MLflow loads it from: models:/name@alias; empty where the network cannot be exported."""
 
 
 def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:
@@ -47,6 +49,12 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
+    settings.stores.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.stores / ".promote.lock"):  # two workers that finish together look at test once
+        return _promote(study, rule, settings, tracking, device)
+
+
+def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:
     trials = candidates(study, tracking)
     chosen = select(trials, rule, study.tags["kdexp.study"])
     run = tracking.read(chosen.run_id)
@@ -155,7 +163,13 @@ def _register(run: RunRecord, study: RunRecord, rule: Selection, settings: Setti
     if version:
         tracking.alias(name, alias, version)
     else:
-        _log_model(run, settings, tracking)
+        try:
+            _log_model(run, settings, tracking)
+        except KdexpError:
+            raise
+        except Exception as error:  # torch.export refuses some networks, each in its own way
+            tracking.tag(run.run_id, {"kdexp.not_registered": str(error)[:500]})
+            return ""
         text = (
             f"Validation accuracy {run.metrics['val_accuracy']:.2%}, test accuracy {run.metrics['test_accuracy']:.2%}, "
             f"{int(run.metrics['parameters']):,} parameters. Takes pixels 0 to 255 as float32, gives logits."

@@ -28,6 +28,7 @@ TAGS = {
     "kdexp.train_sha256": "training data",
     "kdexp.validation_sha256": "validation data",
     "kdexp.teacher_sha256": "teacher weights",
+    "kdexp.logits_sha256": "teacher's logits",
     "kdexp.weights_sha256": "student weights",
 }
 
@@ -90,7 +91,7 @@ def reproduce(
             if report.epoch == epochs and epochs < report.epochs:
                 running.state = "pruned"
                 break
-    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, record(device.type)))
+    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, record(device.type, recipe)))
     tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
 
@@ -124,7 +125,7 @@ def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environm
     differences = [
         Difference(what, original.tags.get(tag, "—")[:16], again.tags.get(tag, "—")[:16])
         for tag, what in TAGS.items()
-        if original.tags.get(tag) != again.tags.get(tag)
+        if tag in original.tags and original.tags[tag] != again.tags.get(tag)
     ]
     compared = 0
     for name in COMPARED:

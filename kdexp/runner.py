@@ -27,7 +27,7 @@ from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
 from kdexp.distill.train import EpochReport, Lane, train
 from kdexp.environment import record
 from kdexp.plots import curves
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import Kind, Tracking
 
 __all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "describe", "prepare", "started"]
@@ -135,9 +135,10 @@ def started(
         tags={
             "kdexp.teacher_run": prepared.teacher_run,
             "kdexp.teacher_sha256": prepared.teacher.sha256,
+            "kdexp.logits_sha256": prepared.teacher.logits_sha256,
             "kdexp.train_sha256": train_split.fingerprint,
             "kdexp.validation_sha256": validation.fingerprint,
-            "mlflow.note.content": f"{describe(recipe, size, prepared)}\n\n*Training.*",
+            "mlflow.note.content": describe(recipe, size, prepared),
             **(tags or {}),
         },
         parent=parent,
@@ -147,7 +148,7 @@ def started(
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
-            (folder / "environment.json").write_text(json.dumps(record(train_split.labels.device.type), indent=2))
+            (folder / "environment.json").write_text(json.dumps(record(train_split.labels.device.type, recipe), indent=2))
             (folder / "model_summary.txt").write_text(summary(module, train_split))
             tracking.log_files(run_id, folder)
         _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
@@ -284,7 +285,11 @@ def _closed(run_id: str, tracking: Tracking) -> Iterator[None]:
         tracking.finish(run_id, "FINISHED")
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
-        why = {"kdexp.state": "interrupted"} if interrupted else {"kdexp.state": "failed", "kdexp.error": str(error)[:500]}
+        why = (
+            {"kdexp.state": "interrupted"}
+            if interrupted
+            else {"kdexp.state": "failed", "kdexp.error": without_credentials(str(error))[:500]}
+        )
         with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
             tracking.tag(run_id, why)
             tracking.finish(run_id, "KILLED" if interrupted else "FAILED")

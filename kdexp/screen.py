@@ -44,7 +44,7 @@ class Screen:
         self.current: TaskID | None = None
         self.done = 0
         self.best: Result | None = None
-        self.smallest: Result | None = None
+        self.smallest: int | None = None
         self.labels = ""
         self.teaching = False
 
@@ -90,9 +90,10 @@ class Screen:
         if self.best is None or result.val_accuracy > self.best.val_accuracy:
             self.best = result
         if self.rule and result.val_accuracy >= self.rule.accuracy_bar:
-            if self.smallest is None or result.size.parameters < self.smallest.size.parameters:
-                self.smallest = result
-        small = f", smallest over the bar {self.smallest.size.parameters:,}" if self.smallest else ""
+            size = int(getattr(result.size, self.rule.size))
+            if size <= min(self.rule.limit or size, self.smallest or size):
+                self.smallest = size
+        small = f", smallest over the bar {self.smallest:,}" if self.smallest else ""
         if self.study is not None:
             self.progress.update(self.study, completed=event.done, note=f"best val {percent(self.best.val_accuracy)}{small}")
 
@@ -170,7 +171,11 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
     console.print(
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
-        f'          mlflow.pytorch.load_model("{done.model}")   in Python'
+        + (
+            f'          mlflow.pytorch.load_model("{done.model}")   in Python'
+            if done.model
+            else "(not registered: torch.export cannot export this network; its weights are in the run)"
+        )
     )
 
 

@@ -37,5 +37,7 @@ class Settings:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the password of every URL in it masked: postgresql://me:***@host/db."""
-    return re.sub(r"(?<=://)([^/\s:@]*):[^/\s]*@", r"\1:***@", text)
+    """`text` with the secrets of every URL in it masked: postgresql://me:***@host/db, http://***@host, ?password=***."""
+    text = re.sub(r"://([^/\s:@?]*):[^\s@]*@", r"://\1:***@", text)
+    text = re.sub(r"://([^/\s:@?]+)@", r"://***@", text)
+    return re.sub(r"(?i)([?&](?:password|token|sslpassword)=)[^&\s'\"]*", r"\1***", text)

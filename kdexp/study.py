@@ -11,8 +11,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -23,14 +25,16 @@ from optuna.trial import FrozenTrial, TrialState
 from kdexp import KdexpError
 from kdexp.config import Choices, Range, Recipe, Sweep, differences
 from kdexp.distill.train import EpochReport, seed_of
+from kdexp.reading import validate
 from kdexp.runner import State
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers import Worker
 
-__all__ = ["Ended", "OpenStudy", "StudyError", "Trial", "open_study"]
+__all__ = ["Ended", "OpenStudy", "StudyError", "Trial", "check_study", "open_study"]
 
 CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
 SET_UP_SECONDS = 30.0
+UNSIGNED_SECONDS = 60.0
 
 Ended = tuple[State, float]
 """How a trial's training ended, and its validation accuracy."""
@@ -68,8 +72,8 @@ class Trial:
 class OpenStudy:
     """A handle to one study, for one sweep file."""
 
-    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
-        self._study, self.sweep = study, sweep
+    def __init__(self, study: optuna.Study, sweep: Sweep, on_this_machine: bool) -> None:
+        self._study, self.sweep, self._on_this_machine = study, sweep, on_this_machine
 
     @property
     def parent_run(self) -> str:
@@ -88,12 +92,13 @@ class OpenStudy:
         """
         with worker.turn:
             for frozen in self._trials():
-                if frozen.state == TrialState.RUNNING and not worker.sees_alive(frozen.user_attrs.get("worker")):
+                if frozen.state == TrialState.RUNNING and not self._alive(frozen, worker):
                     verdict = ended(frozen.number)
                     if verdict is None:
                         # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
                         self._study.sampler = _sampler(self.sweep, frozen.number)
-                        return self._take(optuna.Trial(self._study, frozen._trial_id), worker, retried=True)
+                        trial = optuna.Trial(self._study, frozen._trial_id)
+                        return self._take(trial, worker, frozen.intermediate_values)
                     self.tell(frozen.number, *verdict)
             begun = self._begun()
             if begun >= self.sweep.study.trials:
@@ -105,7 +110,8 @@ class OpenStudy:
                 trial.set_user_attr("over_budget", True)
                 self._study.tell(trial, state=TrialState.FAIL)
                 return None
-            return self._take(trial, worker, retried=False)
+            self._study.sampler = _sampler(self.sweep, trial.number)  # asks of the same moment propose different trials
+            return self._take(trial, worker, None)
 
     def tell(self, number: int, state: State, val_accuracy: float) -> None:
         """A trial has ended."""
@@ -117,18 +123,38 @@ class OpenStudy:
     def others(self, worker: Worker) -> int:
         """How many trials other, living workers have under way."""
         running = (trial for trial in self._trials() if trial.state == TrialState.RUNNING)
-        return sum(worker.sees_alive(trial.user_attrs.get("worker")) for trial in running)
+        return sum(self._alive(trial, worker) for trial in running)
 
-    def _take(self, trial: optuna.Trial, worker: Worker, retried: bool) -> Trial:
+    def bind(self, facts: Mapping[str, str]) -> None:
+        """All trials of a study share data and teacher: remember their hashes, or compare. Raises StudyError."""
+        known = self._study.user_attrs
+        for name, value in facts.items():
+            if known.get(name, value) != value:
+                raise StudyError(
+                    f"Study '{self.sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
+                    f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
+                    f"(--set name={self.sweep.name}-2)."
+                )
+            if name not in known:
+                self._study.set_user_attr(name, value)
+
+    def _alive(self, trial: FrozenTrial, worker: Worker) -> bool:
+        name = trial.user_attrs.get("worker")
+        if name is None and not self._on_this_machine and trial.datetime_start:  # asked for, not signed yet: where?
+            return (datetime.now() - trial.datetime_start).total_seconds() < UNSIGNED_SECONDS
+        return worker.sees_alive(name)
+
+    def _take(self, trial: optuna.Trial, worker: Worker, reported: Mapping[int, float] | None) -> Trial:
+        """Sign a trial; `reported` is what it had told when its former worker died, None for a new one."""
         trial.set_user_attr("worker", worker.name)
         values = {path: _suggest(trial, self.sweep, path) for path in self.sweep.search}
         return Trial(
             number=trial.number,
             recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
             control=trial.user_attrs.get("control", ""),
-            retried=retried,
+            retried=reported is not None,
             _trial=trial,
-            _reported=frozenset(self._study.trials[trial.number].intermediate_values),
+            _reported=frozenset(reported or ()),
         )
 
     def _trials(self) -> list[FrozenTrial]:
@@ -141,8 +167,8 @@ class OpenStudy:
         return sum(before is None or trial.number < before for trial in begun)
 
 
-def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str]) -> OpenStudy:
-    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run. Raises StudyError."""
+def check_study(sweep: Sweep, settings: Settings) -> None:
+    """Before any work: that there is something to search, and that a study of this name is this one. Raises StudyError."""
     if not sweep.search:
         raise StudyError(
             f"search of '{sweep.name}' is empty: there is nothing to search over. Add a range or choices, for example "
@@ -152,6 +178,16 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     settings.stores.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.stores / ".optuna.lock"):
+        storage = _storage(settings)
+    with suppress(KeyError):  # there is none yet
+        study = optuna.load_study(storage=storage, study_name=sweep.name)
+        if "sweep" in study.user_attrs:
+            _check_same(study, sweep)
+
+
+def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str]) -> OpenStudy:
+    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run. Raises StudyError."""
     with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
         storage = _storage(settings)
         try:
@@ -165,7 +201,7 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
             _enqueue_controls(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
-    return OpenStudy(study, sweep)
+    return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
 
 
 def _wait_for_set_up(study: optuna.Study) -> None:
@@ -177,7 +213,7 @@ def _wait_for_set_up(study: optuna.Study) -> None:
 
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
     """A study continues only with the recipe and search space it began with; budget and rule may change."""
-    begun = Sweep.model_validate_json(study.user_attrs["sweep"])
+    begun = validate(Sweep, json.loads(study.user_attrs["sweep"]), f"study '{sweep.name}', made by another version of kdexp")
     free = {"study": begun.study.model_copy(update={"trials": sweep.study.trials}), "selection": sweep.selection}
     changed = differences(begun.model_copy(update=free), sweep)
     if changed:
@@ -211,19 +247,24 @@ def _storage(settings: Settings) -> optuna.storages.BaseStorage:
 
 
 def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
+    """Trials 0 and 1, each once, also where another process died in the middle of this."""
     own = {path: _stored(dimension, sweep.recipe.value(path)) for path, dimension in sweep.search.items()}
-    study.enqueue_trial(own, user_attrs={"control": "documented defaults"}, skip_if_exists=True)
-    path = "distillation.alpha"
-    labels_only = {key: value for key, value in own.items() if key != path}
-    if path in sweep.search and 0.0 in sweep.search[path]:
-        labels_only[path] = _stored(sweep.search[path], 0.0)
-    # The override holds also where the search space has no alpha = 0 for Optuna to be told of.
-    study.enqueue_trial(labels_only, user_attrs={"control": "labels only", "overrides": {path: 0.0}}, skip_if_exists=True)
+    path, labels_only = "distillation.alpha", dict(own)
+    if path in sweep.search:
+        # Where the search space has no alpha = 0, Optuna is told the nearest there is; what is trained is 0.
+        labels_only[path] = _stored(sweep.search[path], min(sweep.search[path].ends(), key=abs))
+    there = {trial.user_attrs.get("control") for trial in study.get_trials(deepcopy=False)}
+    for control, values, overrides in (("documented defaults", own, {}), ("labels only", labels_only, {path: 0.0})):
+        if control not in there:
+            study.enqueue_trial(values, user_attrs={"control": control, "overrides": overrides})
 
 
 def _stored(dimension: Choices | Range, value: Any) -> Any:
     """A value as Optuna stores it: choices travel as JSON, because a list is no category to Optuna."""
-    return json.dumps(value) if isinstance(dimension, Choices) else value
+    if not isinstance(dimension, Choices):
+        return value
+    plain = tuple(value) if isinstance(value, list) else value
+    return json.dumps(next(choice for choice in dimension.choices if choice == plain))  # 5 where the recipe says 5.0
 
 
 def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:

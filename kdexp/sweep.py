@@ -16,7 +16,7 @@ from kdexp.distill.models import build
 from kdexp.distill.train import EpochReport
 from kdexp.runner import Prepared, Result, TeacherProgress, prepare, started
 from kdexp.settings import Settings
-from kdexp.study import Ended, OpenStudy, Trial, open_study
+from kdexp.study import Ended, OpenStudy, Trial, check_study, open_study
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
 
@@ -67,15 +67,18 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     generator to stop cleanly.
     """
     experiment_id = tracking.experiment(sweep.name)
-    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
-    tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
+    check_study(sweep, settings)
     prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device)
     _check_students(sweep, prepared)
-    yield TeacherReady(prepared, study.done)
+    # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
+    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
     with Worker(settings.stores) as worker:
-        tracking.finish(study.parent_run, "RUNNING")
         finished = False
         try:
+            study.bind(_facts(prepared))
+            tracking.finish(study.parent_run, "RUNNING")
+            tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
+            yield TeacherReady(prepared, study.done)
             while trial := study.next_trial(worker, lambda number: _ended(number, study, tracking)):
                 yield from _run_trial(trial, study, prepared, tracking, experiment_id)
             finished = True
@@ -122,6 +125,15 @@ def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
     return None
 
 
+def _facts(prepared: Prepared) -> dict[str, str]:
+    splits = prepared.splits
+    return {
+        "teacher": prepared.teacher.sha256,
+        "training data": splits.train.fingerprint,
+        "validation data": splits.validation.fingerprint,
+    }
+
+
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
     return tracking.start(
         experiment_id,
@@ -138,7 +150,7 @@ def _about(sweep: Sweep) -> str:
     return (
         f"A *study*: {sweep.study.trials} trials search {', '.join(f'`{path}`' for path in sweep.search)} for the smallest "
         f"student whose validation accuracy reaches **{rule.accuracy_bar:.2%}**{limit}. Each child run is one trial. "
-        f"Trial 0 is the documented defaults, trial 1 the same without the teacher (alpha = 0).\n\n*Running.*"
+        f"Trial 0 is the documented defaults, trial 1 the same without the teacher (alpha = 0)."
     )
 
 

@@ -25,6 +25,7 @@ from kdexp.settings import Settings, without_credentials
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow.exceptions
+import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
@@ -33,8 +34,7 @@ __all__ = ["Kind", "RunRecord", "Tracking", "TrackingError"]
 Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
-BATCH = 1000  # MLflow's limit of metrics in one request
-PARAMS = 100  # and of params
+PARAMS = 100  # MLflow's limit in one request
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
     "mlflow.note.content": (
@@ -68,7 +68,7 @@ class Tracking:
     def __init__(self, settings: Settings) -> None:
         self.url = settings.tracking_url
         self.shown = "the embedded store" if settings.tracking_uri is None else without_credentials(self.url)
-        self.artifacts = settings.stores.resolve() / "artifacts" if settings.tracking_uri is None else None
+        self.artifacts = None if self.url.startswith("http") else settings.stores.resolve() / "artifacts"
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if self.url.startswith("http"):
@@ -127,9 +127,7 @@ class Tracking:
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """These values at one step, in one request. The time stamp is fixed here, so a repeat stores nothing twice."""
         now = time.time_ns() // 1_000_000
-        batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        for first in range(0, len(batch), BATCH):
-            self._do(self.client.log_batch, run_id, metrics=batch[first : first + BATCH])
+        self._do(self.client.log_batch, run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -268,8 +266,6 @@ class Tracking:
 
     def _knock(self) -> None:
         """Fail in seconds where no server listens; MLflow itself would retry for minutes."""
-        import requests
-
         try:
             requests.get(self.url.rstrip("/") + "/health", timeout=10)
         except requests.RequestException as error:
@@ -281,7 +277,7 @@ class Tracking:
     def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
-        except mlflow.exceptions.MlflowException as error:
+        except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
             raise TrackingError(self._message(error)) from error
 
     def _message(self, error: Exception) -> str:

@@ -27,18 +27,21 @@ START_TIMEOUT = 120.0  # seconds; 8 on a quiet machine
 def serve(tracking: Tracking, port: int, console: Console) -> None:
     """Serve until Ctrl-C; where a tracking server is given, only print its pages. Raises KdexpError."""
     if tracking.url.startswith("http"):
-        for line in _pages(tracking, tracking.url.rstrip("/")):
+        for line in _pages(tracking, tracking.shown.rstrip("/")):
             console.print(line)
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
             raise KdexpError(f"Port {port} of {HOST} is taken; choose another: kdexp ui --port {port + 1}")
     address = f"http://{HOST}:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.url,
-               "--registry-store-uri", tracking.url, "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
     console.print(f"Starting the MLflow UI on {address} …")
+    # By the environment, not the command line: a URL may hold a password, and everyone can read command lines.
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": tracking.url, "MLFLOW_REGISTRY_STORE_URI": tracking.url}
     # A session of its own: MLflow starts further processes, and all of them must go when this one does.
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
     try:
         _wait(server, address)
         for line in _pages(tracking, address):

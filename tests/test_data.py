@@ -126,6 +126,18 @@ def test_a_plain_folder_of_classes_gets_a_test_split_of_its_own(tmp_path) -> Non
     assert len(load_splits(data, tmp_path).train) == 14
 
 
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_train_and_test_must_hold_the_same_classes(tmp_path, missing) -> None:
+    for part in ("train", "test"):
+        for label in ("cat", "dog", "fox"):
+            if (part, label) != (missing, "cat"):
+                save(tmp_path / part / label / "0.png", 1)
+    data = Data(dataset="image_folder", path=".", image_size=8)
+    for load in (load_splits, load_test):
+        with pytest.raises(DataError, match="only one of them has: cat"):
+            load(data, tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture"])
 def test_a_broken_picture_is_named(tmp_path, content) -> None:
     for label in ("x", "y"):
@@ -167,6 +179,12 @@ def test_unpacked_idx_files_are_read(tmp_path) -> None:
     splits = load_splits(Data(dataset="mnist"), tmp_path)
     assert len(splits.train) + len(splits.validation) == 40
     assert splits.train.classes[0] == "0 - zero"
+
+
+def test_missing_test_files_are_found_out_before_a_sweep_not_after(tmp_path) -> None:
+    (mnist_folder(tmp_path) / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte"):
+        load_splits(Data(dataset="mnist"), tmp_path)
 
 
 def break_file(raw: Path, how: str) -> None:

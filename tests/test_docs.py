@@ -70,6 +70,12 @@ def test_the_two_commands_stand_on_the_readmes_first_screen() -> None:
     assert "make test" in first
 
 
+def test_no_placeholder_is_left() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 3
+    assert not [document for document in documents if "@@" in document.read_text()]
+
+
 @pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
 def test_every_link_and_sweep_file_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text()

@@ -106,8 +106,10 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch) -> None:
         (Network(architecture="resnet18"), images(channels=1), "take 3 channels"),
         (Network(architecture="cnn", channels=(1,) * 5), images(), "halvings leave nothing"),
         (Network(architecture="alexnet"), images(), "cannot be built"),
-        (Network(architecture="torch.nn:Identity"), images(), "Identity|gives|cannot"),
-        (Network(architecture="fcn_resnet50"), images(), "no network named|gives"),
+        (Network(architecture="torch.nn:Identity"), images(), r"gives \(2, 3, 28, 28\) for 2 images, expected logits"),
+        (Network(architecture="builtins:dict"), images(), "made a dict, expected a torch.nn.Module"),
+        (Network(architecture="fcn_resnet50"), images(), "no network named 'fcn_resnet50'"),
+        (Network(architecture="vit_b_16"), images(), "cannot be built for"),
     ],
 )
 def test_what_does_not_fit_is_said(network, like, says) -> None:

@@ -12,10 +12,11 @@ import optuna
 import pytest
 import torch
 from conftest import CPU, tiny_sweep
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
 from kdexp.config import Recipe, Selection, Sweep, flatten
+from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.train import seed_of, train
@@ -372,15 +373,61 @@ def test_a_diverged_trial_ends_and_the_study_goes_on(tiny: Sweep, settings, trac
         promote(tracking.study("tiny"), wild.selection, settings, tracking, CPU)
 
 
-def test_the_labels_only_control_holds_where_alpha_is_not_searched(tiny: Sweep, settings, tracking) -> None:
-    for number, search in enumerate(({"low": 0.2, "high": 0.9}, None)):
-        tree = json.loads(tiny.model_dump_json()) | {"name": f"tiny{number}"}
-        tree["study"]["trials"] = 2
-        del tree["search"]["distillation.alpha"]
-        if search:
-            tree["search"]["distillation.alpha"] = search
-        events, _ = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
-        assert [e.recipe.distillation.alpha for e in events if isinstance(e, TrialStarted)] == [0.3, 0.0]
+@pytest.mark.parametrize(
+    ("alpha", "search"),
+    [
+        (0.3, {"low": 0.2, "high": 0.9}),
+        (0.3, None),
+        (0.0, {"low": 0.0, "high": 0.9}),
+        (1.0, {"choices": [1, 0.5]}),
+        (0.0, {"choices": [0, 1]}),
+    ],
+)
+def test_both_controls_are_trained_whatever_is_searched(tiny: Sweep, settings, tracking, alpha, search) -> None:
+    tree = json.loads(tiny.model_dump_json())
+    tree["study"]["trials"] = 2
+    tree["distillation"]["alpha"] = alpha
+    del tree["search"]["distillation.alpha"]
+    tree["search"]["distillation.temperature"] = {"choices": [1, 5]}  # whole numbers for a key that is none
+    if search:
+        tree["search"]["distillation.alpha"] = search
+    events, _ = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
+    assert [e.recipe.distillation.alpha for e in events if isinstance(e, TrialStarted)] == [alpha, 0.0]
+    assert [run.name for run in tracking.find("trial", {})] == ["trial 0 · documented defaults", "trial 1 · labels only"]
+
+
+def test_stopping_while_the_teacher_is_trained_leaves_no_run_and_no_study(tiny: Sweep, settings, tracking) -> None:
+    interrupt_at(run_sweep(tiny, settings, tracking, CPU), lambda event: True)
+    assert statuses(settings, "study") == statuses(settings, "trial") == statuses(settings, "teacher") == {}
+    corrected = tiny.replace({"training.epochs": 2})
+    events, _ = drain(run_sweep(corrected, settings, tracking, CPU))
+    assert sorted(e.number for e in events if isinstance(e, TrialFinished)) == [0, 1, 2, 3]
+
+
+def test_a_study_does_not_go_on_with_another_teacher(tiny: Sweep, settings, tracking, tmp_path) -> None:
+    _, prepared = drain(prepare(tiny.recipe, settings, tracking, tracking.experiment("x"), CPU))
+    checkpoint = tmp_path / "teacher.safetensors"
+    shutil.copy(prepared.teacher.weights, checkpoint)
+    given = tiny.replace({"teacher.weights": str(checkpoint)})
+    drain(run_sweep(given, settings, tracking, CPU))
+    state = load_file(checkpoint)
+    state["0.weight"] += 0.01
+    save_file(state, checkpoint)
+    with pytest.raises(StudyError, match="Study 'tiny' has trials with another teacher"):
+        drain(run_sweep(given, settings, tracking, CPU))
+    assert statuses(settings, "study")["RUNNING"] == 0
+
+
+def test_a_network_that_cannot_be_exported_is_selected_all_the_same(finished, monkeypatch) -> None:
+    sweep, settings, tracking, _, _ = finished
+
+    def refusing(*_: object) -> None:
+        raise RuntimeError("data-dependent control flow")
+
+    monkeypatch.setattr(Tracking, "log_model", refusing)
+    done = promote(tracking.study(sweep.name), Selection(accuracy_bar=0.0, goal="most_accurate"), settings, tracking, CPU)
+    assert done.test_accuracy > 0
+    assert tracking.read(done.candidate.run_id).tags["kdexp.selected"] == "most_accurate"
 
 
 def test_an_empty_search_is_refused_before_any_work(tiny: Sweep, settings, tracking) -> None:
@@ -415,8 +462,8 @@ def test_no_store_of_a_study_holds_a_test_figure_before_selection(tiny: Sweep, s
     def forbidden(*_: object) -> None:
         raise AssertionError("the search asked for the test split")
 
-    monkeypatch.setattr("kdexp.distill.data.load_test", forbidden)
-    monkeypatch.setattr("kdexp.promote.load_test", forbidden)
+    read = data_module._train_and_test
+    monkeypatch.setattr(data_module, "_train_and_test", lambda *args, test: forbidden() if test else read(*args, test=test))
     drain(run_sweep(tiny, settings, tracking, CPU))
     assert not rows(settings, "select * from metrics where key like 'test%'")
     assert not list(Path(settings.stores).rglob("*test*"))

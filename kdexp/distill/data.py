@@ -162,14 +162,16 @@ def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Spli
         root = folder / str(data.path)
         if not root.is_dir():
             raise DataError(f"data.path: no folder {root}; give --data-dir, or correct data.path")
-        if not (root / "train").is_dir():
+        if (root / "train").is_dir():
+            _check_same_classes(root)
+        else:
             return _cut(_split(_image_folder(root, data), data), data)
         return (
             _split(_image_folder(root / "train", data), data),
             _split(_image_folder(root / "test", data), data) if test else None,
         )
     if data.dataset == "cifar10":
-        read: Callable[[bool], Raw] = lambda train: _cifar10(folder, train)  # noqa: E731
+        read: Callable[[bool], Raw] = lambda train: _cifar10(folder, data_dir is None, train)  # noqa: E731
     else:
         name = data.dataset
         read = lambda train: _mnist_like(name, folder, data_dir is not None, train)  # noqa: E731
@@ -214,15 +216,17 @@ def _mnist_like(name: str, folder: Path, only_folder: bool, train: bool) -> Raw:
     from torchvision import datasets
 
     kind = {"fashion_mnist": datasets.FashionMNIST, "mnist": datasets.MNIST, "kmnist": datasets.KMNIST}[name]
-    stems = [f"{'train' if train else 't10k'}-{part}" for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    # All four, whichever are read now: a missing test file should not be found out after a whole sweep.
+    every = [f"{part}-{content}" for part in ("train", "t10k") for content in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    stems = every[:2] if train else every[2:]
     places = [folder / kind.__name__ / "raw", folder]
     if name == "fashion_mnist" and not only_folder:
         places.append(DEBIAN)
-    found = next((place for place in places if all(_idx_file(place, stem) for stem in stems)), None)
+    found = next((place for place in places if all(_idx_file(place, stem) for stem in every)), None)
     if found is None:
         if only_folder:
             raise DataError(
-                f"{name}: no {stems[0]}[.gz] in {places[0]} or {folder}; "
+                f"{name}: not all of {', '.join(every)} (or .gz) are in {places[0]} or {folder}; "
                 f"correct --data-dir (KDEXP_DATA_DIR), or leave it out to download"
             )
         _download(lambda: kind(folder, train=train, download=True), name, folder)
@@ -232,6 +236,14 @@ def _mnist_like(name: str, folder: Path, only_folder: bool, train: bool) -> Raw:
     if images.ndim != 3 or labels.ndim != 1:
         raise DataError(f"{found}: images have {images.ndim} dimensions and labels {labels.ndim}, expected 3 and 1")
     return images[:, None], labels, tuple(kind.classes)
+
+
+def _check_same_classes(root: Path) -> None:
+    """Labels are numbered by folder: train and test must have the same ones."""
+    train, test = (sorted(c.name for c in root.glob(f"{part}/*") if c.is_dir()) for part in ("train", "test"))
+    if train != test:
+        odd = ", ".join(sorted(set(train) ^ set(test)))
+        raise DataError(f"{root}: train/ and test/ must hold the same class folders; only one of them has: {odd}")
 
 
 def _idx_file(place: Path, stem: str) -> Path | None:
@@ -261,10 +273,10 @@ def _read_idx(file: Path | None, name: str, stem: str, archive_md5: str) -> np.n
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _cifar10(folder: Path, train: bool) -> Raw:
+def _cifar10(folder: Path, download: bool, train: bool) -> Raw:
     from torchvision.datasets import CIFAR10
 
-    dataset = _download(lambda: CIFAR10(folder, train=train, download=True), "cifar10", folder)
+    dataset = _download(lambda: CIFAR10(folder, train=train, download=download), "cifar10", folder)
     return dataset.data.transpose(0, 3, 1, 2), np.array(dataset.targets), tuple(dataset.classes)
 
 
@@ -280,7 +292,7 @@ def _download(make: Callable[[], object], name: str, folder: Path):  # type: ign
         hint = " or install the Debian package dataset-fashion-mnist" if name == "fashion_mnist" else ""
         first = str(error).splitlines()[0]
         raise DataError(
-            f"{name}: not found, and downloading it into {folder} failed ({first}); "
+            f"{name}: not in {folder}, and not to be had ({first}); "
             f"put its files into a folder in torchvision's layout and pass --data-dir{hint}"
         ) from None
 

@@ -54,7 +54,9 @@ def build(network: Network, like: Split) -> nn.Module:
         else:
             module = _torchvision(network.architecture, shape[0], classes)
         _check_fit(module, shape, classes, network.architecture)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a network of one's own may raise anything
         raise ModelError(f"{network.architecture}: cannot be built for {shape} images: {_first_line(error)}") from error
     return module
 
@@ -147,16 +149,19 @@ def _own(name: str):  # type: ignore[no-untyped-def]
     place, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(place), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"architecture: cannot import '{name}': {error}; write it as package.module:callable") from None
+    except Exception as error:  # the user's module is run, and may raise anything
+        raise ModelError(
+            f"architecture: cannot import '{name}': {_first_line(error)}; write it as package.module:callable"
+        ) from None
 
 
-def _check_fit(module: nn.Module, shape: tuple[int, int, int], classes: int, name: str) -> None:
-    """A batch of two through a copy without storage: cheap even for a large teacher."""
+def _check_fit(module: object, shape: tuple[int, int, int], classes: int, name: str) -> None:
+    """Two black images through it, as evaluation would."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name}: made a {type(module).__name__}, expected a torch.nn.Module")
-    params = {key: torch.empty_like(value, device="meta") for key, value in module.state_dict().items()}
-    out = torch.func.functional_call(module, params, (torch.empty(2, *shape, device="meta"),))
+    with torch.no_grad():
+        out = module.eval()(torch.zeros(2, *shape))
+    module.train()
     if not isinstance(out, Tensor) or out.shape != (2, classes):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ModelError(f"{name}: gives {got} for 2 images, expected logits of shape {(2, classes)}")

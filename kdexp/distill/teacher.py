@@ -51,6 +51,7 @@ class CachedTeacher:
     """What a student needs of its teacher, and what the record needs to know of it."""
 
     sha256: str
+    logits_sha256: str
     logits: Float16[Tensor, "views samples classes"]
     parameters: int
     val_correct: int
@@ -105,6 +106,7 @@ def prepare_teacher(
     history = tuple(json.loads((home / "history.json").read_text())) if (home / "history.json").exists() else ()
     return CachedTeacher(
         sha256=sha256,
+        logits_sha256=weights_hash({"logits": logits}),
         logits=logits.to(splits.train.labels.device),
         parameters=int(facts["parameters"]),
         val_correct=int(facts["val_correct"]),
@@ -207,7 +209,8 @@ def _open(cache: Path) -> tuple[Tensor, dict[str, str]]:
 
 @torch.no_grad()
 def _spot_check(module: nn.Module, split: Split, at: Tensor, logits: Tensor, cache: Path) -> None:
-    generator = torch.Generator().manual_seed(len(split))
+    generator = torch.Generator()
+    generator.seed()  # other pairs at every start
     sample = torch.randint(len(split), (SPOT_CHECKS,), generator=generator)
     view = torch.randint(len(at), (SPOT_CHECKS,), generator=generator)
     device = split.labels.device

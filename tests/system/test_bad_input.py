@@ -69,7 +69,7 @@ def closed_port() -> int:
 def test_bad_input_is_one_clear_line(kdexp_here, tiny_file: Path, tmp_path: Path, closed_port: int, name: str) -> None:
     raw = tmp_path / "broken" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for stem in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+    for stem in (f"{part}-{content}" for part in ("train", "t10k") for content in ("images-idx3-ubyte", "labels-idx1-ubyte")):
         (raw / stem).write_bytes(b"\x00\x00\x08\x03garbage")
     torch.save({"0.weight": torch.zeros(3, 1, 3, 3)} | other_names(), tmp_path / "other.pt")
     arguments, says = CASES[name]
