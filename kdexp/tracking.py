@@ -34,6 +34,7 @@ __all__ = ["Kind", "RunRecord", "Tracking", "TrackingError"]
 Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
+RACES = 5
 PARAMS = 100  # MLflow's limit in one request
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
@@ -167,7 +168,15 @@ class Tracking:
             source=json.dumps({"dataset": name, "split": role, "sha256": fingerprint}),
             profile=json.dumps(profile),
         )
-        self._do(self.client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", role)])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", role)])]
+        for attempt in range(RACES):
+            try:
+                return self._do(self.client.log_inputs, run_id, inputs)
+            except TrackingError as error:
+                # MLflow looks a dataset up, then inserts it: two processes that log it together collide once.
+                if "IntegrityError" not in str(error) or attempt == RACES - 1:
+                    raise
+                time.sleep(0.2 * (attempt + 1))
 
     def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]) -> None:
         """Close a run (or open it again: RUNNING)."""

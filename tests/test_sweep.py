@@ -12,6 +12,7 @@ import optuna
 import pytest
 import torch
 from conftest import CPU, tiny_sweep
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
@@ -153,6 +154,22 @@ def test_datasets_are_recorded_as_inputs_and_the_test_split_is_not_among_them(fi
     for run_id in untested:
         inputs = tracking.client.get_run(run_id).inputs.dataset_inputs
         assert "test" not in {tag.value for one in inputs for tag in one.tags}
+
+
+def test_a_dataset_that_another_process_logs_at_the_same_moment_is_logged_all_the_same(tracking, monkeypatch) -> None:
+    run_id = tracking.start(tracking.experiment("x"), "train", "x", {}, {})
+    real, calls = tracking.client.log_inputs, []
+
+    def colliding(*args):
+        calls.append(args)
+        if len(calls) < 3:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id")
+        return real(*args)
+
+    monkeypatch.setattr(tracking.client, "log_inputs", colliding)
+    tracking.log_dataset(run_id, "digits", "training", "0" * 64, {"samples": 3})
+    assert len(calls) == 3
+    assert [i.dataset.name for i in tracking.client.get_run(run_id).inputs.dataset_inputs] == ["digits-training"]
 
 
 def test_the_teacher_has_one_run_of_its_own_with_its_accuracy(finished) -> None:

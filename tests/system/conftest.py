@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import tiny_sweep
 
+# A shell's background jobs, and all they start, ignore Ctrl-C; what is started here must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 Kdexp = Callable[..., subprocess.CompletedProcess]
 
 

@@ -95,7 +95,7 @@ def test_two_machines_share_a_study(postgresql: str, mlflow_server: str, tiny_fi
             )
         )
     outputs = [machine.communicate(timeout=400) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(errors for _, errors in outputs)
     study = optuna.load_study(study_name="tiny", storage=postgresql)
     assert [trial.state.name for trial in study.trials[:6]] == ["COMPLETE"] * 6
     assert study.trials[0].user_attrs["control"] == "documented defaults"
