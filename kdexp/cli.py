@@ -114,7 +114,7 @@ def train(
     console = _console()
     from kdexp.environment import configure
     from kdexp.runner import prepare, started
-    from kdexp.screen import Screen, percent, teacher_line
+    from kdexp.screen import Screen, interval, percent, teacher_line
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
@@ -129,10 +129,9 @@ def train(
     assert result is not None
     if result.state == "diverged":
         raise KdexpError(f"The training diverged in epoch {result.epochs}: lower training.learning_rate (run {result.run_id}).")
-    low, high = result.val_interval
     console.print(
-        f"{result.size.parameters:,} parameters, val accuracy {percent(result.val_accuracy)} (95 % interval {100 * low:.2f} "
-        f"to {percent(high)}), weights of epoch {result.kept_epoch}\nRun ID:   {result.run_id}\n\n"
+        f"{result.size.parameters:,} parameters, val accuracy {percent(result.val_accuracy)} (95 % interval "
+        f"{interval(result.val_interval)}), weights of epoch {result.kept_epoch}\nRun ID:   {result.run_id}\n\n"
         f"Next:     kdexp ui\n          kdexp reproduce {result.run_id}"
     )
 
@@ -153,16 +152,15 @@ def teacher(
     console = _console()
     from kdexp.environment import configure
     from kdexp.runner import prepare
-    from kdexp.screen import Screen, percent, teacher_line
+    from kdexp.screen import Screen, interval, teacher_line
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     with Screen(console) as screen:
         prepared = yield_all(prepare(config.recipe, settings, tracking, tracking.experiment(config.name), chosen), screen)
-    low, high = prepared.teacher.val_interval
     console.print(teacher_line(prepared.teacher))
     console.print(
-        f"          95 % interval {100 * low:.2f} to {percent(high)}; weights {prepared.teacher.weights}\n"
+        f"          95 % interval {interval(prepared.teacher.val_interval)}; weights {prepared.teacher.weights}\n"
         f"Run ID:   {prepared.teacher_run}\n\nNext:     kdexp sweep {file}"
     )
 

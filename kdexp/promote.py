@@ -58,11 +58,12 @@ def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tr
     trials = candidates(study, tracking)
     chosen = select(trials, rule, study.tags["kdexp.study"])
     run = tracking.read(chosen.run_id)
+    recipe = recipe_of(run, tracking)
     new_look = "test_accuracy" not in run.metrics
     if new_look:
-        _look_at_test(run, study, settings, tracking, device)
+        _look_at_test(run, recipe, study, settings, tracking, device)
         run = tracking.read(chosen.run_id)
-    model = _register(run, study, rule, settings, tracking)
+    model = _register(run, recipe, study, rule, settings, tracking)
     for other in tracking.find("trial", {"kdexp.study": study.tags["kdexp.study"], "kdexp.selected": rule.goal}):
         if other.run_id != chosen.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
@@ -111,11 +112,10 @@ def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
         return Sweep.model_validate_json(tracking.download(study.run_id, "sweep.json", Path(temporary)).read_text())
 
 
-def load_student(run: RunRecord, like: Split, tracking: Tracking) -> nn.Module:
-    """The student of a finished run, from its record alone."""
+def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:
+    """The student of a finished run, whose recipe this is, with its recorded weights."""
+    module = build(recipe.student, like)
     with tempfile.TemporaryDirectory() as temporary:
-        recipe = recipe_of(run, tracking)
-        module = build(recipe.student, like)
         module.load_state_dict(load_file(tracking.download(run.run_id, "weights.safetensors", Path(temporary))))
     return module.eval()
 
@@ -132,10 +132,11 @@ def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
     return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
 
 
-def _look_at_test(run: RunRecord, study: RunRecord, settings: Settings, tracking: Tracking, device: torch.device) -> None:
-    recipe = recipe_of(run, tracking)
+def _look_at_test(
+    run: RunRecord, recipe: Recipe, study: RunRecord, settings: Settings, tracking: Tracking, device: torch.device
+) -> None:
     test = load_test(recipe.data, settings.data_dir, device)
-    module = load_student(run, test, tracking).to(device)
+    module = load_student(run, recipe, test, tracking).to(device)
     result = evaluate(module, test)
     low, high = result.interval
     tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
@@ -156,7 +157,7 @@ def _look_at_test(run: RunRecord, study: RunRecord, settings: Settings, tracking
     tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
 
 
-def _register(run: RunRecord, study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
+def _register(run: RunRecord, recipe: Recipe, study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
     """Register the run's student (once) and point the alias to it; the address MLflow loads it from."""
     name, alias = study.tags["kdexp.study"], rule.goal.replace("_", "-")
     version = run.tags.get("kdexp.model_version")
@@ -164,7 +165,7 @@ def _register(run: RunRecord, study: RunRecord, rule: Selection, settings: Setti
         tracking.alias(name, alias, version)
     else:
         try:
-            _log_model(run, settings, tracking)
+            _log_model(run, recipe, settings, tracking)
         except KdexpError:
             raise
         except Exception as error:  # torch.export refuses some networks, each in its own way
@@ -179,10 +180,9 @@ def _register(run: RunRecord, study: RunRecord, rule: Selection, settings: Setti
     return f"models:/{name}@{alias}"
 
 
-def _log_model(run: RunRecord, settings: Settings, tracking: Tracking) -> None:
-    recipe = recipe_of(run, tracking)
+def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> None:
     like = load_splits(recipe.data, settings.data_dir).train.take(torch.arange(2))  # what the network's input is like
-    module = FromPixels(load_student(run, like, tracking), like).eval()
+    module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
     tracking.log_model(run.run_id, module, example)
 

@@ -30,7 +30,7 @@ from kdexp.plots import curves
 from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import Kind, Tracking
 
-__all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "describe", "prepare", "started"]
+__all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "prepare", "started"]
 
 State = Literal["complete", "pruned", "diverged"]
 EPOCH_METRICS = (
@@ -60,7 +60,6 @@ class Result:
     val_interval: tuple[float, float]
     kept_epoch: int
     epochs: int
-    weights_sha256: str
 
 
 @dataclass
@@ -138,7 +137,7 @@ def started(
             "kdexp.logits_sha256": prepared.teacher.logits_sha256,
             "kdexp.train_sha256": train_split.fingerprint,
             "kdexp.validation_sha256": validation.fingerprint,
-            "mlflow.note.content": describe(recipe, size, prepared),
+            "mlflow.note.content": _describe(recipe, size, prepared),
             **(tags or {}),
         },
         parent=parent,
@@ -156,7 +155,7 @@ def started(
         running.result = _conclude(running)
 
 
-def describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
+def _describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
     """A run's description for someone who has never seen kdexp, in Markdown."""
     how, training, teacher = recipe.distillation, recipe.training, prepared.teacher
     return "\n".join(
@@ -194,7 +193,6 @@ def _conclude(running: Running) -> Result:
         val_interval=(low, high),
         kept_epoch=kept.epoch if kept else 0,
         epochs=len(running.history),
-        weights_sha256=sha256,
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -229,7 +227,7 @@ def _conclude(running: Running) -> Result:
         {
             "kdexp.state": running.state,
             "kdexp.weights_sha256": sha256,
-            "mlflow.note.content": f"{note}\n\n{describe(running.recipe, size, running.prepared)}",
+            "mlflow.note.content": f"{note}\n\n{_describe(running.recipe, size, running.prepared)}",
         },
     )
     return result

@@ -215,13 +215,9 @@ class Tracking:
                 ) from None
             raise TrackingError(self._message(error)) from error
 
-    def find(self, kind: Kind, tags: Mapping[str, str], experiment: str | None = None) -> list[RunRecord]:
-        """The runs of a kind with these tags, oldest first; of one experiment, or of all."""
-        if experiment is None:
-            experiments = [str(found.experiment_id) for found in self._do(self.client.search_experiments)]
-        else:
-            named = self._do(self.client.get_experiment_by_name, experiment)
-            experiments = [str(named.experiment_id)] if named else []
+    def find(self, kind: Kind, tags: Mapping[str, str]) -> list[RunRecord]:
+        """The runs of a kind with these tags, oldest first, of every experiment."""
+        experiments = [str(found.experiment_id) for found in self._do(self.client.search_experiments)]
         quoted = [f"tags.`{key}` = '{value}'" for key, value in {"kdexp.kind": kind, **tags}.items()]
         runs: list[Run] = []
         token: str | None = None

@@ -149,7 +149,6 @@ def pixels(
 
 # --- reading -----------------------------------------------------------------------------------
 
-Images = UInt8[np.ndarray, "samples channels height width"]
 Raw = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 
 
