@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from kdexp import KdexpError, __version__
+from kdexp.settings import Settings, in_one_line, without_credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kdexp.config import Sweep
-    from kdexp.settings import Settings
     from kdexp.tracking import Tracking
 
 app = typer.Typer(
@@ -51,6 +51,10 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(envvar="KDEXP_THREADS", min=1, help="CPU threads; default: torch's own, for reproduce the run's."),
 ]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(envvar="KDEXP_WORKERS", min=1, help="Trials side by side; default: one per core, on a GPU one."),
+]
 DEFAULT_STORES = Path("mlruns")
 
 
@@ -66,6 +70,7 @@ def _root(
 def sweep(
     file: SweepFile,
     trials: Annotated[Optional[int], typer.Option(min=1, help="How many trials the study has in all.")] = None,  # noqa: UP045
+    workers: Workers = None,
     overrides: Overrides = None,
     stores: Stores = DEFAULT_STORES,
     storage: Storage = None,
@@ -76,8 +81,9 @@ def sweep(
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
     config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
-    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads)
+    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads, workers)
     console = _console()
+    from kdexp.crew import CrewError
     from kdexp.environment import configure
     from kdexp.screen import Screen
     from kdexp.sweep import run_sweep
@@ -90,8 +96,10 @@ def sweep(
             others = yield_all(events, screen)
     except KeyboardInterrupt:
         raise KdexpError(
-            f"Stopped; finished trials are kept, the one under way is trained again. Continue with the same command: {_again()}"
+            f"Stopped; finished trials are kept, those under way are trained again. Continue with the same command: {_again()}"
         ) from None
+    except CrewError as error:
+        raise KdexpError(f"{error} Continue with the same command: {_again()}") from error
     if others:
         console.print(f"{others} trials are still being trained by other processes; the last one to finish selects the model.")
         return
@@ -120,7 +128,7 @@ def train(
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     experiment = tracking.experiment(config.name)
     with Screen(console) as screen:
-        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen), screen)
+        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen, training=config.training), screen)
         console.print(teacher_line(prepared.teacher))
         with started(config.recipe, prepared, tracking, experiment, "train", f"train {config.name}") as running:
             for report in running.epochs():
@@ -157,7 +165,8 @@ def teacher(
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     with Screen(console) as screen:
-        prepared = yield_all(prepare(config.recipe, settings, tracking, tracking.experiment(config.name), chosen), screen)
+        experiment, shared = tracking.experiment(config.name), config.shared_training
+        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen, training=shared), screen)
     console.print(teacher_line(prepared.teacher))
     console.print(
         f"          95 % interval {interval(prepared.teacher.val_interval)}; weights {prepared.teacher.weights}\n"
@@ -260,22 +269,12 @@ def main() -> None:
         sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         _fail(f"Stopped. To start again: {_again()}", 130)
-    except KdexpError as error:
-        if debug:
-            raise
-        _fail(str(error), 130 if str(error).startswith("Stopped") else 1)
-    except OSError as error:
-        if debug:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
             _fail(f"{error.format_message()} See kdexp --help.", getattr(error, "exit_code", 2))
         if debug:
             raise
-        first = str(error).splitlines()[0] if str(error) else ""
-        _fail(f"Unexpected {type(error).__name__}: {first} (--debug shows where; please report it)", 1)
+        _fail(in_one_line(error), 130 if str(error).startswith("Stopped") else 1)
 
 
 def yield_all(events: Any, screen: Any) -> Any:
@@ -311,11 +310,15 @@ def _load(file: Path, overrides: list[str] | None) -> Sweep:
 
 
 def _settings(
-    stores: Path, storage: str | None, tracking_uri: str | None, data_dir: Path | None, device: str, threads: int | None
+    stores: Path,
+    storage: str | None,
+    tracking_uri: str | None,
+    data_dir: Path | None,
+    device: str,
+    threads: int | None,
+    workers: int | None = 1,
 ) -> Settings:
-    from kdexp.settings import Settings
-
-    return Settings(stores, storage, tracking_uri, data_dir, device, threads)
+    return Settings(stores, storage, tracking_uri, data_dir, device, threads, workers)
 
 
 def _console() -> Console:
@@ -333,7 +336,5 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from kdexp.settings import without_credentials  # whatever a library put into its message
-
-    print(f"kdexp: {without_credentials(message)}", file=sys.stderr)
+    print(f"kdexp: {without_credentials(message)}", file=sys.stderr)  # whatever a library put into its message
     sys.exit(code)

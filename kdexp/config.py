@@ -276,6 +276,12 @@ class Sweep(Recipe):
         """The file's own values: what trial 0 trains."""
         return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
 
+    @property
+    def shared_training(self) -> Training | None:
+        """The training whose seed and epochs all trials share; None where they are searched over."""
+        deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
+        return None if deciding & self.search.keys() else self.training
+
     @model_validator(mode="after")
     def _search_fits_the_recipe(self) -> Self:
         leaves = flatten(self.recipe)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from kdexp import KdexpError
+from kdexp.distill.execution import compiles
+from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
 from kdexp.environment import differing, record
 from kdexp.promote import recipe_of
@@ -73,8 +75,11 @@ def reproduce(
         recorded = json.loads(tracking.download(run_id, "environment.json", Path(temporary)).read_text())
         if settings.threads is None:
             torch.set_num_threads(int(recorded["threads"]))  # another count sums in another order
+        how, place = Execution.recorded(recorded)
+        how = replace(how, compiled=how.compiled and compiles(str(device)))
         weights = _teacher_weights(original, tracking, Path(temporary))
-        prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights)
+        training = recipe.training if original.tags.get("kdexp.logits_per") == "epoch" else None
+        prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights, training)
     epochs = int(original.metrics["epochs_trained"])
     with started(
         recipe,
@@ -85,13 +90,16 @@ def reproduce(
         f"{original.name} · again",
         parent=run_id,
         tags={"kdexp.reproduces": run_id},
+        how=how,
+        place=place,
     ) as running:
         for report in running.epochs():
             yield report
             if report.epoch == epochs and epochs < report.epochs:
                 running.state = "pruned"
                 break
-    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, record(device.type, recipe)))
+    environment = {**record(device.type, recipe), **how.record(place)}
+    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, environment))
     tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
 

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,16 +21,18 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from kdexp import KdexpError
-from kdexp.config import Data, Recipe, flatten
-from kdexp.distill.data import Split, Splits, load_splits
+from kdexp.config import Data, Recipe, Training, flatten
+from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.evaluate import wilson_interval
+from kdexp.distill.execution import choose
 from kdexp.distill.models import Size, build, measure, summary, weights_hash
+from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
-from kdexp.distill.train import EpochReport, Lane, train
+from kdexp.distill.train import EpochReport, train
 from kdexp.environment import record
 from kdexp.plots import curves
 from kdexp.settings import Settings, without_credentials
-from kdexp.tracking import Kind, Tracking
+from kdexp.tracking import EpochMetrics, Kind, Tracking
 
 __all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "prepare", "started"]
 
@@ -36,6 +40,7 @@ State = Literal["complete", "pruned", "diverged"]
 EPOCH_METRICS = (
     "loss", "distillation_loss", "student_loss", "val_accuracy", "val_loss", "learning_rate", "seconds",
 )  # fmt: skip
+DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
 TeacherProgress = EpochReport | CacheProgress
 
 
@@ -47,6 +52,12 @@ class Prepared:
     splits: Splits
     teacher: CachedTeacher
     teacher_run: str
+
+    @property
+    def source(self) -> Source:
+        """What batches of labelled images are gathered from."""
+        train = self.splits.train
+        return Source(train, views(self.data.augment).to(train.labels.device), None)
 
 
 @dataclass(frozen=True)
@@ -71,25 +82,43 @@ class Running:
     prepared: Prepared
     tracking: Tracking
     size: Size
+    how: Execution
+    place: int
     state: State = "complete"
     kept: EpochReport | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    pending: list[EpochMetrics] = field(default_factory=list)
+    delivered: float = -math.inf
     result: Result | None = None
 
     def epochs(self) -> Iterator[EpochReport]:
-        """Train, and record each epoch as it comes."""
-        lane = Lane.of(self.recipe)
-        for (report,) in train([lane], self.prepared.splits, self.prepared.data, self.prepared.teacher.logits):
-            values = {name: getattr(report, name) for name in EPOCH_METRICS}
-            self.history.append({"epoch": report.epoch, **values})
-            self.tracking.log_metrics(self.run_id, {f"epoch/{name}": values[name] for name in values}, report.epoch)
-            if not report.finite:
-                self.state = "diverged"
-                yield report
-                return
-            if report.weights is not None:
-                self.kept = report
+        """Train in a pack of its own, whose other lanes are copies, and record each epoch as it comes."""
+        lanes, shared = [Lane.of(self.recipe)] * self.how.lanes, self.prepared
+        for reports in train(lanes, shared.splits, shared.data, shared.teacher.soft, self.how):
+            report = reports[self.place]
+            assert report is not None
+            self.record(report)
             yield report
+            if self.state == "diverged":
+                return
+
+    def record(self, report: EpochReport) -> None:
+        """Take note of an epoch; a loss that is not finite makes the state 'diverged'."""
+        values = {name: getattr(report, name) for name in EPOCH_METRICS}
+        self.history.append({"epoch": report.epoch, **values})
+        named = {f"epoch/{name}": value for name, value in values.items()}
+        self.pending.append(EpochMetrics(report.epoch, time.time_ns() // 1_000_000, named))
+        if time.monotonic() - self.delivered >= DELIVER_SECONDS:
+            self.deliver()
+        if not report.finite:
+            self.state = "diverged"
+        elif report.weights is not None:
+            self.kept = report
+
+    def deliver(self) -> None:
+        """Send what MLflow does not have yet."""
+        self.tracking.log_epochs(self.run_id, self.pending)
+        self.pending, self.delivered = [], time.monotonic()
 
 
 def prepare(
@@ -99,10 +128,14 @@ def prepare(
     experiment_id: str,
     device: torch.device,
     weights: Path | None = None,
+    training: Training | None = None,
 ) -> Generator[TeacherProgress, None, Prepared]:
-    """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made."""
+    """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made.
+
+    `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it.
+    """
     splits = load_splits(recipe.data, settings.data_dir, device)
-    teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights)
+    teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights, training)
     return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, settings, tracking, experiment_id))
 
 
@@ -117,9 +150,12 @@ def started(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, Any] | None = None,
+    how: Execution | None = None,
+    place: int = 0,
 ) -> Iterator[Running]:
     """A run around one training: recorded before it, closed after it, whatever happens in between.
 
+    `how` it is carried out, and in which place of a pack, is chosen for a training of its own if not given.
     Left normally: FINISHED, with final metrics and artifacts. Interrupted: KILLED. Failed: FAILED.
     """
     train_split, validation = prepared.splits.train, prepared.splits.validation
@@ -135,6 +171,7 @@ def started(
             "kdexp.teacher_run": prepared.teacher_run,
             "kdexp.teacher_sha256": prepared.teacher.sha256,
             "kdexp.logits_sha256": prepared.teacher.logits_sha256,
+            "kdexp.logits_per": prepared.teacher.soft.per,
             "kdexp.train_sha256": train_split.fingerprint,
             "kdexp.validation_sha256": validation.fingerprint,
             "mlflow.note.content": _describe(recipe, size, prepared),
@@ -142,16 +179,24 @@ def started(
         },
         parent=parent,
     )
-    running = Running(run_id, recipe, prepared, tracking, size)
+    how = how or choose([Lane.of(recipe)], train_split)
+    running = Running(run_id, recipe, prepared, tracking, size, how, place)
     with _closed(run_id, tracking):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
-            (folder / "environment.json").write_text(json.dumps(record(train_split.labels.device.type, recipe), indent=2))
+            environment = {**record(train_split.labels.device.type, recipe), **how.record(place)}
+            (folder / "environment.json").write_text(json.dumps(environment, indent=2))
             (folder / "model_summary.txt").write_text(summary(module, train_split))
             tracking.log_files(run_id, folder)
         _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
-        yield running
+        try:
+            yield running
+        except BaseException:
+            with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
+                running.deliver()
+            raise
+        running.deliver()
         running.result = _conclude(running)
 
 
@@ -263,8 +308,10 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trac
         },
     )
     with _closed(run_id, tracking), tempfile.TemporaryDirectory() as temporary:
-        for row in teacher.history:
-            tracking.log_metrics(run_id, {f"epoch/{name}": row[name] for name in row if name != "epoch"}, int(row["epoch"]))
+        now = time.time_ns() // 1_000_000
+        named = [{f"epoch/{name}": row[name] for name in row if name != "epoch"} for row in teacher.history]
+        epochs = [EpochMetrics(int(row["epoch"]), now, values) for row, values in zip(teacher.history, named, strict=True)]
+        tracking.log_epochs(run_id, epochs)
         measured = {"val_accuracy": teacher.val_accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
         tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
         folder = Path(temporary)

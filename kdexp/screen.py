@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from kdexp.config import Recipe, Selection, Size
+from kdexp.crew import Crew, WorkerLost
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
 from kdexp.promote import Promotion, gain
@@ -25,7 +26,7 @@ ROWS = 20  # trials shown; the rest are in the UI
 
 
 class Screen:
-    """Live progress on a terminal, one line per trial elsewhere."""
+    """Live progress on a terminal, with a bar for each training under way; one line per trial elsewhere."""
 
     def __init__(self, console: Console, trials: int | None = None, rule: Selection | None = None) -> None:
         self.console, self.trials, self.rule = console, trials, rule
@@ -41,11 +42,14 @@ class Screen:
             transient=True,
         )
         self.study: TaskID | None = None
-        self.current: TaskID | None = None
+        self.bars: dict[int | None, TaskID] = {}
+        """By trial number; None is a training outside a study, such as the teacher's."""
+        self.labels: dict[int | None, str] = {}
+        self.shares: dict[int | None, float] = {}
+        """How far the trials under way are, 0 to 1."""
         self.done = 0
         self.best: Result | None = None
         self.smallest: int | None = None
-        self.labels = ""
 
     def __enter__(self) -> Screen:
         self.progress.start()
@@ -58,34 +62,44 @@ class Screen:
         """Show one event of a sweep, a training or a reproduction."""
         match event:
             case TeacherReady():
-                self._end_current()
+                self._end(None)
                 self.console.print(teacher_line(event.prepared.teacher))
                 self.done = event.done
                 self.study = self.progress.add_task("study", total=self.trials, completed=event.done, note="")
+            case Crew():
+                if self.done < (self.trials or 0):
+                    self.console.print(_crew_line(event))
             case TrialStarted():
-                self._end_current()
-                self.labels = f"trial {event.number:<3} {_values(event.recipe)}{' (again)' if event.retried else ''}"
+                again = " (again)" if event.retried else ""
+                self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
             case EpochDone():
-                self.show(event.report)
+                self._epoch(event.report, event.number)
             case EpochReport():
-                self._epoch(event)
+                self._epoch(event, None)
             case CacheProgress():
-                self._step("teacher's logits", event.done, event.views, "views")
+                self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
             case TrialFinished():
                 self._finished(event)
+            case WorkerLost():
+                for trial in event.trials:
+                    self._end(trial)
+                self.console.print(f"{event}; the others go on", style="yellow", markup=False)
 
-    def _epoch(self, report: EpochReport) -> None:
+    def _epoch(self, report: EpochReport, trial: int | None) -> None:
         note = f"val {percent(report.val_accuracy)}  loss {report.loss:.3f}"
-        self._step(self.labels or "training", report.epoch, report.epochs, note)
+        self._step(trial, self.labels.get(trial, "training"), report.epoch, report.epochs, note)
         if self.study is not None:
-            self.progress.update(self.study, completed=self.done + report.epoch / report.epochs)
+            self.shares[trial] = report.epoch / report.epochs
+            self.progress.update(self.study, completed=self.done + sum(self.shares.values()))
         elif not self.console.is_terminal:
-            self.console.print(f"{self.labels or 'epoch'} {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
+            self.console.print(f"epoch {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
 
     def _finished(self, event: TrialFinished) -> None:
-        result, self.done = event.result, event.done
+        result, self.done = event.result, max(self.done, event.done)  # workers' news may overtake each other
+        self._end(event.number)
         state = "" if result.state == "complete" else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
-        self.console.print(f"{self.labels}  {result.size.parameters:>9,} parameters  val {percent(result.val_accuracy)}{state}")
+        label = self.labels.pop(event.number)
+        self.console.print(f"{label}  {result.size.parameters:>9,} parameters  val {percent(result.val_accuracy)}{state}")
         if self.best is None or result.val_accuracy > self.best.val_accuracy:
             self.best = result
         if self.rule and result.val_accuracy >= self.rule.accuracy_bar:
@@ -94,17 +108,19 @@ class Screen:
                 self.smallest = size
         small = f", smallest over the bar {self.smallest:,}" if self.smallest else ""
         if self.study is not None:
-            self.progress.update(self.study, completed=event.done, note=f"best val {percent(self.best.val_accuracy)}{small}")
+            note = f"best val {percent(self.best.val_accuracy)}{small}"
+            self.progress.update(self.study, completed=self.done + sum(self.shares.values()), note=note)
 
-    def _step(self, label: str, done: int, total: int, note: str) -> None:
-        if self.current is None:
-            self.current = self.progress.add_task(label, total=total, note=note)
-        self.progress.update(self.current, description=label, completed=done, total=total, note=note)
+    def _step(self, trial: int | None, label: str, done: int, total: int, note: str) -> None:
+        if trial not in self.bars:
+            self.bars[trial] = self.progress.add_task(label, total=total, note=note)
+        self.progress.update(self.bars[trial], description=label, completed=done, total=total, note=note)
 
-    def _end_current(self) -> None:
-        if self.current is not None:
-            self.progress.remove_task(self.current)
-            self.current = None
+    def _end(self, trial: int | None) -> None:
+        """A training is over: take its bar away."""
+        self.shares.pop(trial, None)
+        if trial in self.bars:
+            self.progress.remove_task(self.bars.pop(trial))
 
 
 def percent(share: float) -> str:
@@ -114,10 +130,16 @@ def percent(share: float) -> str:
 
 def teacher_line(teacher: CachedTeacher) -> str:
     """The teacher in one line."""
+    rows = len(teacher.soft.logits)
     return (
         f"teacher   {teacher.parameters:,} parameters, val {percent(teacher.val_accuracy)}, "
-        f"{teacher.logits.shape[0]} view{'s' if teacher.logits.shape[0] > 1 else ''} cached, sha256 {teacher.sha256[:12]}"
+        f"{rows} {teacher.soft.per}{'s' if rows > 1 else ''} cached, sha256 {teacher.sha256[:12]}"
     )
+
+
+def _crew_line(crew: Crew) -> str:
+    workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((crew.workers, "worker"), (crew.threads, "thread")))
+    return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
 
 
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:

@@ -1,4 +1,4 @@
-"""Where to run it: stores, servers, data folder, device, threads. Never part of a recipe."""
+"""Where to run it: stores, servers, data folder, device, threads, workers. Never part of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Settings", "without_credentials"]
+from kdexp import KdexpError
+
+__all__ = ["Settings", "in_one_line", "without_credentials"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class Settings:
     data_dir: Path | None = None
     device: str = "auto"
     threads: int | None = None
+    workers: int | None = 1
+    """Processes that train side by side; None: as many as this machine has cores and memory for."""
+    pack: int | None = None
+    """Trials that a process trains as one batch; None: as many as measure best on the device (on a CPU, one)."""
 
     @property
     def storage_url(self) -> str:
@@ -34,6 +40,18 @@ class Settings:
     def teachers(self) -> Path:
         """Trained teachers and their cached logits, by content."""
         return self.stores / "teachers"
+
+
+def in_one_line(error: Exception) -> str:
+    """Any failure as one line, without secrets: our own as it is, the system's with its file, others by their kind."""
+    if isinstance(error, KdexpError):
+        line = str(error)
+    elif isinstance(error, OSError):
+        line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+    else:
+        first = str(error).splitlines()[0] if str(error) else ""
+        line = f"Unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"
+    return without_credentials(line)
 
 
 def without_credentials(text: str) -> str:

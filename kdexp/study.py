@@ -24,7 +24,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdexp import KdexpError
 from kdexp.config import Choices, Range, Recipe, Sweep, differences
-from kdexp.distill.train import EpochReport, seed_of
+from kdexp.distill.randomness import seed_of
+from kdexp.distill.train import EpochReport
+from kdexp.files import write_ahead
 from kdexp.reading import validate
 from kdexp.runner import State
 from kdexp.settings import Settings, without_credentials
@@ -53,6 +55,7 @@ class Trial:
     control: str
     """'documented defaults', 'labels only', or nothing."""
     retried: bool
+    _prunes: bool
     _trial: optuna.Trial
     _reported: frozenset[int]
 
@@ -61,7 +64,9 @@ class Trial:
         self._trial.set_user_attr("run_id", run_id)
 
     def report(self, report: EpochReport) -> bool:
-        """Tell Optuna an epoch's validation accuracy; whether the trial should be pruned now."""
+        """Tell Optuna an epoch's validation accuracy, if it is to prune; whether it does so now."""
+        if not self._prunes:
+            return False
         if report.finite and report.epoch not in self._reported:
             self._trial.report(report.val_accuracy, report.epoch)
         # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
@@ -81,6 +86,11 @@ class OpenStudy:
         return str(self._study.user_attrs["mlflow_run_id"])
 
     @property
+    def prunes(self) -> bool:
+        """Whether trials may be ended early."""
+        return self.sweep.study.pruner != "none"
+
+    @property
     def done(self) -> int:
         """How many trials have ended."""
         return sum(trial.state.is_finished() for trial in self._trials())
@@ -92,7 +102,8 @@ class OpenStudy:
         """
         with worker.turn:
             for frozen in self._trials():
-                if frozen.state == TrialState.RUNNING and not self._alive(frozen, worker):
+                own = frozen.user_attrs.get("worker") == worker.name
+                if frozen.state == TrialState.RUNNING and not own and not self._alive(frozen, worker):
                     verdict = ended(frozen.number)
                     if verdict is None:
                         # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
@@ -153,6 +164,7 @@ class OpenStudy:
             recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
             control=trial.user_attrs.get("control", ""),
             retried=reported is not None,
+            _prunes=self.prunes,
             _trial=trial,
             _reported=frozenset(reported or ()),
         )
@@ -180,6 +192,8 @@ def check_study(sweep: Sweep, settings: Settings) -> None:
     settings.stores.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.stores / ".optuna.lock"):
         storage = _storage(settings)
+        if settings.storage is None:
+            write_ahead(settings.stores / "optuna.db")
     with suppress(KeyError):  # there is none yet
         study = optuna.load_study(storage=storage, study_name=sweep.name)
         if "sweep" in study.user_attrs:

@@ -20,7 +20,8 @@ from kdexp.config import Recipe, Selection, Sweep, flatten
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
-from kdexp.distill.train import seed_of, train
+from kdexp.distill.randomness import seed_of
+from kdexp.distill.train import train
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.reproduce import reproduce
 from kdexp.runner import EPOCH_METRICS, prepare, started
@@ -70,7 +71,7 @@ def finished(tmp_path_factory, empty_store):
         return train(lanes, *rest)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("kdexp.runner.train", spying)
+    patch.setattr("kdexp.trials.train", spying)
     events, others = drain(run_sweep(sweep, settings, tracking, CPU))
     patch.undo()
     assert others == 0
@@ -250,7 +251,7 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_own_record(finished, tmp_path)
 def test_what_differs_is_named(finished, monkeypatch) -> None:
     sweep, settings, tracking, _, _ = finished
     run = tracking.find("trial", {"kdexp.study": sweep.name})[0]
-    monkeypatch.setattr("kdexp.distill.train.seed_of", lambda seed, *purpose: seed_of(seed + 1, *purpose))
+    monkeypatch.setattr("kdexp.distill.packs.seed_of", lambda seed, *purpose: seed_of(seed + 1, *purpose))
     _, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
     assert not comparison.identical
     assert {d.what for d in comparison.differences} >= {"student weights", "loss, epoch 1"}
@@ -357,7 +358,8 @@ def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(tiny: Sweep,
 
 def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(tiny: Sweep, settings, tracking, monkeypatch) -> None:
     monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number >= 2)
-    events, _ = drain(run_sweep(tiny, settings, tracking, CPU))
+    study = tiny.study.model_copy(update={"pruner": "median"})
+    events, _ = drain(run_sweep(tiny.model_copy(update={"study": study}), settings, tracking, CPU))
     monkeypatch.undo()
     states = [e.result.state for e in events if isinstance(e, TrialFinished)]
     assert states == ["complete", "complete", "pruned", "pruned"]

@@ -10,7 +10,9 @@ import torch
 from kdexp.config import Augment, Data, Distillation, Student, Training
 from kdexp.distill.data import Splits
 from kdexp.distill.models import weights_hash
-from kdexp.distill.train import EpochReport, Lane, epochs_of, learning_rate, seed_of, train
+from kdexp.distill.packs import Execution, Lane
+from kdexp.distill.randomness import seed_of
+from kdexp.distill.train import EpochReport, SoftLabels, draw, epochs_of, learning_rate, train
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 
@@ -20,12 +22,12 @@ def lane(alpha: float = 0.3, temperature: float = 5.0, channels=(4, 8), **traini
     return Lane(Student(channels=channels, hidden=16), Training(**settings), Distillation(alpha=alpha, temperature=temperature))
 
 
-def logits(splits: Splits, seed: int = 0) -> torch.Tensor:
+def logits(splits: Splits, seed: int = 0) -> SoftLabels:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(9, len(splits.train), 10, generator=generator).half()
+    return SoftLabels(torch.randn(9, len(splits.train), 10, generator=generator).half())
 
 
-def run(lanes: list[Lane], splits: Splits, soft: torch.Tensor | None) -> list[tuple[EpochReport, ...]]:
+def run(lanes: list[Lane], splits: Splits, soft: SoftLabels | None) -> list[tuple[EpochReport, ...]]:
     return list(train(lanes, splits, DATA, soft))
 
 
@@ -62,10 +64,45 @@ def test_global_random_state_is_neither_used_nor_changed(digits) -> None:
 def test_a_lane_does_not_depend_on_its_neighbours(digits, optimizer) -> None:
     soft = logits(digits)
     lanes = [lane(alpha=a, temperature=t, learning_rate=lr, seed=s, optimizer=optimizer)
-             for a, t, lr, s in ((0.0, 5.0, 0.01, 1), (0.5, 2.0, 0.003, 1), (1.0, 9.0, 1e9, 2))]  # fmt: skip
+             for a, t, lr, s in ((0.0, 5.0, 0.01, 1), (0.5, 2.0, 0.003, 1), (1.0, 9.0, 1e35, 2))]  # fmt: skip
     together = run(lanes, digits, soft)
-    for number, alone in enumerate(lanes[:2]):
-        assert facts([epoch[number] for epoch in together]) == facts([r for (r,) in run([alone], digits, soft)])
+    assert not together[-1][2].finite  # the third diverges: neither of the others notices
+    for place, one in enumerate(lanes[:2]):
+        others = Execution(lanes=3, shared=False)
+        again = list(train([one] * 3, digits, DATA, soft, others))
+        assert facts([epoch[place] for epoch in together]) == facts([epoch[place] for epoch in again])
+
+
+def test_a_lane_that_takes_over_a_place_trains_as_if_it_had_begun_there(digits) -> None:
+    soft, how = logits(digits), Execution(lanes=2, shared=False)
+    early, late, stays = lane(epochs=3, seed=1), lane(epochs=3, seed=5, alpha=0.8), lane(epochs=3, seed=2)
+    training = train([early, stays], digits, DATA, soft, how)
+    first = next(training)
+    second = training.send({0: late})
+    rest = list(training)
+    assert [r.epoch for r in (first[0], second[0], rest[0][0], rest[1][0])] == [1, 1, 2, 3]
+    assert rest[1][1] is None  # its neighbour has come to its end
+    began = facts([r for r, _ in train([late, stays], digits, DATA, soft, how)])
+    assert facts([second[0], rest[0][0], rest[1][0]]) == began
+
+
+def test_a_place_given_up_leaves_the_others_as_they_are(digits) -> None:
+    lanes, how = [lane(epochs=3, seed=1), lane(epochs=3, seed=1, alpha=0.9)], Execution(lanes=2)
+    training = train(lanes, digits, DATA, logits(digits), how)
+    first = next(training)
+    second = training.send({0: None})
+    assert second[0] is None
+    whole = list(train(lanes, digits, DATA, logits(digits), how))
+    assert facts([first[1], second[1], next(training)[1]]) == facts([epoch[1] for epoch in whole])
+    with pytest.raises(StopIteration):
+        next(training)
+
+
+def test_lanes_that_share_their_batches_start_together(digits) -> None:
+    training = train([lane(), lane()], digits, DATA, None)
+    next(training)
+    with pytest.raises(ValueError, match="start together"):
+        training.send({0: lane()})
 
 
 def test_lanes_of_different_shapes_do_not_share_a_pack(digits) -> None:
@@ -84,8 +121,17 @@ def test_the_teacher_reaches_the_student_at_alpha_1_and_not_at_alpha_0(digits) -
 def test_the_logits_of_the_drawn_view_of_the_drawn_sample_are_used(digits) -> None:
     """A teacher whose logits name (sample's label) in every view: a student of it alone must learn the labels."""
     soft = (10.0 * torch.nn.functional.one_hot(digits.train.labels, 10)).half().expand(9, -1, -1).contiguous()
-    report = run([lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=12)], digits, soft)[-1][0]
+    report = run([lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=16)], digits, SoftLabels(soft))[-1][0]
     assert report.val_accuracy > 0.85
+
+
+def test_logits_by_epoch_teach_what_logits_by_view_teach(digits) -> None:
+    """Row e - 1 holds each sample in the view drawn for it in epoch e: the same training, to the bit."""
+    by_view, one = logits(digits), lane(epochs=3, seed=4)
+    every = torch.arange(len(digits.train))
+    rows = [by_view.logits[draw(4, epoch, len(digits.train), 9)[1], every] for epoch in (1, 2, 3)]
+    by_epoch = SoftLabels(torch.stack(rows), "epoch")
+    assert facts([r for (r,) in run([one], digits, by_epoch)]) == facts([r for (r,) in run([one], digits, by_view)])
 
 
 def test_reports_add_up(digits) -> None:

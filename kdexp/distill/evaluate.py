@@ -14,7 +14,7 @@ from kdexp.distill.data import Split, pixels
 
 __all__ = ["Evaluation", "evaluate", "logits_of", "wilson_interval"]
 
-BATCH = 500  # small enough to stay in cache, large enough to keep every core busy
+BATCH = 200  # small enough to stay in cache (500: 1.4 s for 6,000 images, 200: 0.8 s), large enough to keep cores busy
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ def evaluate(module: nn.Module, split: Split) -> Evaluation:
 
 
 @torch.no_grad()
-def logits_of(module: nn.Module, split: Split, view: Int64[Tensor, " 3"] | None = None) -> Float[Tensor, "samples classes"]:
-    """The logits of every sample, all in one view."""
+def logits_of(
+    module: nn.Module, split: Split, chosen: Int64[Tensor, "samples 3"] | None = None
+) -> Float[Tensor, "samples classes"]:
+    """The logits of every sample, each in its chosen view."""
     training = module.training
     module.eval()
     batches = torch.arange(len(split), device=split.labels.device).split(BATCH)
-    chosen = [None if view is None else view.to(split.labels.device).expand(len(batch), 3) for batch in batches]
-    logits = torch.cat([module(pixels(split, batch, at)) for batch, at in zip(batches, chosen, strict=True)])
+    at = None if chosen is None else chosen.to(split.labels.device)
+    logits = torch.cat([module(pixels(split, batch, None if at is None else at[batch])) for batch in batches])
     module.train(training)
     return logits
 

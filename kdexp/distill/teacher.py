@@ -1,8 +1,10 @@
 """The teacher: trained once, or read from a checkpoint; and its logits cache.
 
 The cache holds raw logits in half precision for every (view, training sample), so that one file serves every
-temperature and every loss on logits. It is keyed by the SHA-256 of weights, data, normalisation and views,
-written atomically, memory-mapped, and compared with the live teacher each time it is opened.
+temperature and every loss on logits. Where a training has fewer epochs than there are views, it holds just what
+that training will draw: one row for each epoch of its seed (50 views and 5 epochs: a tenth of the teacher's
+work). It is keyed by the SHA-256 of weights, data, normalisation, views and draws, written atomically,
+memory-mapped, and compared with the live teacher each time it is opened.
 """
 
 from __future__ import annotations
@@ -12,20 +14,23 @@ import json
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from jaxtyping import Float16
+from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdexp import KdexpError
-from kdexp.config import Data, Distillation, Teacher
+from kdexp.config import Data, Distillation, Teacher, Training
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
+from kdexp.distill.execution import choose
 from kdexp.distill.models import build, measure, weights_hash
-from kdexp.distill.train import EpochReport, Lane, train
+from kdexp.distill.packs import Lane
+from kdexp.distill.train import EpochReport, SoftLabels, draw, epochs_of, train
 from kdexp.files import write_atomically
 
 __all__ = ["CacheProgress", "CachedTeacher", "TeacherError", "prepare_teacher", "read_weights"]
@@ -40,10 +45,11 @@ class TeacherError(KdexpError):
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """`done` of `views` views are in the cache."""
+    """`done` of `rows` rows are in the cache: views, or epochs."""
 
     done: int
-    views: int
+    rows: int
+    per: Literal["view", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,23 @@ class CachedTeacher:
 
     sha256: str
     logits_sha256: str
-    logits: Float16[Tensor, "views samples classes"]
+    soft: SoftLabels
     parameters: int
     val_correct: int
     val_samples: int
     weights: Path
     history: tuple[Mapping[str, int | float], ...]
+    cache: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled for another process without the logits: there they are mapped from the same file."""
+        small = {name: value for name, value in vars(self).items() if name != "soft"}
+        return small | {"device": self.soft.logits.device, "per": self.soft.per}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, per = state.pop("device"), state.pop("per")
+        logits, _ = _open(state["cache"])
+        vars(self).update(state, soft=SoftLabels(logits.to(device), per))
 
     @property
     def val_accuracy(self) -> float:
@@ -71,11 +88,17 @@ class CachedTeacher:
 
 
 def prepare_teacher(
-    teacher: Teacher, data: Data, splits: Splits, folder: Path, weights: Path | None = None
+    teacher: Teacher,
+    data: Data,
+    splits: Splits,
+    folder: Path,
+    weights: Path | None = None,
+    training: Training | None = None,
 ) -> Generator[EpochReport | CacheProgress, None, CachedTeacher]:
     """The teacher of a recipe with its logits, out of `folder` or made now; yields progress while it makes them.
 
-    `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Raises TeacherError.
+    `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given the one
+    `training` that all students share in seed and epochs, the cache may hold its draws only. Raises TeacherError.
     """
     module = build(teacher, splits.train)
     given = weights or (Path(teacher.weights) if teacher.weights else None)
@@ -97,22 +120,23 @@ def prepare_teacher(
             write_atomically(own, lambda path: save_file(state, path))
         module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         sha256 = weights_hash(module.state_dict())
-        at = views(data.augment)
-        cache = folder / f"logits-{_cache_key(sha256, data, splits)[:16]}.safetensors"
+        rows = _rows(data, splits, training)
+        cache = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
         if not cache.exists():
-            yield from _fill(module, splits, at, cache)
+            yield from _fill(module, splits, rows, cache)
         logits, facts = _open(cache)
-    _spot_check(module, splits.train, at, logits, cache)
+    _spot_check(module, splits.train, rows, logits, cache)
     history = tuple(json.loads((home / "history.json").read_text())) if (home / "history.json").exists() else ()
     return CachedTeacher(
         sha256=sha256,
         logits_sha256=weights_hash({"logits": logits}),
-        logits=logits.to(splits.train.labels.device),
+        soft=SoftLabels(logits.to(splits.train.labels.device), rows.per),
         parameters=int(facts["parameters"]),
         val_correct=int(facts["val_correct"]),
         val_samples=int(facts["val_samples"]),
         weights=own,
         history=history,
+        cache=cache,
     )
 
 
@@ -162,7 +186,9 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
     state, history = None, []
-    for (report,) in train([Lane(teacher, teacher, Distillation(alpha=0.0))], splits, data):
+    lane = Lane(teacher, teacher, Distillation(alpha=0.0))
+    for (report,) in train([lane], splits, data, how=choose([lane], splits.train)):
+        assert report is not None
         if not report.finite:
             raise TeacherError(
                 f"teacher: its training diverged in epoch {report.epoch} (loss {report.loss}, learning rate "
@@ -178,10 +204,36 @@ def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generato
     write_atomically(home / "weights.safetensors", lambda path: save_file(state, path))
 
 
-def _fill(module: nn.Module, splits: Splits, at: Tensor, cache: Path) -> Generator[CacheProgress, None, None]:
+@dataclass(frozen=True)
+class _Rows:
+    """What each row of a cache holds: all samples in one view, or in the views drawn for them in one epoch."""
+
+    views: Int64[Tensor, "views 3"]
+    samples: int
+    count: int
+    per: Literal["view", "epoch"]
+    seed: int
+
+    def chosen(self, row: int) -> Int64[Tensor, "samples 3"]:
+        """Every sample's view in a row."""
+        if self.per == "view":
+            return self.views[row].expand(self.samples, 3)
+        return self.views[draw(self.seed, row + 1, self.samples, len(self.views))[1]]
+
+
+def _rows(data: Data, splits: Splits, training: Training | None) -> _Rows:
+    """Whichever rows are fewer: one for each view, or one for each epoch of the training."""
+    at, samples = views(data.augment), len(splits.train)
+    epochs = epochs_of(training, samples) if training else len(at)
+    if training is None or epochs >= len(at):
+        return _Rows(at, samples, len(at), "view", 0)
+    return _Rows(at, samples, epochs, "epoch", training.seed)
+
+
+def _fill(module: nn.Module, splits: Splits, rows: _Rows, cache: Path) -> Generator[CacheProgress, None, None]:
     filled = []
-    for done, view in enumerate(at, 1):
-        logits = logits_of(module, splits.train, view)
+    for row in range(rows.count):
+        logits = logits_of(module, splits.train, rows.chosen(row))
         half = logits.to(torch.float16).cpu()
         if not torch.isfinite(half).all():
             raise TeacherError(
@@ -189,7 +241,7 @@ def _fill(module: nn.Module, splits: Splits, at: Tensor, cache: Path) -> Generat
                 "check its weights and that data.mean and data.std are those it was trained with"
             )
         filled.append(half)
-        yield CacheProgress(done, len(at))
+        yield CacheProgress(row + 1, rows.count, rows.per)
     own = evaluate(module, splits.validation)
     facts = {
         "parameters": str(measure(module, splits.train).parameters),
@@ -208,23 +260,27 @@ def _open(cache: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 @torch.no_grad()
-def _spot_check(module: nn.Module, split: Split, at: Tensor, logits: Tensor, cache: Path) -> None:
+def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, cache: Path) -> None:
     generator = torch.Generator()
     generator.seed()  # other pairs at every start
     sample = torch.randint(len(split), (SPOT_CHECKS,), generator=generator)
-    view = torch.randint(len(at), (SPOT_CHECKS,), generator=generator)
+    row = torch.randint(rows.count, (SPOT_CHECKS,), generator=generator)
+    chosen = torch.empty(SPOT_CHECKS, 3, dtype=torch.int64)
+    for number in row.unique().tolist():
+        chosen[row == number] = rows.chosen(number)[sample[row == number]]
     device = split.labels.device
-    live = module(pixels(split, sample.to(device), at[view].to(device))).float().cpu()
-    cached = logits[view, sample].float()
+    live = module(pixels(split, sample.to(device), chosen.to(device))).float().cpu()
+    cached = logits[row, sample].float()
     if live.shape != cached.shape or not torch.allclose(live, cached, rtol=4e-3, atol=2e-2):
         raise TeacherError(
             f"{cache}: disagrees with the live teacher on {SPOT_CHECKS} random samples; delete it, it will be made again"
         )
 
 
-def _cache_key(sha256: str, data: Data, splits: Splits) -> str:
+def _cache_key(sha256: str, data: Data, splits: Splits, rows: _Rows) -> str:
     how = data.model_dump_json(include={"channels", "mean", "std", "augment"})
-    return _digest(sha256, how, *_fingerprints(splits))
+    drawn = [f"seed {rows.seed}, epochs 1 to {rows.count}"] if rows.per == "epoch" else []
+    return _digest(sha256, how, *drawn, *_fingerprints(splits))
 
 
 def _fingerprints(splits: Splits) -> tuple[str, str]:

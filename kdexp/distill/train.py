@@ -1,57 +1,45 @@
 """Training: a generator of per-epoch reports, one for each lane of a pack. One trial is a pack of one.
 
-The caller logs, prunes, or stops by closing the generator. Everything random in epoch e of a lane (order of
-samples, views, dropout) is seeded by (the lane's seed, e) alone, so a lane's result depends neither on its
-neighbours nor on what ran before, and any epoch can be entered without a saved random state.
+The caller logs, prunes, or stops by closing it; between two epochs it may send new lanes for places that have
+become free. Everything random in epoch e of a lane (order of samples, views, dropout) is seeded by (the lane's
+seed, e) alone, so a lane's result depends neither on its neighbours nor on what ran before, and any epoch can
+be entered without a saved random state.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdexp.config import Data, Distillation, Network, Recipe, Training
-from kdexp.distill.data import Splits, pixels, views
-from kdexp.distill.evaluate import evaluate
-from kdexp.distill.losses import Loss, distillation_loss
-from kdexp.distill.models import build
+from kdexp.config import Data, Training
+from kdexp.distill.data import Split, Splits, pixels, views
+from kdexp.distill.evaluate import BATCH
+from kdexp.distill.packs import Execution, Lane, Source, pack_of
+from kdexp.distill.randomness import seed_of
 
-__all__ = ["EpochReport", "Lane", "epochs_of", "learning_rate", "seed_of", "train"]
+__all__ = ["EpochReport", "SoftLabels", "draw", "epochs_of", "learning_rate", "steps_of", "train"]
 
 ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4: torch's OneCycleLR
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One network to train and how. Lanes of a pack agree in `fuse_key`; what is not in it may differ."""
+class SoftLabels:
+    """The teacher's raw logits for the training samples.
 
-    network: Network
-    training: Training
-    distillation: Distillation
+    One row for each view; or, where there are fewer epochs than views, one for each epoch of the lanes of one
+    seed, in which every sample is in the view that is drawn for it then.
+    """
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> Lane:
-        """The student of a recipe."""
-        return cls(recipe.student, recipe.training, recipe.distillation)
-
-    @property
-    def fuse_key(self) -> str:
-        """What lanes must share to step together: everything but alpha, T, learning rate, weight decay, seed."""
-        fusible = {"learning_rate", "weight_decay", "seed"}
-        return "\n".join(
-            [
-                self.network.model_dump_json(include=set(Network.model_fields)),
-                self.training.model_dump_json(include=set(Training.model_fields) - fusible),
-                self.distillation.model_dump_json(exclude={"alpha", "temperature"}),
-            ]
-        )
+    logits: Float[Tensor, "rows samples classes"]
+    per: Literal["view", "epoch"] = "view"
 
 
 @dataclass(frozen=True)
@@ -68,6 +56,7 @@ class EpochReport:
     val_loss: float
     learning_rate: float
     seconds: float
+    """Of the whole pack."""
     weights: dict[str, Tensor] | None
     """On the CPU, and only where these are the weights to keep so far."""
 
@@ -77,27 +66,172 @@ class EpochReport:
         return math.isfinite(self.loss) and math.isfinite(self.val_loss)
 
 
+Reports = tuple[EpochReport | None, ...]
+"""One for each place of the pack; None where no lane is in training."""
+
+
 def train(
     lanes: Sequence[Lane],
     splits: Splits,
     data: Data,
-    teacher_logits: Float[Tensor, "views samples classes"] | None = None,
-) -> Iterator[tuple[EpochReport, ...]]:
-    """Train the lanes side by side; after each epoch yield their reports, in their order.
+    soft: SoftLabels | None = None,
+    how: Execution | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Generator[Reports, Mapping[int, Lane | None] | None, None]:
+    """Train the lanes together; after each epoch yield their reports, in the order of their places.
 
-    `teacher_logits` are raw, one row for each training sample in each view of `data.augment`; None trains on
-    the labels alone. Lanes must share their fuse key.
+    `soft` None trains on the labels alone. Lanes must share their fuse key. What is sent back changes places
+    before the next epoch: a new lane begins there at its epoch 1, None gives the place up. Ends when no lane is
+    left.
     """
     if len({lane.fuse_key for lane in lanes}) != 1:
         raise ValueError("lanes of one pack must share their fuse key")
-    runners = [_Runner(lane, splits, views(data.augment), teacher_logits) for lane in lanes]
-    for epoch in range(1, epochs_of(lanes[0].training, len(splits.train)) + 1):
-        yield tuple(runner.epoch(epoch) for runner in runners)
+    how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in lanes}) == 1)
+    crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
+    while crew.working:
+        changes = yield crew.epoch()
+        for place, lane in (changes or {}).items():
+            crew.change(place, lane)
+
+
+def draw(seed: int, epoch: int, samples: int, views: int) -> tuple[Int64[Tensor, " samples"], Int64[Tensor, " samples"]]:
+    """The order of the samples in an epoch, and the number of each one's view."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+    return torch.randperm(samples, generator=generator), torch.randint(views, (samples,), generator=generator)
+
+
+@dataclass
+class _Place:
+    """A lane in its place: which epoch it is in, and its best so far. Without a lane its network idles along."""
+
+    lane: Lane
+    idle: bool = False
+    epoch: int = 0
+    best: int = -1
+
+
+class _Crew:
+    """The lanes of a pack in training."""
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        splits: Splits,
+        views: Int64[Tensor, "views 3"],
+        soft: SoftLabels | None,
+        how: Execution,
+        dtype: torch.dtype,
+    ) -> None:
+        self.places = [_Place(lane) for lane in lanes]
+        self.splits, self.soft, self.how, self.dtype = splits, soft, how, dtype
+        self.device = splits.train.labels.device
+        if soft and soft.per == "epoch" and not how.shared:
+            raise ValueError("soft labels by epoch serve lanes that share their mini-batches")
+        logits = soft.logits if soft and soft.per == "view" else None
+        self.source = Source(splits.train, views.to(self.device), logits)
+        self.pack = pack_of(lanes, self.source, how, dtype)
+        self.epochs = epochs_of(lanes[0].training, len(splits.train))
+
+    @property
+    def working(self) -> bool:
+        """Whether any lane has epochs to go."""
+        return any(not place.idle for place in self.places)
+
+    def change(self, at: int, lane: Lane | None) -> None:
+        """Put a new lane in a place, or give the place up."""
+        if lane is None:
+            self.places[at].idle = True
+            return
+        if self.how.shared:
+            raise ValueError("lanes that share their mini-batches start together")
+        if lane.fuse_key != self.places[at].lane.fuse_key:
+            raise ValueError("lanes of one pack must share their fuse key")
+        if steps_of(lane.training, samples := len(self.splits.train)) % _steps_per_epoch(lane.training, samples):
+            raise ValueError("with a last epoch cut short by max_steps, lanes start together")
+        self.places[at] = _Place(lane)
+        self.pack.put(at, lane)
+
+    def epoch(self) -> Reports:
+        """Every lane's next epoch, then its evaluation on validation."""
+        started = time.perf_counter()
+        for place in self.places:
+            place.epoch = min(place.epoch + 1, self.epochs)  # an idle network repeats its last
+        if self.soft and self.soft.per == "epoch":
+            row = self.soft.logits[self.places[0].epoch - 1]
+            self.pack.source = replace(self.source, logits=row.expand(len(self.source.views), -1, -1))
+        losses, rates = self._steps()
+        correct, val_losses = self._evaluate()
+        seconds = time.perf_counter() - started
+        columns = zip(self.places, losses.T.tolist(), rates, correct, val_losses, strict=True)
+        return tuple(self._report(at, *values, seconds) for at, values in enumerate(columns))
+
+    def _report(
+        self, at: int, place: _Place, losses: list[float], rate: float, correct: int, val_loss: float, seconds: float
+    ) -> EpochReport | None:
+        if place.idle:
+            return None
+        keep = correct > place.best if place.lane.training.keep == "best" else True
+        place.best = max(place.best, correct)
+        place.idle = place.epoch == self.epochs
+        total, distillation, student = losses
+        return EpochReport(
+            epoch=place.epoch,
+            epochs=self.epochs,
+            loss=total,
+            distillation_loss=distillation,
+            student_loss=student,
+            val_accuracy=correct / len(self.splits.validation),
+            val_correct=correct,
+            val_loss=val_loss,
+            learning_rate=rate,
+            seconds=seconds,
+            weights=self.pack.state(at) if keep else None,
+        )
+
+    def _steps(self) -> tuple[Float[Tensor, "3 lanes"], list[float]]:
+        """The epoch's optimiser steps: mean losses (total, distillation, student) and last learning rates."""
+        training, samples = self.places[0].lane.training, len(self.splits.train)
+        size, total = min(training.batch_size, samples), steps_of(training, samples)
+        first = [(place.epoch - 1) * _steps_per_epoch(training, samples) for place in self.places]
+        count = min(_steps_per_epoch(training, samples), total - max(first))
+        order, drawn = self._draw()
+        rates = [
+            [learning_rate(place.lane.training, start + step, total) for start, place in zip(first, self.places, strict=True)]
+            for step in range(count)
+        ]
+        on_device = torch.tensor(rates, dtype=self.dtype, device=self.device)
+        steps = torch.tensor(first, device=self.device)
+        sums = torch.zeros(3, len(self.places), dtype=self.dtype, device=self.device)
+        for step in range(count):
+            batch = order[..., step * size : (step + 1) * size]
+            loss = self.pack.step(batch, drawn.gather(-1, batch), on_device[step], steps + step)
+            sums += torch.stack(loss)  # on the device: no .item() in the loop
+        return sums / count, rates[-1]
+
+    def _draw(self) -> tuple[Int64[Tensor, "*lanes samples"], Int64[Tensor, "*lanes samples"]]:
+        """This epoch's order of the samples, and each sample's view; once for all where lanes share them."""
+        places = self.places[:1] if self.how.shared else self.places
+        counts = len(self.splits.train), len(self.source.views)
+        each = [draw(place.lane.training.seed, place.epoch, *counts) for place in places]
+        order, drawn = (torch.stack(parts).to(self.device) for parts in zip(*each, strict=True))
+        return (order[0], drawn[0]) if self.how.shared else (order, drawn)
+
+    def _evaluate(self) -> tuple[list[int], list[float]]:
+        """Each lane's correct predictions and mean cross-entropy on validation."""
+        split: Split = self.splits.validation
+        correct = torch.zeros(len(self.places), dtype=torch.int64, device=self.device)
+        loss = torch.zeros(len(self.places), dtype=torch.float64, device=self.device)
+        for samples in torch.arange(len(split), device=self.device).split(BATCH):
+            labels = split.labels[samples].expand(len(self.places), -1)
+            logits = self.pack.logits(pixels(split, samples))
+            correct += (logits.argmax(-1) == labels).sum(-1)
+            loss += F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(-1)
+        return correct.tolist(), (loss / len(split)).tolist()
 
 
 def epochs_of(training: Training, samples: int) -> int:
     """How many epochs a training takes: `epochs`, or fewer under `max_steps`."""
-    return math.ceil(_total_steps(training, samples) / _steps_per_epoch(training, samples))
+    return math.ceil(steps_of(training, samples) / _steps_per_epoch(training, samples))
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
@@ -116,118 +250,16 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     return _anneal(peak, start / 1e4, (step - turn) / max(steps - 1 - turn, 1e-9))
 
 
-def seed_of(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, by SHA-256 (Python's own hash differs from process to process)."""
-    text = repr((seed, *purpose)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-
-
-class _Runner:
-    """One lane in training: its network, its optimiser, its best epoch so far."""
-
-    def __init__(
-        self,
-        lane: Lane,
-        splits: Splits,
-        views: Int64[Tensor, "views 3"],
-        teacher_logits: Float[Tensor, "views samples classes"] | None,
-    ) -> None:
-        self.lane, self.splits, self.teacher_logits = lane, splits, teacher_logits
-        self.device = splits.train.labels.device
-        self.views = views.to(self.device)
-        with torch.random.fork_rng(_cuda_devices(self.device)):
-            torch.manual_seed(lane.training.seed)
-            self.module = build(lane.network, splits.train)
-        # Channels last: a quarter less time on a CPU, and what a GPU's convolutions want.
-        self.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = _optimizer(self.module, lane.training)
-        self.steps = _total_steps(lane.training, len(splits.train))
-        self.best = -1
-
-    def epoch(self, epoch: int) -> EpochReport:
-        """Train epoch `epoch` (from 1), then evaluate on validation."""
-        started = time.perf_counter()
-        with torch.random.fork_rng(_cuda_devices(self.device)):
-            torch.manual_seed(seed_of(self.lane.training.seed, "dropout", epoch))
-            losses, rate = self._steps(epoch)
-        evaluation = evaluate(self.module, self.splits.validation)
-        epochs = epochs_of(self.lane.training, len(self.splits.train))
-        keep = evaluation.correct > self.best if self.lane.training.keep == "best" else True
-        self.best = max(self.best, evaluation.correct)
-        total, distillation, student = losses.tolist()
-        return EpochReport(
-            epoch=epoch,
-            epochs=epochs,
-            loss=total,
-            distillation_loss=distillation,
-            student_loss=student,
-            val_accuracy=evaluation.accuracy,
-            val_correct=evaluation.correct,
-            val_loss=evaluation.loss,
-            learning_rate=rate,
-            seconds=time.perf_counter() - started,
-            weights=_copy(self.module) if keep else None,
-        )
-
-    def _steps(self, epoch: int) -> tuple[Float[Tensor, " 3"], float]:
-        """The epoch's optimiser steps: their mean losses (total, distillation, student) and last learning rate."""
-        training, samples = self.lane.training, len(self.splits.train)
-        generator = torch.Generator().manual_seed(seed_of(training.seed, "order", epoch))
-        order = torch.randperm(samples, generator=generator).to(self.device)
-        drawn = torch.randint(len(self.views), (samples,), generator=generator).to(self.device)
-        per_epoch, size = _steps_per_epoch(training, samples), min(training.batch_size, samples)
-        first = (epoch - 1) * per_epoch
-        sums, rate = torch.zeros(3, device=self.device), 0.0
-        self.module.train()
-        for step in range(first, min(first + per_epoch, self.steps)):
-            batch = order[(step - first) * size :][:size]
-            rate = learning_rate(training, step, self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = self._loss(batch, drawn[batch])
-            self.optimizer.zero_grad()
-            loss.total.backward()
-            self.optimizer.step()
-            sums += torch.stack(loss).detach()  # on the device: no .item() in the loop
-        return sums / (min(first + per_epoch, self.steps) - first), rate
-
-    def _loss(self, batch: Int64[Tensor, " batch"], chosen: Int64[Tensor, " batch"]) -> Loss:
-        logits = self.module(pixels(self.splits.train, batch, self.views[chosen] if len(self.views) > 1 else None))
-        labels = self.splits.train.labels[batch]
-        if self.teacher_logits is None:
-            student = nn.functional.cross_entropy(logits, labels)
-            return Loss(student, torch.zeros_like(student), student)
-        soft, how = self.teacher_logits[chosen, batch].to(logits.dtype), self.lane.distillation
-        return distillation_loss(logits, soft, labels, how.alpha, how.temperature, how.scale_by_t_squared)
-
-
-def _optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    extra = {"momentum": 0.9, "nesterov": True} if training.optimizer == "sgd" else {}
-    return kinds[training.optimizer](
-        module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True, **extra
-    )
-
-
 def _steps_per_epoch(training: Training, samples: int) -> int:
     # Whole batches only: every step has the same shape, and no batch of one reaches BatchNorm.
     return max(samples // training.batch_size, 1)
 
 
-def _total_steps(training: Training, samples: int) -> int:
+def steps_of(training: Training, samples: int) -> int:
+    """How many optimiser steps a training takes."""
     steps = training.epochs * _steps_per_epoch(training, samples)
     return min(steps, training.max_steps or steps)
 
 
 def _anneal(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in module.state_dict().items()
-    }
-
-
-def _cuda_devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []

@@ -24,11 +24,33 @@ Kdexp = Callable[..., subprocess.CompletedProcess]
 
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KDEXP_", "MLFLOW_"))}
-    return kept | {"KDEXP_THREADS": "1", "COLUMNS": "200"}
+    return kept | {"KDEXP_THREADS": "1", "KDEXP_WORKERS": "1", "COLUMNS": "200"}
 
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "kdexp", *arguments]
+
+
+def started(folder: Path, *extra: str) -> subprocess.Popen:
+    """A tiny sweep with trials of some seconds, under way, in a process group of its own."""
+    return subprocess.Popen(
+        command("sweep", "tiny.yaml", "--set", "training.epochs=40", *extra),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_trial(process: subprocess.Popen, number: int | str = "") -> None:
+    """Until the line of trial `number` (or of any) is printed."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"trial {number}"):
+            return
+    pytest.fail(f"the sweep ended before trial {number}")
 
 
 @pytest.fixture
@@ -65,6 +87,7 @@ def kdexp_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDEXP_THREADS", "1")
+    monkeypatch.setenv("KDEXP_WORKERS", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -12,26 +12,6 @@ import pytest
 from system.conftest import command, environment, runs, trials
 
 
-def started(folder: Path, *extra: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command("sweep", "tiny.yaml", "--set", "training.epochs=40", *extra),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_trial(process: subprocess.Popen, number: int | str = "") -> None:
-    """Until the line of trial `number` (or of any) is printed."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(f"trial {number}"):
-            return
-    pytest.fail(f"the sweep ended before trial {number}")
-
-
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_sweep_continues(kdexp, tiny_file: Path, tmp_path: Path, kind: signal.Signals) -> None:
     process = started(tmp_path)

@@ -1,0 +1,114 @@
+"""How a training is carried out here: compiled or not, by which lowering, how many lanes at once.
+
+None of it belongs to a recipe, all of it can be seen in a result's last bits: the choice is made from the length
+of the training and from what measures fastest on this device, recorded with the run, and kept by reproduction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from kdexp.distill.data import Split
+from kdexp.distill.models import build, measure
+from kdexp.distill.packs import Execution, Lane, Lowering, Source, convolve, pack_of
+from kdexp.distill.train import steps_of
+
+__all__ = ["best_pack", "choose", "compiles", "fastest_lowering", "flop_of"]
+
+# Compiling takes 28 s the first time for a shape on a machine, 4 s from the cache in every process, and saves a
+# quarter of each step (documented student, one thread: 52 ms -> 40 ms). From half a minute's training it pays
+# over a sweep. A GPU does the same work some hundred times faster.
+COMPILE_FROM_FLOP = {"cpu": 1e12, "cuda": 1e14}
+REPEATS, WARM_UP = 5, 2
+PACK_SIZES = (1, 8, 16, 32, 64, 128)
+
+
+def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Execution:
+    """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
+    device, one = like.labels.device, lanes[0]
+    stacked = one.network.architecture == "cnn"
+    long = stacked and flop_of(one, like) * len(lanes) >= COMPILE_FROM_FLOP.get(device.type, float("inf"))
+    return Execution(
+        lanes=len(lanes),
+        shared=not refill and len({lane.training.seed for lane in lanes}) == 1,
+        compiled=long and compiles(str(device)),
+        lowering=fastest_lowering(one, len(lanes), like) if stacked and len(lanes) > 1 else "grouped",
+    )
+
+
+def flop_of(lane: Lane, like: Split) -> float:
+    """What a training computes: forward, and twice that backward, at 2 FLOP for a multiply-add."""
+    with torch.random.fork_rng([]):
+        size = measure(build(lane.network, like), like)
+    return 6.0 * size.multiply_adds * lane.training.batch_size * steps_of(lane.training, len(like))
+
+
+def best_pack(lane: Lane, source: Source, most: int) -> int:
+    """How many copies of a lane train fastest as one, counted in steps of a lane per second; 1 on a CPU.
+
+    On two CPU cores packs of 8 and more were slower than one (see docs/performance.md).
+    """
+    sizes = [size for size in PACK_SIZES if size <= most]
+    if source.split.labels.device.type == "cpu" or lane.network.architecture != "cnn" or len(sizes) < 2:
+        return 1
+    return max(sizes, key=lambda size: size / step_seconds([lane] * size, source))
+
+
+def step_seconds(lanes: Sequence[Lane], source: Source, how: Execution | None = None) -> float:
+    """The shortest of a few steps of a pack."""
+    how = how or choose(lanes, source.split)
+    pack, device = pack_of(lanes, source, how), source.split.labels.device
+    samples = torch.arange(lanes[0].training.batch_size, device=device) % len(source.split)
+    samples = samples if how.shared else samples.expand(len(lanes), -1)
+    rates = torch.full((len(lanes),), 1e-4, device=device)
+    best = float("inf")
+    for repeat in range(WARM_UP + REPEATS):
+        started = time.perf_counter()
+        steps = torch.full((len(lanes),), repeat, device=device)
+        pack.step(samples, torch.zeros_like(samples), rates, steps).total.sum().item()  # waits for a GPU
+        best = min(best, time.perf_counter() - started) if repeat >= WARM_UP else best
+    return best
+
+
+@cache
+def compiles(device: str) -> bool:
+    """Whether torch.compile works here: there is a compiler, and its cache can be written."""
+    try:
+        return bool(torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))[0] == 1)
+    except Exception:  # a compiler has many ways to fail; each means that we do without it
+        return False
+
+
+def fastest_lowering(lane: Lane, lanes: int, like: Split) -> Lowering:
+    """The quickest form of the student's inner convolutions for so many lanes, forward and backward, measured now."""
+    channels, (height, width) = lane.network.channels or (), like.image_size
+    shapes = tuple((inner, out, height >> depth, width >> depth) for depth, (inner, out) in enumerate(pairwise(channels), 1))
+    return _fastest(shapes, lanes, lane.training.batch_size, str(like.labels.device)) if shapes else "grouped"
+
+
+@cache
+def _fastest(shapes: tuple[tuple[int, int, int, int], ...], lanes: int, batch: int, device: str) -> Lowering:
+    return min(get_args(Lowering), key=lambda lowering: sum(_seconds(lowering, *s, lanes, batch, device) for s in shapes))
+
+
+def _seconds(lowering: Lowering, inner: int, out: int, height: int, width: int, lanes: int, batch: int, device: str) -> float:
+    x = torch.zeros(batch, lanes * inner, height, width, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.zeros(lanes, out, inner, 3, 3, device=device, requires_grad=True)
+    bias = torch.zeros(lanes, out, device=device)
+
+    def once() -> Tensor:
+        return torch.autograd.grad(convolve(x, weight, bias, lowering).sum(), [x, weight])[1]
+
+    best = float("inf")
+    for repeat in range(REPEATS):
+        started = time.perf_counter()
+        once()[0, 0, 0, 0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - started) if repeat else best  # the first one warms up
+    return best

@@ -1,0 +1,60 @@
+"""Adam, AdamW and SGD for K networks at once: every lane its own learning rate, weight decay and step count.
+
+torch.optim takes one learning rate for a whole tensor. Here the parameters of a pack are one [lanes, parameters]
+tensor, so a step is a few operations on it whatever K is. The formulas and constants are torch.optim's (Adam:
+arXiv:1412.6980, algorithm 1; AdamW: arXiv:1711.05101, algorithm 2; SGD: Nesterov momentum 0.9).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Optimizer"]
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+MOMENTUM = 0.9
+
+Kind = Literal["adam", "adamw", "sgd"]
+
+
+class Optimizer:
+    """The state of one optimiser over a pack's parameters, which it changes in place."""
+
+    def __init__(
+        self, kind: Kind, parameters: Float[Tensor, "lanes parameters"], weight_decay: Float[Tensor, " lanes"]
+    ) -> None:
+        self.kind, self.parameters, self.weight_decay = kind, parameters, weight_decay[:, None].clone()
+        self.first = torch.zeros_like(parameters)
+        self.second = torch.zeros_like(parameters) if kind != "sgd" else None
+        self.steps = torch.zeros_like(self.weight_decay, dtype=torch.float64)
+
+    def reset(self, lane: int, weight_decay: float) -> None:
+        """A lane's place goes to a new network: nothing of the old one stays."""
+        self.weight_decay[lane] = weight_decay
+        for state in (self.first, self.second, self.steps):
+            if state is not None:
+                state[lane] = 0
+
+    @torch.no_grad()
+    def step(self, gradient: Float[Tensor, "lanes parameters"], learning_rate: Float[Tensor, " lanes"]) -> None:
+        """One step of every lane."""
+        rate = learning_rate[:, None]
+        self.steps += 1
+        if self.kind == "adamw":
+            self.parameters.mul_(1 - rate * self.weight_decay)
+        else:
+            gradient = gradient + self.weight_decay * self.parameters
+        if self.second is None:
+            self.first.mul_(MOMENTUM).add_(gradient)
+            self.parameters.sub_(rate * (gradient + MOMENTUM * self.first))
+            return
+        self.first.lerp_(gradient, 1 - BETA1)
+        self.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        # Bias corrections in double precision: 1 - 0.999^1 would lose four digits in single.
+        size = (rate / (1 - BETA1**self.steps)).to(rate.dtype)
+        root = (1 - BETA2**self.steps).sqrt().to(rate.dtype)
+        self.parameters.sub_(size * self.first / (self.second.sqrt().div_(root).add_(EPS)))

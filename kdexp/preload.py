@@ -1,0 +1,18 @@
+"""Imported once by the server that workers are forked from: what each of them would otherwise import by itself.
+
+Imports only: no thread of torch may run when a process forks.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from kdexp import crew as crew
+from kdexp.environment import remember_code
+
+# What torch and MLflow import when they are first used: 4 s for each worker.
+LATE = ("torch._inductor.config", "mlflow.store.tracking.sqlalchemy_store")
+
+for name in LATE:
+    import_module(name)
+remember_code()
