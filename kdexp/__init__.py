@@ -3,7 +3,8 @@
 The map of the package (imports point down only; tests/test_layers.py holds it to that):
 
     cli, screen                      parse and print
-    sweep · reproduce · promote      a study's trials · a run trained again · the selected model
+    sweep · reproduce · promote      a study from start to end · a run trained again · the selected model
+    crew, preload · trials           worker processes side by side · one process's part of a study
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
     tracking · ui                    MLflow (the only file that knows it) · its UI

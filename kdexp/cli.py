@@ -49,7 +49,9 @@ DataDir = Annotated[
 Device = Annotated[str, typer.Option(envvar="KDEXP_DEVICE", help="cpu, cuda, cuda:1, … or auto.")]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(envvar="KDEXP_THREADS", min=1, help="CPU threads; default: torch's own, for reproduce the run's."),
+    typer.Option(
+        envvar="KDEXP_THREADS", min=1, help="CPU threads of each process; default: torch's own, or the run's."
+    ),
 ]
 Workers = Annotated[
     Optional[int],  # noqa: UP045

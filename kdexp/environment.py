@@ -15,7 +15,7 @@ from typing import Any
 from kdexp import __version__
 from kdexp.config import Recipe
 
-__all__ = ["configure", "differing", "record", "remember_code"]
+__all__ = ["configure", "cpu_name", "differing", "record", "remember_code"]
 
 LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
 
@@ -63,7 +63,7 @@ def record(device: str, recipe: Recipe) -> dict[str, str]:
         **_own_networks(recipe),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
@@ -87,7 +87,8 @@ def _version(name: str) -> str:
         return "absent"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor as the system calls it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

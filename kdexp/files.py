@@ -6,7 +6,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 __all__ = ["write_ahead", "write_atomically"]
@@ -29,8 +29,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_ahead(database: Path) -> None:
-    """Let an SQLite database append its changes to a log beside it: a commit takes a third of the time."""
-    with closing(sqlite3.connect(database, timeout=60)) as connection:
+    """Let an SQLite database append its changes to a log beside it: a commit takes a third of the time.
+
+    Where it cannot be switched now (read-only, in use) it works all the same.
+    """
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database, timeout=60)) as connection:
         connection.execute("pragma journal_mode = wal")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure  # the object interface: no display, no global state
+from matplotlib.ticker import LogLocator, NullLocator
 
 from kdexp.config import Selection
 from kdexp.selection import Candidate, passes, size_of
@@ -29,14 +30,18 @@ def curves(history: Sequence[dict[str, float]], title: str, kept: int) -> Figure
     ):
         losses.plot(epochs, [row[name] for row in history], label=label, color=colour, marker=marker, markersize=3)
     losses.plot(epochs, [row["val_loss"] for row in history], "--", label="validation (labels)", color=GREY)
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log", title="losses")
+    losses.set(xlabel="epoch", yscale="log", title="losses")
+    lowest, highest = losses.get_ylim()
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 1e6 * lowest else (1,)))
+    losses.yaxis.set_minor_locator(NullLocator())
+    losses.yaxis.set_major_formatter("{x:g}")  # plain text: 10⁻¹ as a formula takes a quarter of the drawing
     losses.legend(frameon=False)
     accuracy.plot(epochs, [100 * row["val_accuracy"] for row in history], color=BLUE, marker=marker, markersize=3)
     best = next((row["val_accuracy"] for row in history if row["epoch"] == kept), None)
     if best is not None:
         accuracy.plot([kept], [100 * best], "o", color=ORANGE, label=f"kept: epoch {kept}, {best:.2%}")
         accuracy.legend(frameon=False, loc="lower right")
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy, %", title="validation accuracy")
+    accuracy.set(xlabel="epoch", title="validation accuracy, %")
     figure.suptitle(title)
     for axes in (losses, accuracy):
         axes.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from kdexp.promote import Promotion, gain
 from kdexp.reproduce import Comparison
 from kdexp.runner import Result
 from kdexp.selection import Candidate, passes, size_of
-from kdexp.sweep import EpochDone, TeacherReady, TrialFinished, TrialStarted
+from kdexp.sweep import EpochDone, TeacherReady, TrialFinished, TrialSkipped, TrialStarted
 
 __all__ = ["Screen", "comparison_table", "interval", "percent", "show_promotion", "teacher_line", "trials_table"]
 
@@ -80,10 +80,13 @@ class Screen:
                 self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
             case TrialFinished():
                 self._finished(event)
+            case TrialSkipped():
+                self.done = max(self.done, event.done)
+                self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]not trained[/]: {event.why}")
             case WorkerLost():
                 for trial in event.trials:
                     self._end(trial)
-                self.console.print(f"{event}; the others go on", style="yellow", markup=False)
+                self.console.print(str(event), style="yellow", markup=False)
 
     def _epoch(self, report: EpochReport, trial: int | None) -> None:
         note = f"val {percent(report.val_accuracy)}  loss {report.loss:.3f}"

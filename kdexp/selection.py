@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kdexp import KdexpError
 from kdexp.config import Selection, Size
@@ -16,6 +17,17 @@ __all__ = ["Candidate", "NothingPasses", "passes", "select", "size_of"]
 
 class NothingPasses(KdexpError):
     """No candidate meets the rule; the message holds the nearest miss and what to change."""
+
+
+class Sized(Protocol):
+    """Whatever has all three sizes."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def multiply_adds(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def passes(candidate: Candidate, rule: Selection) -> bool:
     return candidate.val_accuracy >= rule.accuracy_bar and _within(candidate, rule)
 
 
-def size_of(candidate: Candidate, size: Size) -> int:
+def size_of(candidate: Sized, size: Size) -> int:
     """A candidate's size in the unit chosen."""
     return int(getattr(candidate, size))
 

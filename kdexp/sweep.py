@@ -16,10 +16,10 @@ from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.settings import Settings
 from kdexp.study import check_study, open_study
 from kdexp.tracking import Tracking
-from kdexp.trials import EpochDone, TrialEvent, TrialFinished, TrialStarted, leave, run_trials
+from kdexp.trials import EpochDone, TrialEvent, TrialFinished, TrialSkipped, TrialStarted, leave, run_trials
 from kdexp.workers import Worker
 
-__all__ = ["EpochDone", "TeacherReady", "TrialFinished", "TrialStarted", "run_sweep"]
+__all__ = ["EpochDone", "TeacherReady", "TrialFinished", "TrialSkipped", "TrialStarted", "run_sweep"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
 def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of their own."""
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
-    return sweep.shared_training if alone or sweep.study.pruner == "none" else None
+    return sweep.shared_training if alone or not (sweep.study.early_stop or sweep.study.pruner != "none") else None
 
 
 def _facts(prepared: Prepared) -> dict[str, str]:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from kdexp import KdexpError
 from kdexp.config import Recipe
 from kdexp.distill.execution import choose
+from kdexp.distill.models import build, measure
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, train
 from kdexp.runner import Prepared, Result, started
+from kdexp.selection import size_of
+from kdexp.stopping import beaten, hopeless
 from kdexp.study import Ended, OpenStudy, Trial
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
 
-__all__ = ["EpochDone", "TrialEvent", "TrialFinished", "TrialStarted", "leave", "run_trials"]
+__all__ = ["EpochDone", "TrialEvent", "TrialFinished", "TrialSkipped", "TrialStarted", "leave", "run_trials"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,17 @@ class TrialFinished:
     done: int
 
 
-TrialEvent = TrialStarted | EpochDone | TrialFinished
+@dataclass(frozen=True)
+class TrialSkipped:
+    """A trial was not trained, and why; `done` of the study's trials are finished now."""
+
+    number: int
+    recipe: Recipe
+    why: str
+    done: int
+
+
+TrialEvent = TrialStarted | EpochDone | TrialFinished | TrialSkipped
 
 
 def run_trials(
@@ -59,9 +74,10 @@ def run_trials(
 
     With `pack` above 1, so many trials are asked for at once, and those that can be fused train as one batch.
     """
-    here = _Here(study, prepared, tracking, experiment_id, worker, pack, [])
+    here = _Here(study, prepared, tracking, experiment_id, worker, pack)
     while trials := here.next_group():
         yield from _run_pack(trials, here)
+    yield from here.news()
 
 
 def leave(study: OpenStudy, tracking: Tracking, worker: Worker, finished: bool) -> int:
@@ -85,7 +101,8 @@ class _Here:
     experiment_id: str
     worker: Worker
     pack: int
-    waiting: list[Trial]
+    waiting: list[Trial] = field(default_factory=list)
+    skipped: list[TrialSkipped] = field(default_factory=list)
 
     def next_group(self) -> list[Trial]:
         """The next trials that can train as one: asked for together, of one fuse key."""
@@ -104,8 +121,32 @@ class _Here:
         self.waiting[:] = [trial for trial in self.waiting if trial not in taken]
         return taken
 
+    def news(self) -> list[TrialSkipped]:
+        """What was skipped since this was last asked."""
+        news = list(self.skipped)
+        self.skipped.clear()
+        return news
+
     def _ask(self) -> Trial | None:
-        return self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking))
+        """The next trial that is worth its training."""
+        while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
+            why = self._beaten(trial)
+            if why is None:
+                return trial
+            self.study.skip(trial, why)
+            self.skipped.append(TrialSkipped(trial.number, trial.recipe, why, self.study.done))
+        return None
+
+    def _beaten(self, trial: Trial) -> str | None:
+        if not self.study.sweep.study.early_stop or trial.control:
+            return None
+        rule, like = self.study.sweep.selection, self.prepared.splits.train
+        with torch.random.fork_rng([]):
+            size = size_of(measure(build(trial.recipe.student, like), like), rule.size)
+        winner = beaten(size, rule, self.study.outcomes)
+        if winner is None:
+            return None
+        return f"{size:,} {rule.size.replace('_', '-')}; trial {winner.trial} meets the bar with {winner.size:,}"
 
 
 class _Seat:
@@ -141,7 +182,7 @@ class _Seat:
     def take(self, report: EpochReport) -> bool:
         """Record an epoch; whether it was the trial's last."""
         self.running.record(report)
-        if self.trial.report(report):
+        if self.running.state == "complete" and (self.trial.report(report) or self._pointless(report)):
             self.running.state = "pruned"
         return self.running.state != "complete" or report.epoch == report.epochs
 
@@ -150,8 +191,21 @@ class _Seat:
         self.stack.close()
         result = self.running.result
         assert result is not None
+        if self.here.study.sweep.study.early_stop and result.state == "complete":
+            self.trial.remember(size_of(result.size, self.here.study.sweep.selection.size), self._curve())
         self.here.study.tell(self.trial.number, result.state, result.val_accuracy)
         return TrialFinished(self.trial.number, result, self.here.study.done)
+
+    def _pointless(self, report: EpochReport) -> bool:
+        study, samples = self.here.study, len(self.here.prepared.splits.validation)
+        if not study.sweep.study.early_stop or self.trial.control or report.epoch == report.epochs:
+            return False
+        rule, outcomes = study.sweep.selection, study.outcomes
+        smaller = beaten(size_of(self.running.size, rule.size), rule, outcomes)
+        return smaller is not None or hopeless(self._curve(), rule, outcomes, report.epochs, samples)
+
+    def _curve(self) -> list[float]:
+        return [row["val_accuracy"] for row in self.running.history]
 
 
 def _run_pack(trials: list[Trial], here: _Here) -> Generator[TrialEvent, None, None]:
@@ -159,6 +213,7 @@ def _run_pack(trials: list[Trial], here: _Here) -> Generator[TrialEvent, None, N
     prepared, refill = here.prepared, len(trials) > 1 and here.study.prunes
     lanes = [Lane.of(trial.recipe) for trial in trials]
     how = choose(lanes, prepared.splits.train, refill)
+    yield from here.news()
     with ExitStack() as everyone:
         seats: dict[int, _Seat] = {}
         for place, trial in enumerate(trials):

@@ -12,8 +12,9 @@ from kdexp.config import Sweep
 from kdexp.promote import candidates
 from kdexp.reproduce import reproduce
 from kdexp.runner import Running
+from kdexp.selection import select
 from kdexp.study import Trial
-from kdexp.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
+from kdexp.sweep import EpochDone, TrialFinished, TrialSkipped, TrialStarted, run_sweep
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,27 @@ def test_a_failure_in_one_pack_closes_every_run_of_it(fused, settings, tracking,
     assert {run.status for run in runs} == {"FAILED"}
     events, _ = drain(run_sweep(fused, replace(settings, pack=4), tracking, CPU))
     assert sorted(e.number for e in events if isinstance(e, TrialFinished)) == list(range(8))
+
+
+@pytest.mark.parametrize("pack", [1, 4])
+def test_early_stopping_saves_epochs_and_selects_the_same_model(tiny, settings, tracking, tmp_path, pack) -> None:
+    """A random search proposes the same trials with and without: what is left out could not have been selected."""
+    study = {"trials": 14, "sampler": "random"}
+    search = {
+        "student.channels": {"choices": ((2, 4), (3, 6), (4, 8), (6, 12))},
+        "training.learning_rate": {"low": 1e-4, "high": 0.1, "log": True},
+    }
+    found = {}
+    for early in (False, True):
+        sweep = Sweep.model_validate(
+            tiny.model_dump()
+            | {"name": f"early-{early}", "search": search, "study": study | {"early_stop": early}}
+            | {"selection": {"accuracy_bar": 0.6}, "training": tiny.training.model_dump() | {"epochs": 6}}
+        )
+        events, _ = drain(run_sweep(sweep, replace(settings, pack=pack), tracking, CPU))
+        ended = [e.number for e in events if isinstance(e, TrialFinished | TrialSkipped)]
+        assert sorted(ended) == list(range(14))
+        chosen = select([c for c in candidates(tracking.study(sweep.name), tracking)], sweep.selection)
+        found[early] = chosen.trial, sum(isinstance(e, EpochDone) for e in events)
+    assert found[True][0] == found[False][0]
+    assert found[True][1] < 0.9 * found[False][1], found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from system.conftest import command, environment, runs, trials
+from system.conftest import runs, started, trials, wait_for_trial
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])

@@ -1,0 +1,147 @@
+"""How a training is carried out: compiled where it pays, equal to rounding, and the same bits every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdexp.config import Augment, Data, Distillation, Student, Training
+from kdexp.distill import execution
+from kdexp.distill.data import views
+from kdexp.distill.execution import best_pack, choose, fastest_lowering, flop_of, step_seconds
+from kdexp.distill.packs import Execution, Lane, Source
+
+DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
+
+# Compiled code cannot be checked for shapes as these tests check them: it runs in a process of its own.
+COMPILED = """
+import json, torch
+from kdexp.config import *
+from kdexp.distill.data import load_splits, views
+from kdexp.distill.models import weights_hash
+from kdexp.distill.packs import Execution, Lane
+from kdexp.distill.train import SoftLabels, draw, train
+from kdexp.environment import configure
+configure("cpu", 1)
+data = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
+splits = load_splits(data)
+soft = torch.randn(9, len(splits.train), 10, generator=torch.Generator().manual_seed(1)).half()
+lanes = [Lane(Student(channels=(4, 8), hidden=16), Training(epochs=2, learning_rate=0.01, seed=s), Distillation(alpha=a))
+         for s, a in ((1, 0.2), (1, 0.9))]
+def run(lanes, how, labels=SoftLabels(soft)):
+    reports = list(train(lanes, splits, data, labels, how))
+    return [[(r.loss, r.val_loss) for r in epoch] for epoch in reports], weights_hash(reports[0][0].weights)
+rows = torch.stack([soft[draw(1, e, len(splits.train), 9)[1], torch.arange(len(splits.train))] for e in (1, 2)])
+once = run(lanes[:1], Execution(1, True, True))
+compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+again = run(lanes[1:], Execution(1, True, True)), run(lanes[:1], Execution(1, True, True))[0:]
+print(json.dumps({
+    "eager": run(lanes[:1], Execution()), "once": once, "again": again[1],
+    "graphs": [compiled, torch._dynamo.utils.counters["stats"]["unique_graphs"]],
+    "two": run(lanes, Execution(2, False, True)),
+    "two_eager": run(lanes, Execution(2)),
+    "by_epoch": run(lanes[:1], Execution(1, True, True), SoftLabels(rows, "epoch")),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def close(one: list, other: list) -> bool:
+    return torch.allclose(torch.tensor(one), torch.tensor(other), rtol=2e-3)
+
+
+def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_bit(compiled) -> None:
+    assert close(compiled["once"][0], compiled["eager"][0])
+    assert compiled["once"] == compiled["again"]
+    assert close(compiled["two"][0], compiled["two_eager"][0])
+
+
+def test_other_values_of_what_may_differ_compile_nothing_anew(compiled) -> None:
+    before, after = compiled["graphs"]
+    assert before == after == 1
+
+
+def test_logits_by_epoch_serve_a_compiled_step_as_well(compiled) -> None:
+    assert close(compiled["by_epoch"][0], compiled["once"][0])
+
+
+def lane(epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1) -> Lane:
+    return Lane(Student(channels=channels, hidden=16), Training(epochs=epochs, seed=seed), Distillation())
+
+
+def test_it_compiles_long_trainings_only(digits, monkeypatch) -> None:
+    monkeypatch.setattr(execution, "compiles", lambda device: True)
+    assert not choose([lane(epochs=2)], digits.train).compiled
+    long = lane(epochs=50_000, channels=(16, 32))
+    assert flop_of(long, digits.train) > execution.COMPILE_FROM_FLOP["cpu"]
+    assert choose([long], digits.train).compiled
+    monkeypatch.setattr(execution, "compiles", lambda device: False)
+    assert not choose([long], digits.train).compiled
+
+
+def test_without_a_compiler_it_does_without(tmp_path) -> None:
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    code = "from kdexp.distill.execution import compiles; print(compiles('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.split() == ["False"], done.stderr[-500:]
+
+
+def test_lanes_share_batches_only_where_they_start_together_from_one_seed(digits) -> None:
+    assert choose([lane(), lane()], digits.train).shared
+    assert not choose([lane(), lane(seed=2)], digits.train).shared
+    assert not choose([lane(), lane()], digits.train, refill=True).shared
+
+
+def test_the_lowering_is_one_that_was_measured(digits, monkeypatch) -> None:
+    measured = []
+
+    def seconds(lowering, *rest):
+        measured.append(lowering)
+        return 1.0 if lowering == "vmap" else 2.0
+
+    monkeypatch.setattr(execution, "_seconds", seconds)
+    execution._fastest.cache_clear()
+    assert fastest_lowering(lane(), 3, digits.train) == "vmap"
+    execution._fastest.cache_clear()
+    assert set(measured) == {"grouped", "unfold", "vmap", "separate"}
+
+
+def test_packs_are_for_gpus_and_their_steps_can_be_timed(digits) -> None:
+    source = Source(digits.train, views(DATA.augment), None)
+    assert best_pack(lane(), source, 100) == 1
+    assert 0 < step_seconds([lane()] * 2, source) < 10
+
+
+def test_an_execution_survives_its_record() -> None:
+    for how, place in ((Execution(), 0), (Execution(8, False, True, "unfold"), 5)):
+        assert Execution.recorded(how.record(place)) == (how, place)
+    assert Execution.recorded({"python": "3.11"}) == (Execution(), 0), "a run of a former version"
+
+
+def test_the_benchmark_of_fused_trials_runs_and_checks_itself(tmp_path) -> None:
+    command = [sys.executable, "-m", "benchmarks.fused", "--dataset", "digits", "--lanes", "1", "2", "--threads", "1"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["fused_minus_separate"] < 1e-10
+    assert {row["lowering"] for row in figures["rows"]} == {"plain", "grouped", "unfold", "vmap", "separate"}
+    assert all(row["model_epochs_per_second"] > 0 for row in figures["rows"])

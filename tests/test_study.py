@@ -1,0 +1,30 @@
+"""What Optuna is told of a training, and what it is spared."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from conftest import CPU
+
+from kdexp.study import _heard
+from kdexp.sweep import run_sweep
+
+
+def heard_of(epochs: int) -> list[int]:
+    return [epoch for epoch in range(1, epochs + 1) if _heard(epoch, epochs)]
+
+
+def test_optuna_hears_of_early_epochs_often_of_late_ones_seldom_and_always_of_the_last() -> None:
+    assert heard_of(1) == [1]
+    assert heard_of(20) == [1, 2, 3, 4, 6, 8, 11, 16, 20]
+    assert heard_of(500) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 500]
+
+
+@pytest.mark.parametrize(("pruner", "epochs"), [("none", []), ("median", [1, 2, 3, 4, 5])])
+def test_only_a_pruner_needs_reports(tiny, settings, tracking, pruner, epochs) -> None:
+    few = tiny.study.model_copy(update={"trials": 2, "pruner": pruner})
+    sweep = tiny.replace({"training.epochs": 5}).model_copy(update={"study": few})
+    for _ in run_sweep(sweep, settings, tracking, CPU):
+        pass
+    trials = optuna.load_study(study_name="tiny", storage=settings.storage_url).trials
+    assert [sorted(trial.intermediate_values) for trial in trials] == [[e for e in epochs if e in heard_of(5)]] * 2
