@@ -49,13 +49,15 @@ DataDir = Annotated[
 Device = Annotated[str, typer.Option(envvar="KDEXP_DEVICE", help="cpu, cuda, cuda:1, … or auto.")]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(
-        envvar="KDEXP_THREADS", min=1, help="CPU threads of each process; default: torch's own, or the run's."
-    ),
+    typer.Option(envvar="KDEXP_THREADS", min=1, help="CPU threads of each process; default: torch's own, or the run's."),
 ]
 Workers = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(envvar="KDEXP_WORKERS", min=1, help="Trials side by side; default: one per core, on a GPU one."),
+]
+Pack = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(envvar="KDEXP_PACK", min=1, help="Trials that a process trains as one batch; default: on a GPU the fastest."),
 ]
 DEFAULT_STORES = Path("mlruns")
 
@@ -73,6 +75,7 @@ def sweep(
     file: SweepFile,
     trials: Annotated[Optional[int], typer.Option(min=1, help="How many trials the study has in all.")] = None,  # noqa: UP045
     workers: Workers = None,
+    pack: Pack = None,
     overrides: Overrides = None,
     stores: Stores = DEFAULT_STORES,
     storage: Storage = None,
@@ -83,7 +86,7 @@ def sweep(
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
     config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
-    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads, workers)
+    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
     console = _console()
     from kdexp.crew import CrewError
     from kdexp.environment import configure
@@ -319,8 +322,9 @@ def _settings(
     device: str,
     threads: int | None,
     workers: int | None = 1,
+    pack: int | None = 1,
 ) -> Settings:
-    return Settings(stores, storage, tracking_uri, data_dir, device, threads, workers)
+    return Settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
 
 
 def _console() -> Console:

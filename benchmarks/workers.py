@@ -1,0 +1,116 @@
+"""Trials per hour as workers grow, and what memory each takes.
+
+    python -m benchmarks.workers [--workers 1 2] [--trials 6] [--epochs 2]
+
+The same sweep of the documented student on real Fashion-MNIST by `kdexp sweep --workers N --threads 1`, side by side
+in one run, each from an empty study on a warm teacher cache (a small cnn teaches). Time is that of the whole
+command. Memory is the peak of the resident set and of the proportional set (shared pages counted once among those
+who share them), sampled twice a second over the command and its workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.report import Row, print_report
+
+MIB = 1024  # KiB
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and last the line of JSON."""
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sweep = _write(folder, "warm-up", options)
+        subprocess.run(_command("teacher", sweep, folder), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(_command("train", sweep, folder), check=True, stdout=subprocess.DEVNULL)  # compiles the student
+        rows = [_measure(workers, folder, options) for workers in options.workers]
+    for row in rows:
+        row["over_one"] = round(row["trials_per_hour"] / rows[0]["trials_per_hour"], 2)
+    figures = {"over_one_worker": rows[-1]["over_one"], "trials": options.trials, "epochs": options.epochs, "rows": rows}
+    print_report(f"{options.trials} trials of {options.epochs} epochs, documented student, one thread a worker", rows, figures)
+
+
+def _measure(workers: int, folder: Path, options: argparse.Namespace) -> Row:
+    sweep = _write(folder, f"workers-{workers}", options)
+    started = time.perf_counter()
+    command = [*_command("sweep", sweep, folder), "--workers", str(workers)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    peaks: dict[int, tuple[int, int]] = {}
+    stop = threading.Event()
+    watch = threading.Thread(target=_watch, args=(process.pid, peaks, stop))
+    watch.start()
+    code = process.wait()
+    seconds = time.perf_counter() - started
+    stop.set()
+    watch.join()
+    if code:
+        raise SystemExit(f"kdexp sweep --workers {workers} failed with code {code}")
+    resident, proportional = max(peaks.values())
+    return {
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "trials_per_hour": round(3600 * options.trials / seconds, 1),
+        "over_one": 1.0,
+        "peak_rss_mib_of_a_process": resident // MIB,
+        "its_pss_mib": proportional // MIB,
+        "processes": len(peaks),
+    }
+
+
+def _watch(session: int, peaks: dict[int, tuple[int, int]], stop: threading.Event) -> None:
+    """Note the peak (resident, proportional) KiB of every process of the session."""
+    while not stop.wait(0.5):
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) != session:
+                    continue
+                sizes = dict(line.split(":") for line in (place / "smaps_rollup").read_text().splitlines()[1:])
+                now = tuple(int(sizes[name].split()[0]) for name in ("Rss", "Pss"))
+            except (OSError, ValueError, KeyError):  # it has just ended
+                continue
+            before = peaks.get(int(place.name), (0, 0))
+            peaks[int(place.name)] = max(before[0], now[0]), max(before[1], now[1])
+
+
+def _write(folder: Path, name: str, options: argparse.Namespace) -> Path:
+    sweep: dict[str, Any] = {
+        "name": name,
+        "data": {"dataset": "fashion_mnist"},
+        "teacher": {"architecture": "cnn", "channels": [8, 16], "hidden": 32, "epochs": 1, "learning_rate": 1e-3},
+        "training": {"epochs": options.epochs},
+        "search": {"distillation.alpha": {"low": 0.0, "high": 1.0}},
+        "study": {"trials": options.trials, "sampler": "random"},
+        "selection": {"accuracy_bar": 0.1},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    return file
+
+
+def _command(command: str, sweep: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "kdexp", command, str(sweep), "--stores", str(folder / "stores"), "--threads", "1"]
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=2)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
