@@ -23,6 +23,14 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests run under CI, or when they are asked for."""
+    if os.environ.get("CI") != "true" and "slow" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs under CI=true, or with -m slow"))
+
+
 def needs(present: bool, what: str) -> None:
     """Skip with a reason where something is absent; under CI its absence is a failure."""
     if not present:

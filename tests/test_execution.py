@@ -62,17 +62,20 @@ def close(one: list, other: list) -> bool:
     return torch.allclose(torch.tensor(one), torch.tensor(other), rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_bit(compiled) -> None:
     assert close(compiled["once"][0], compiled["eager"][0])
     assert compiled["once"] == compiled["again"]
     assert close(compiled["two"][0], compiled["two_eager"][0])
 
 
+@pytest.mark.slow
 def test_other_values_of_what_may_differ_compile_nothing_anew(compiled) -> None:
     before, after = compiled["graphs"]
     assert before == after == 1
 
 
+@pytest.mark.slow
 def test_logits_by_epoch_serve_a_compiled_step_as_well(compiled) -> None:
     assert close(compiled["by_epoch"][0], compiled["once"][0])
 

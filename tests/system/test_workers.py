@@ -87,6 +87,7 @@ def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(t
     assert not list((tmp_path / "mlruns" / "workers").glob("*.lock"))
 
 
+@pytest.mark.slow
 def test_four_workers_do_not_lock_one_another_out_of_the_databases(kdexp, tiny_file: Path, tmp_path: Path) -> None:
     done = kdexp("sweep", "tiny.yaml", "--workers", "4", "--trials", "16", "--set", "training.epochs=1", timeout=400)
     assert "4 workers" in done.stdout, done.stderr
@@ -109,6 +110,7 @@ def test_when_a_worker_is_killed_the_other_takes_its_trial_even_the_last(tiny_fi
     assert runs(tmp_path, "study") == {"FINISHED": 1}
 
 
+@pytest.mark.slow
 def test_when_all_workers_are_killed_the_command_says_so_and_continues_later(kdexp, tiny_file: Path, tmp_path: Path) -> None:
     process = started(tmp_path, "--trials", "3", "--workers", "2")
     for worker in both_train(process, tmp_path):
@@ -138,7 +140,13 @@ def test_workers_stop_by_themselves_when_their_parent_is_killed(tiny_file: Path,
     assert not list((tmp_path / "mlruns" / "workers").glob("*.lock"))
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C in the terminal", "SIGINT to the command", "SIGTERM to all"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "Ctrl-C in the terminal",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT to the command", "SIGTERM to all")),
+    ],
+)
 def test_stopping_the_command_stops_its_workers(kdexp, tiny_file: Path, tmp_path: Path, how: str) -> None:
     process = started(tmp_path, "--trials", "6", "--workers", "2")
     workers = both_train(process, tmp_path)
@@ -163,6 +171,7 @@ def test_stopping_the_command_stops_its_workers(kdexp, tiny_file: Path, tmp_path
         assert runs(tmp_path, "study") == {"FINISHED": 1}
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(tiny_file: Path, tmp_path: Path) -> None:
     process = started(tmp_path, "--trials", "6", "--workers", "2")
     workers = both_train(process, tmp_path)
@@ -193,7 +202,7 @@ ONCE = """try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"""
 
 
-@pytest.mark.parametrize("times", ["once", "always"])
+@pytest.mark.parametrize("times", ["once", pytest.param("always", marks=pytest.mark.slow)])
 def test_a_worker_that_fails_is_named_with_its_reason(kdexp, tiny_file: Path, tmp_path: Path, times: str) -> None:
     always = "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
     (tmp_path / "nets.py").write_text(FAILS % (ONCE if times == "once" else always))

@@ -1,0 +1,73 @@
+"""The benchmarks compare like with like: the same loss, the same images, the same network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import contenders
+from kdexp.config import Recipe
+from kdexp.distill.losses import distillation_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_contenders_hyperparameters_and_loss_are_the_documented_ones() -> None:
+    recipe = Recipe()
+    training, how = recipe.training, recipe.distillation
+    ours = (how.alpha, how.temperature, training.learning_rate, training.final_learning_rate, training.weight_decay)
+    assert ours == (contenders.ALPHA, contenders.TEMPERATURE, contenders.RATE, contenders.FINAL_RATE, contenders.DECAY)
+    assert (training.batch_size, training.seed) == (contenders.BATCH, contenders.SEED)
+    student, teacher = torch.randn(8, 10).double(), torch.randn(8, 10).double()
+    labels = torch.randint(10, (8,))
+    expected = distillation_loss(student, teacher, labels, how.alpha, how.temperature).total
+    assert contenders._loss(student, teacher, labels).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_torchdistills_loss_at_its_own_alpha_is_ours() -> None:
+    losses = pytest.importorskip("torchdistill.losses.mid_level", reason="torchdistill is installed for the benchmark only")
+    kd = losses.KDLoss("s", "output", "t", "output", contenders.TEMPERATURE, 1 - contenders.ALPHA)
+    student, teacher, labels = torch.randn(8, 10).double(), torch.randn(8, 10).double(), torch.randint(10, (8,))
+    theirs = kd({"s": {"output": student}}, {"t": {"output": teacher}}, labels)
+    assert theirs.item() == pytest.approx(contenders._loss(student, teacher, labels).item(), rel=1e-12)
+
+
+def test_the_contenders_images_are_ours(digits) -> None:
+    from kdexp.distill.data import pixels
+
+    split = digits.train.take(torch.arange(5))
+    floats = torch.stack([contenders._Images(split, contenders.TEST)[number][0] for number in range(5)])
+    assert torch.allclose(floats, pixels(split, torch.arange(5)).expand(-1, 3, -1, -1), atol=1e-6)
+    assert torch.allclose(floats, contenders._floats(split.images), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fashion")
+@pytest.mark.parametrize("name", ["common", "torchdistill", "careful"])
+def test_a_contender_trains_and_reports(tmp_path, name) -> None:
+    from safetensors.torch import save_file
+    from torchvision.models import resnet50
+
+    if name == "torchdistill":
+        pytest.importorskip("torchdistill", reason="torchdistill is installed for the benchmark only")
+    save_file(resnet50(num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
+    command = [sys.executable, "-m", "benchmarks.contenders", name, "--teacher", str(tmp_path / "teacher.safetensors")]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--images", "300", "--threads", "1"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["name"] == name
+    assert figures["step_seconds"] > 0
+    assert 0 <= figures["val_accuracy"] <= 1
