@@ -39,7 +39,7 @@ def test_sweep_select_and_reproduce_from_a_second_process(kdexp, tiny_file: Path
 def test_train_and_teacher(kdexp_here, tiny_file: Path, tmp_path: Path) -> None:
     teacher = kdexp_here("teacher", "tiny.yaml")
     assert teacher.returncode == 0, teacher.stderr
-    assert "9 views cached" in teacher.stdout
+    assert "3 epochs cached" in teacher.stdout
     trained = kdexp_here("train", "tiny.yaml", "--set", "training.epochs=2", "--set", "distillation.temperature=2")
     assert trained.returncode == 0, trained.stderr
     assert "epoch 2/2" in trained.stdout
