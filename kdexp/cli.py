@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import shlex
 import signal
 import sys
@@ -87,12 +89,17 @@ def sweep(
     """Run a study, or continue it, and select its smallest model over the bar."""
     config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
     settings = _settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
+    from kdexp.workers import warm_up
+
+    if settings.workers != 1:
+        warm_up()  # before this process begins its own imports
     console = _console()
     from kdexp.crew import CrewError
     from kdexp.environment import configure
     from kdexp.screen import Screen
+    from kdexp.study import StudyAway
     from kdexp.sweep import run_sweep
-    from kdexp.tracking import Tracking
+    from kdexp.tracking import Tracking, TrackingAway
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     try:
@@ -101,10 +108,11 @@ def sweep(
             others = yield_all(events, screen)
     except KeyboardInterrupt:
         raise KdexpError(
-            f"Stopped; finished trials are kept, those under way are trained again. Continue with the same command: {_again()}"
+            f"Stopped; finished trials are kept, those under way go on from their last checkpoint. "
+            f"Continue with the same command: {_again()}"
         ) from None
-    except CrewError as error:
-        raise KdexpError(f"{error} Continue with the same command: {_again()}") from error
+    except (CrewError, TrackingAway, StudyAway) as error:
+        raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
     if others:
         console.print(f"{others} trials are still being trained by other processes; the last one to finish selects the model.")
         return
@@ -218,13 +226,17 @@ def reproduce(
     data_dir: DataDir = None,
     device: Device = "auto",
     threads: Threads = None,
+    tolerance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="On another machine: let losses and accuracies differ by so much."),
+    ] = None,
 ) -> None:
     """Train a run again from its own record, compare, and say identical or what differs."""
     settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.environment import configure
     from kdexp.reproduce import reproduce as again
-    from kdexp.screen import Screen, comparison_table
+    from kdexp.screen import Screen, differences_table
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
@@ -236,10 +248,16 @@ def reproduce(
             f"({comparison.again.tags['kdexp.weights_sha256'][:16]}…) are equal, bit for bit",
             style="bold green",
         )
-    if comparison.differences or comparison.environment:
-        console.print(comparison_table(comparison))
+    close = tolerance is not None and not comparison.identical and comparison.within(tolerance)
+    if close:
+        console.print(
+            f"within tolerance: {comparison.compared} metric values differ by at most {comparison.largest:.3g}",
+            style="bold green",
+        )
+    if comparison.differences:
+        console.print(differences_table(comparison.differences))
     console.print(f"original  {run_id}\nagain     {comparison.again.run_id}")
-    if not comparison.identical:
+    if not comparison.identical and not close:
         changed = ", ".join(d.what for d in comparison.environment) or "nothing recorded: please report this"
         raise KdexpError(
             f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}."
@@ -270,6 +288,7 @@ def main() -> None:
         return
     sys.path.append(str(Path.cwd()))  # where architecture: package.module:callable is looked for
     signal.signal(signal.SIGTERM, _interrupt)
+    atexit.register(gc.freeze)  # at its end Python would look through all that the libraries made: 3 s
     try:
         sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):

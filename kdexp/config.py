@@ -251,6 +251,7 @@ class Study(Frozen):
     sampler: Literal["tpe", "random", "gp"] = "tpe"
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
     early_stop: bool = Field(False, description="leave out what can no longer be selected: see kdexp/stopping.py")
+    retries: int = Field(3, ge=0, description="how often a trial that broke off without getting on is tried again")
     seed: int = Field(8787, ge=0, lt=2**32)
 
 

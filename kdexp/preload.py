@@ -5,6 +5,7 @@ Imports only: no thread of torch may run when a process forks.
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 
 from kdexp import crew as crew
@@ -16,3 +17,4 @@ LATE = ("torch._inductor.config", "mlflow.store.tracking.sqlalchemy_store")
 for name in LATE:
     import_module(name)
 remember_code()
+gc.freeze()  # what is there now stays, in memory that all workers share

@@ -6,6 +6,7 @@ Recipe, teacher weights and thread count come from the run; nothing from sweep f
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -17,13 +18,13 @@ from kdexp import KdexpError
 from kdexp.distill.execution import compiles
 from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
-from kdexp.environment import differing, record
+from kdexp.environment import differing
 from kdexp.promote import recipe_of
-from kdexp.runner import EPOCH_METRICS, TeacherProgress, prepare, started
+from kdexp.runner import EPOCH_METRICS, Prepared, TeacherProgress, environment_of, facts, prepare, started
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking, TrackingError
 
-__all__ = ["Comparison", "Difference", "reproduce"]
+__all__ = ["Checked", "Comparison", "Difference", "reproduce"]
 
 COMPARED = tuple(name for name in EPOCH_METRICS if name != "seconds")
 TAGS = {
@@ -33,6 +34,7 @@ TAGS = {
     "kdexp.logits_sha256": "teacher's logits",
     "kdexp.weights_sha256": "student weights",
 }
+ROUNDED = ("teacher's logits", "student weights")  # on another machine these never agree to the bit
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Difference:
     what: str
     original: str
     again: str
+    by: float = math.inf
+    """How far two numbers are apart."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Before any training: what here is not as it is recorded with the run."""
+
+    differences: tuple[Difference, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,19 @@ class Comparison:
         """Every metric of every epoch and the SHA-256 of the weights are equal."""
         return not self.differences
 
+    @property
+    def largest(self) -> float:
+        """By how much two metric values differ at most."""
+        return max((d.by for d in self.differences if d.what not in ROUNDED), default=0.0)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether data and teacher are the same, and metrics differ by no more than that."""
+        return self.largest <= tolerance
+
 
 def reproduce(
     run_id: str, settings: Settings, tracking: Tracking, device: torch.device
-) -> Generator[TeacherProgress | EpochReport, None, Comparison]:
+) -> Generator[TeacherProgress | Checked | EpochReport, None, Comparison]:
     """Train a run again as a new run linked to it; yields progress, returns the comparison.
 
     Raises KdexpError where the run cannot be trained again.
@@ -80,6 +100,9 @@ def reproduce(
         weights = _teacher_weights(original, tracking, Path(temporary))
         training = recipe.training if original.tags.get("kdexp.logits_per") == "epoch" else None
         prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights, training)
+    environment = environment_of(recipe, prepared, how, place)
+    changed = tuple(Difference(name, *pair) for name, pair in differing(recorded, environment).items())
+    yield Checked((*_facts_differ(original, prepared), *changed))
     epochs = int(original.metrics["epochs_trained"])
     with started(
         recipe,
@@ -98,8 +121,7 @@ def reproduce(
             if report.epoch == epochs and epochs < report.epochs:
                 running.state = "pruned"
                 break
-    environment = {**record(device.type, recipe), **how.record(place)}
-    comparison = _compare(original, tracking.read(running.run_id), tracking, differing(recorded, environment))
+    comparison = _compare(original, tracking.read(running.run_id), tracking, changed)
     tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
 
@@ -129,7 +151,17 @@ def _teacher_weights(run: RunRecord, tracking: Tracking, folder: Path) -> Path |
         return None
 
 
-def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environment: dict[str, tuple[str, str]]) -> Comparison:
+def _facts_differ(run: RunRecord, prepared: Prepared) -> list[Difference]:
+    """Data and teacher, against the run's own record."""
+    here = facts(prepared)
+    return [
+        Difference(what, run.tags[tag][:16], here[tag][:16])
+        for tag, what in TAGS.items()
+        if tag in here and run.tags.get(tag, here[tag]) != here[tag]
+    ]
+
+
+def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environment: tuple[Difference, ...]) -> Comparison:
     differences = [
         Difference(what, original.tags.get(tag, "—")[:16], again.tags.get(tag, "—")[:16])
         for tag, what in TAGS.items()
@@ -141,9 +173,11 @@ def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environm
         after = dict(tracking.history(again.run_id, f"epoch/{name}"))
         for epoch in sorted(before.keys() | after.keys()):
             compared += 1
-            one, other = repr(before.get(epoch)), repr(after.get(epoch))  # repr: also NaN equals itself
-            if one != other:
-                differences.append(Difference(f"{name}, epoch {epoch}", one, other))
+            one, other = before.get(epoch, math.inf), after.get(epoch, -math.inf)
+            if repr(one) != repr(other):  # repr: also NaN equals itself
+                apart = abs(one - other)
+                by = math.inf if math.isnan(apart) else apart
+                differences.append(Difference(f"{name}, epoch {epoch}", repr(one), repr(other), by))
     if compared == 0:
         raise KdexpError(f"Run {original.run_id} holds no per-epoch metrics; there is nothing to compare with.")
     return Comparison(
@@ -151,5 +185,5 @@ def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environm
         again=again,
         compared=compared,
         differences=tuple(differences),
-        environment=tuple(Difference(name, *pair) for name, pair in environment.items()),
+        environment=environment,
     )

@@ -10,11 +10,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 
 from kdexp import KdexpError
 from kdexp.config import Data, Recipe, Training, flatten
+from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.evaluate import wilson_interval
-from kdexp.distill.execution import choose
+from kdexp.distill.execution import choose, compiles
 from kdexp.distill.models import Size, build, measure, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
@@ -32,15 +33,26 @@ from kdexp.distill.train import EpochReport, train
 from kdexp.environment import record
 from kdexp.plots import curves
 from kdexp.settings import Settings, without_credentials
-from kdexp.tracking import EpochMetrics, Kind, Tracking
+from kdexp.tracking import EpochMetrics, Kind, Tracking, TrackingAway
 
-__all__ = ["EPOCH_METRICS", "Prepared", "Result", "Running", "TeacherProgress", "prepare", "started"]
+__all__ = [
+    "EPOCH_METRICS",
+    "Prepared",
+    "Result",
+    "Running",
+    "TeacherProgress",
+    "environment_of",
+    "facts",
+    "goes_on_here",
+    "prepare",
+    "started",
+]
 
-State = Literal["complete", "pruned", "diverged"]
 EPOCH_METRICS = (
     "loss", "distillation_loss", "student_loss", "val_accuracy", "val_loss", "learning_rate", "seconds",
 )  # fmt: skip
 DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
+ELSEWHERE = ("threads", "commit")  # a resumed training sets its own threads; the source's hash says more than the commit
 TeacherProgress = EpochReport | CacheProgress
 
 
@@ -84,10 +96,18 @@ class Running:
     size: Size
     how: Execution
     place: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    keep: Callable[[Checkpoint], object] | None = None
+    """Where checkpoints go; without, there are none."""
     state: State = "complete"
-    kept: EpochReport | None = None
+    kept: Kept | None = None
+    bad_step: int | None = None
     history: list[dict[str, float]] = field(default_factory=list)
-    pending: list[EpochMetrics] = field(default_factory=list)
+    safe: int = 0
+    """So many epochs of the history are in a checkpoint (or need none) ..."""
+    sent: int = 0
+    """... and so many are with MLflow."""
+    saved: float = -math.inf
     delivered: float = -math.inf
     result: Result | None = None
 
@@ -98,6 +118,7 @@ class Running:
             report = reports[self.place]
             assert report is not None
             self.record(report)
+            self.settle(report)
             yield report
             if self.state == "diverged":
                 return
@@ -105,20 +126,44 @@ class Running:
     def record(self, report: EpochReport) -> None:
         """Take note of an epoch; a loss that is not finite makes the state 'diverged'."""
         values = {name: getattr(report, name) for name in EPOCH_METRICS}
-        self.history.append({"epoch": report.epoch, **values})
-        named = {f"epoch/{name}": value for name, value in values.items()}
-        self.pending.append(EpochMetrics(report.epoch, time.time_ns() // 1_000_000, named))
-        if time.monotonic() - self.delivered >= DELIVER_SECONDS:
-            self.deliver()
+        self.history.append({"epoch": report.epoch, "time_ms": time.time_ns() // 1_000_000, **values})
         if not report.finite:
-            self.state = "diverged"
+            self.state, self.bad_step = "diverged", report.bad_step
         elif report.weights is not None:
-            self.kept = report
+            self.kept = Kept(report.epoch, report.val_correct, report.weights)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from there. What was measured is sent again from the first: what MLflow has, it stores once."""
+        self.state, self.kept, self.bad_step = checkpoint.state, checkpoint.kept, checkpoint.bad_step
+        self.history = [dict(row) for row in checkpoint.history]
+        self.safe = len(self.history)
+        tags = {"kdexp.state": "", "kdexp.error": "", "kdexp.resumed_from_epoch": str(checkpoint.snapshot.epoch)}
+        self.tracking.tag(self.run_id, tags)
+
+    def settle(self, report: EpochReport) -> None:
+        """After an epoch, once its verdict is known: a checkpoint where one is due, and MLflow's share."""
+        now, last = time.monotonic(), self.state != "complete" or report.epoch == report.epochs
+        if self.keep is None:
+            self.safe = len(self.history)
+        elif last or now - self.saved >= CHECKPOINT_SECONDS:
+            assert report.snapshot is not None
+            snapshot = report.snapshot()
+            found = self.run_id, self.environment, self.state, self.bad_step, self.history, self.kept
+            self.keep(Checkpoint(*found, snapshot))
+            self.saved, self.safe = now, len(self.history)
+        if now - self.delivered >= DELIVER_SECONDS:
+            self.delivered = now
+            with self.tracking.at_once(), suppress(TrackingAway):  # then later: training does not wait
+                self.deliver()
 
     def deliver(self) -> None:
         """Send what MLflow does not have yet."""
-        self.tracking.log_epochs(self.run_id, self.pending)
-        self.pending, self.delivered = [], time.monotonic()
+        due = [
+            EpochMetrics(int(row["epoch"]), int(row["time_ms"]), {f"epoch/{name}": row[name] for name in EPOCH_METRICS})
+            for row in self.history[self.sent : self.safe]
+        ]
+        self.tracking.log_epochs(self.run_id, due)
+        self.sent = self.safe
 
 
 def prepare(
@@ -152,52 +197,88 @@ def started(
     params: Mapping[str, Any] | None = None,
     how: Execution | None = None,
     place: int = 0,
+    keep: Callable[[Checkpoint], object] | None = None,
+    resumed: Checkpoint | None = None,
 ) -> Iterator[Running]:
     """A run around one training: recorded before it, closed after it, whatever happens in between.
 
-    `how` it is carried out, and in which place of a pack, is chosen for a training of its own if not given.
-    Left normally: FINISHED, with final metrics and artifacts. Interrupted: KILLED. Failed: FAILED.
+    `how` it is carried out, and in which place of a pack, is chosen for a training of its own if not given. With
+    `resumed` it is that checkpoint's run which goes on. Left normally: FINISHED, with final metrics and artifacts.
+    Interrupted: KILLED. Failed: FAILED.
     """
-    train_split, validation = prepared.splits.train, prepared.splits.validation
+    train_split = prepared.splits.train
     with torch.random.fork_rng([]):
         module = build(recipe.student, train_split)
     size = measure(module, train_split)
-    run_id = tracking.start(
-        experiment_id,
-        kind,
-        name,
-        params={**flatten(recipe), **(params or {})},
-        tags={
-            "kdexp.teacher_run": prepared.teacher_run,
-            "kdexp.teacher_sha256": prepared.teacher.sha256,
-            "kdexp.logits_sha256": prepared.teacher.logits_sha256,
-            "kdexp.logits_per": prepared.teacher.soft.per,
-            "kdexp.train_sha256": train_split.fingerprint,
-            "kdexp.validation_sha256": validation.fingerprint,
-            "mlflow.note.content": _describe(recipe, size, prepared),
-            **(tags or {}),
-        },
-        parent=parent,
-    )
     how = how or choose([Lane.of(recipe)], train_split)
-    running = Running(run_id, recipe, prepared, tracking, size, how, place)
+    if resumed:
+        run_id = resumed.run_id
+        tracking.finish(run_id, "RUNNING")
+    else:
+        run_id = tracking.start(
+            experiment_id,
+            kind,
+            name,
+            params={**flatten(recipe), **(params or {})},
+            tags={
+                "kdexp.teacher_run": prepared.teacher_run,
+                "kdexp.logits_per": prepared.teacher.soft.per,
+                **facts(prepared),
+                "mlflow.note.content": _describe(recipe, size, prepared),
+                **(tags or {}),
+            },
+            parent=parent,
+        )
+    environment = resumed.environment if resumed else environment_of(recipe, prepared, how, place)
+    running = Running(run_id, recipe, prepared, tracking, size, how, place, environment, keep)
     with _closed(run_id, tracking):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
-            environment = {**record(train_split.labels.device.type, recipe), **how.record(place)}
-            (folder / "environment.json").write_text(json.dumps(environment, indent=2))
-            (folder / "model_summary.txt").write_text(summary(module, train_split))
-            tracking.log_files(run_id, folder)
-        _log_datasets(tracking, run_id, recipe.data, {"training": train_split, "validation": validation})
+        if resumed:
+            running.resume(resumed)
+        else:
+            _log_record(running, summary(module, train_split))
         try:
             yield running
         except BaseException:
-            with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
+            with tracking.at_once(), suppress(KdexpError):  # where the store is what failed, its error is the one to hear of
                 running.deliver()
             raise
         running.deliver()
         running.result = _conclude(running)
+
+
+def facts(prepared: Prepared) -> dict[str, str]:
+    """SHA-256 of data and teacher, by the tags that record them."""
+    return {
+        "kdexp.teacher_sha256": prepared.teacher.sha256,
+        "kdexp.logits_sha256": prepared.teacher.logits_sha256,
+        "kdexp.train_sha256": prepared.splits.train.fingerprint,
+        "kdexp.validation_sha256": prepared.splits.validation.fingerprint,
+    }
+
+
+def environment_of(recipe: Recipe, prepared: Prepared, how: Execution, place: int) -> dict[str, str]:
+    """All that a training's last bits depend on here besides its recipe, as text by name."""
+    machine = record(prepared.splits.train.labels.device.type, recipe)
+    return {**machine, "soft labels": prepared.teacher.logits_sha256[:16], **how.record(place)}
+
+
+def goes_on_here(checkpoint: Checkpoint, recipe: Recipe, prepared: Prepared) -> bool:
+    """Whether a training that goes on here from its checkpoint ends as it would have ended unbroken."""
+    here, then = environment_of(recipe, prepared, *Execution.recorded(checkpoint.environment)), checkpoint.environment
+    same = all(then.get(name) == value for name, value in here.items() if name not in ELSEWHERE)
+    return same and (then["compiled"] == "no" or compiles(str(prepared.splits.train.labels.device)))
+
+
+def _log_record(running: Running, summary: str) -> None:
+    """What makes a run reproducible, before its first step."""
+    tracking, run_id, splits = running.tracking, running.run_id, running.prepared.splits
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2))
+        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2))
+        (folder / "model_summary.txt").write_text(summary)
+        tracking.log_files(run_id, folder)
+    _log_datasets(tracking, run_id, running.recipe.data, {"training": splits.train, "validation": splits.validation})
 
 
 def _describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
@@ -242,7 +323,7 @@ def _conclude(running: Running) -> Result:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if kept and kept.weights:
-            save_file(kept.weights, folder / "weights.safetensors")
+            save_file(dict(kept.weights), folder / "weights.safetensors")
         title = f"{_named(running.recipe.student)}, {size.parameters:,} parameters"
         curves(running.history, title, result.kept_epoch).savefig(folder / "curves.png", dpi=110)
         tracking.log_files(run_id, folder)
@@ -260,8 +341,10 @@ def _conclude(running: Running) -> Result:
             "train_seconds": sum(row["seconds"] for row in running.history),
             "teacher_val_accuracy": running.prepared.teacher.val_accuracy,
         },
+        time_ms=int(running.history[-1]["time_ms"]) if running.history else None,
     )
-    how = {"complete": "Trained to the end", "pruned": "Pruned", "diverged": "Diverged (loss not finite)"}[running.state]
+    diverged = f"Diverged (loss not finite from step {running.bad_step})"
+    how = {"complete": "Trained to the end", "pruned": "Pruned", "diverged": diverged}[running.state]
     note = (
         f"**{result.val_accuracy:.2%}** validation accuracy (95 % interval {low:.2%} to {high:.2%}) with "
         f"**{size.parameters:,}** parameters. {how} after {result.epochs} epochs; weights of epoch {result.kept_epoch}.\n\n"
@@ -272,6 +355,7 @@ def _conclude(running: Running) -> Result:
         {
             "kdexp.state": running.state,
             "kdexp.weights_sha256": sha256,
+            **({"kdexp.bad_step": str(running.bad_step)} if running.state == "diverged" else {}),
             "mlflow.note.content": f"{note}\n\n{_describe(running.recipe, size, running.prepared)}",
         },
     )
@@ -335,7 +419,7 @@ def _closed(run_id: str, tracking: Tracking) -> Iterator[None]:
             if interrupted
             else {"kdexp.state": "failed", "kdexp.error": without_credentials(str(error))[:500]}
         )
-        with suppress(KdexpError):  # where the store itself is what failed, its error is the one to hear of
+        with tracking.at_once(), suppress(KdexpError):  # where the store is what failed, its error is the one to hear of
             tracking.tag(run_id, why)
             tracking.finish(run_id, "KILLED" if interrupted else "FAILED")
         raise

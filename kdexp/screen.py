@@ -15,12 +15,12 @@ from kdexp.crew import Crew, WorkerLost
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
 from kdexp.promote import Promotion, gain
-from kdexp.reproduce import Comparison
+from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
 from kdexp.selection import Candidate, passes, size_of
-from kdexp.sweep import EpochDone, TeacherReady, TrialFinished, TrialSkipped, TrialStarted
+from kdexp.sweep import EpochDone, TeacherReady, TrialFailed, TrialFinished, TrialSkipped, TrialStarted
 
-__all__ = ["Screen", "comparison_table", "interval", "percent", "show_promotion", "teacher_line", "trials_table"]
+__all__ = ["Screen", "differences_table", "interval", "percent", "show_promotion", "teacher_line", "trials_table"]
 
 ROWS = 20  # trials shown; the rest are in the UI
 
@@ -70,7 +70,7 @@ class Screen:
                 if self.done < (self.trials or 0):
                     self.console.print(_crew_line(event))
             case TrialStarted():
-                again = " (again)" if event.retried else ""
+                again = "" if not event.retried else f" (from epoch {event.epoch + 1})" if event.epoch else " (again)"
                 self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
             case EpochDone():
                 self._epoch(event.report, event.number)
@@ -83,6 +83,13 @@ class Screen:
             case TrialSkipped():
                 self.done = max(self.done, event.done)
                 self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]not trained[/]: {event.why}")
+            case Checked(differences=()):
+                self.console.print("checked   code, libraries, machine, data and teacher are as recorded")
+            case Checked(differences=found):
+                self.console.print(differences_table(found))
+            case TrialFailed():
+                self._end(event.number)
+                self.console.print(f"trial {event.number} failed: {event.why}", style="yellow", markup=False)
             case WorkerLost():
                 for trial in event.trials:
                     self._end(trial)
@@ -203,12 +210,12 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
     )
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """What differs between a run and its reproduction, first differences first."""
+def differences_table(differences: Sequence[Difference]) -> Table:
+    """What differs between a run and its reproduction, the first ones of many."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("differs", "original", "again"):
+    for name in ("differs", "original", "here"):
         table.add_column(name)
-    for difference in [*comparison.differences[:ROWS], *comparison.environment]:
+    for difference in differences[:ROWS]:
         table.add_row(difference.what, difference.original, difference.again)
     return table
 

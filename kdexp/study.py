@@ -10,36 +10,47 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import optuna
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
 from kdexp.config import Choices, Range, Recipe, Sweep, differences
+from kdexp.distill.checkpoints import Checkpoints, State
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.reading import validate
-from kdexp.runner import State
 from kdexp.settings import Settings, without_credentials
 from kdexp.stopping import Outcome
 from kdexp.workers import Worker
 
-__all__ = ["Ended", "OpenStudy", "StudyError", "Trial", "check_study", "open_study"]
+__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
 
 CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
 SET_UP_SECONDS = 30.0
 UNSIGNED_SECONDS = 60.0
+BEAT_SECONDS = 10.0
+LEASE_SECONDS = 60.0  # a worker elsewhere whose beat stands still for so long is gone
+PATIENCE = 300.0  # seconds that a database may be away
+AWAY = (OperationalError, InterfaceError, optuna.exceptions.StorageInternalError)
+T = TypeVar("T")
+log = logging.getLogger("kdexp")
+
+HandedBack = Literal["released", "failed"]
+"""In the place of a worker's name: a trial that was stopped cleanly, or one that failed by itself."""
 
 Ended = tuple[State, float]
 """How a trial's training ended, and its validation accuracy."""
@@ -47,6 +58,10 @@ Ended = tuple[State, float]
 
 class StudyError(KdexpError):
     """A study that cannot be opened or continued."""
+
+
+class StudyAway(StudyError):
+    """Optuna's storage went away, and did not come back in time."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +73,48 @@ class Trial:
     control: str
     """'documented defaults', 'labels only', or nothing."""
     retried: bool
+    broken: bool
+    """Retried because its worker died, or because it failed: not because it was stopped."""
     _prunes: bool
     _trial: optuna.Trial
     _reported: frozenset[int]
 
     def link(self, run_id: str) -> None:
         """Let Optuna know the trial's MLflow run."""
-        self._trial.set_user_attr("run_id", run_id)
+        _patiently(lambda: self._trial.set_user_attr("run_id", run_id))
 
     def remember(self, size: int, curve: Sequence[float]) -> None:
         """Let the study's other trials learn from this one, which went to its end."""
-        self._trial.set_user_attr("outcome", {"size": size, "curve": list(curve)})
+        _patiently(lambda: self._trial.set_user_attr("outcome", {"size": size, "curve": list(curve)}))
+
+    def tries(self, epoch: int) -> int:
+        """How often it has broken without getting beyond this epoch, now included."""
+        before = self._trial.user_attrs.get("broken", {"times": 0, "epoch": epoch})
+        times = before["times"] + 1 if before["epoch"] == epoch else 1
+        _patiently(lambda: self._trial.set_user_attr("broken", {"times": times, "epoch": epoch}))
+        return times
 
     def report(self, report: EpochReport) -> bool:
         """Tell Optuna an epoch's validation accuracy, if it is to prune; whether it does so now."""
         if not self._prunes or not _heard(report.epoch, report.epochs):
             return False
-        if report.finite and report.epoch not in self._reported:
-            self._trial.report(report.val_accuracy, report.epoch)
-        # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
-        known = report.epoch >= max(self._reported, default=0)
-        return known and self.number >= CONTROLS and report.epoch < report.epochs and self._trial.should_prune()
+        try:
+            if report.finite and report.epoch not in self._reported:
+                self._trial.report(report.val_accuracy, report.epoch)
+            # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
+            known = report.epoch >= max(self._reported, default=0)
+            return known and self.number >= CONTROLS and report.epoch < report.epochs and self._trial.should_prune()
+        except AWAY:  # training does not wait; the next epoch that Optuna hears of decides
+            return False
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """The last heartbeat seen of a worker elsewhere, since when on our own clock, and whether others came before it."""
+
+    beat: Any
+    since: float
+    moves: bool
 
 
 class OpenStudy:
@@ -86,11 +122,17 @@ class OpenStudy:
 
     def __init__(self, study: optuna.Study, sweep: Sweep, on_this_machine: bool) -> None:
         self._study, self.sweep, self._on_this_machine = study, sweep, on_this_machine
+        self._beats: dict[str, _Beat] = {}
+        """Of workers elsewhere."""
 
     @property
     def parent_run(self) -> str:
         """The id of the study's MLflow run."""
         return str(self._study.user_attrs["mlflow_run_id"])
+
+    def checkpoints(self, settings: Settings) -> Checkpoints:
+        """Where this study's trials under way are kept."""
+        return Checkpoints(settings.stores / "checkpoints" / self.parent_run)
 
     @property
     def prunes(self) -> bool:
@@ -100,19 +142,45 @@ class OpenStudy:
     @property
     def outcomes(self) -> list[Outcome]:
         """What trials that went to their end came to."""
-        known = ((trial.number, trial.user_attrs.get("outcome")) for trial in self._trials() if trial.state.is_finished())
+        trials = _patiently(self._trials)
+        known = ((trial.number, trial.user_attrs.get("outcome")) for trial in trials if trial.state.is_finished())
         return [Outcome(number, it["size"], tuple(it["curve"])) for number, it in known if it]
 
     @property
     def done(self) -> int:
         """How many trials have ended."""
-        return sum(trial.state.is_finished() for trial in self._trials())
+        return sum(trial.state.is_finished() for trial in _patiently(self._trials))
+
+    @contextmanager
+    def beating(self, worker: Worker) -> Iterator[None]:
+        """In here the worker's heart beats, where workers of other machines listen."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            number = 0
+            while not stop.is_set():
+                with suppress(Exception):  # a database that is away misses a beat
+                    self._study.set_user_attr(_beat(worker.name), number := number + 1)
+                stop.wait(BEAT_SECONDS)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if not self._on_this_machine:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
 
     def next_trial(self, worker: Worker, ended: Callable[[int], Ended | None]) -> Trial | None:
         """The next trial to train: one whose worker is gone, else a new one; None where the budget is used up.
 
         `ended` says of a trial whose worker is gone how it ended, if it did (and cleans up after it if not).
         """
+        while (trial := _patiently(lambda: self._next(worker, ended))) is None and self._listening(worker):
+            time.sleep(1)
+        return trial
+
+    def _next(self, worker: Worker, ended: Callable[[int], Ended | None]) -> Trial | None:
         with worker.turn:
             for frozen in self._trials():
                 own = frozen.user_attrs.get("worker") == worker.name
@@ -122,7 +190,7 @@ class OpenStudy:
                         # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
                         self._study.sampler = _sampler(self.sweep, frozen.number)
                         trial = optuna.Trial(self._study, frozen._trial_id)
-                        return self._take(trial, worker, frozen.intermediate_values)
+                        return self._take(trial, worker, frozen)
                     self.tell(frozen.number, *verdict)
             begun = self._begun()
             if begun >= self.sweep.study.trials:
@@ -139,15 +207,34 @@ class OpenStudy:
 
     def skip(self, trial: Trial, why: str) -> None:
         """A trial ends before it began."""
-        trial._trial.set_user_attr("skipped", why)
-        self._study.tell(trial.number, state=TrialState.PRUNED)
+        _patiently(lambda: trial._trial.set_user_attr("skipped", why))
+        self._tell(trial.number, None, TrialState.PRUNED)
+
+    def give_up(self, trial: Trial, why: str) -> None:
+        """A trial broke too often."""
+        _patiently(lambda: trial._trial.set_user_attr("skipped", why))
+        self._tell(trial.number, None, TrialState.FAIL)
+
+    def hand_back(self, trial: Trial, how: HandedBack) -> None:
+        """Leave a trial to whoever looks for one next."""
+        with suppress(*AWAY):  # then it is found without its worker
+            trial._trial.set_user_attr("worker", how)
 
     def tell(self, number: int, state: State, val_accuracy: float) -> None:
         """A trial has ended."""
-        if state == "complete":
-            self._study.tell(number, val_accuracy)
-        else:
-            self._study.tell(number, state=TrialState.PRUNED)
+        self._tell(number, *((val_accuracy, None) if state == "complete" else (None, TrialState.PRUNED)))
+
+    def owns(self, worker: Worker, number: int) -> bool:
+        """Whether a trial is still this worker's: one that was thought dead may have lost it."""
+        trial = _patiently(lambda: self._study.get_trials(deepcopy=False)[number])
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker.name
+
+    def _tell(self, number: int, value: float | None, state: TrialState | None) -> None:
+        def tell() -> None:
+            if not self._study.get_trials(deepcopy=False)[number].state.is_finished():  # or told just before it went away
+                self._study.tell(number, value, state=state)
+
+        _patiently(tell)
 
     def others(self, worker: Worker) -> int:
         """How many trials other, living workers have under way."""
@@ -169,22 +256,41 @@ class OpenStudy:
 
     def _alive(self, trial: FrozenTrial, worker: Worker) -> bool:
         name = trial.user_attrs.get("worker")
+        if name in get_args(HandedBack):
+            return False
         if name is None and not self._on_this_machine and trial.datetime_start:  # asked for, not signed yet: where?
             return (datetime.now() - trial.datetime_start).total_seconds() < UNSIGNED_SECONDS
-        return worker.sees_alive(name)
+        if name is None or worker.knows(name):
+            return worker.sees_alive(name)
+        return self._silent_for(name) < LEASE_SECONDS
 
-    def _take(self, trial: optuna.Trial, worker: Worker, reported: Mapping[int, float] | None) -> Trial:
-        """Sign a trial; `reported` is what it had told when its former worker died, None for a new one."""
+    def _silent_for(self, name: str) -> float:
+        """Seconds, on our own clock, for which the heart of a worker elsewhere has been seen to stand still."""
+        beat, now = self._study.user_attrs.get(_beat(name)), time.monotonic()
+        seen = self._beats.get(name)
+        if seen is None or seen.beat != beat:
+            seen = self._beats[name] = _Beat(beat, now, moves=seen is not None)
+        return now - seen.since
+
+    def _listening(self, worker: Worker) -> bool:
+        """Whether some trial's worker elsewhere has not been heard yet: a little more patience will tell."""
+        names = {trial.user_attrs.get("worker") for trial in self._trials() if trial.state == TrialState.RUNNING}
+        return any(name in self._beats and not self._beats[name].moves for name in names)
+
+    def _take(self, trial: optuna.Trial, worker: Worker, former: FrozenTrial | None) -> Trial:
+        """Sign a trial; `former` is what is known of it where somebody else had begun it."""
+        left = former.user_attrs.get("worker") if former else None
         trial.set_user_attr("worker", worker.name)
         values = {path: _suggest(trial, self.sweep, path) for path in self.sweep.search}
         return Trial(
             number=trial.number,
             recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
             control=trial.user_attrs.get("control", ""),
-            retried=reported is not None,
+            retried=former is not None,
+            broken=left not in (None, "released"),
             _prunes=self.sweep.study.pruner != "none",
             _trial=trial,
-            _reported=frozenset(reported or ()),
+            _reported=frozenset(former.intermediate_values if former else ()),
         )
 
     def _trials(self) -> list[FrozenTrial]:
@@ -226,14 +332,40 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
             study = optuna.create_study(storage=storage, study_name=sweep.name, direction="maximize")
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=sweep.name)
-            _wait_for_set_up(study)
+            if settings.storage:  # on one machine the lock says that nobody is at it
+                _wait_for_set_up(study)
         study.pruner = _pruner(sweep)
         if "sweep" not in study.user_attrs:
-            study.set_user_attr("mlflow_run_id", new_parent_run())
+            if "mlflow_run_id" not in study.user_attrs:
+                study.set_user_attr("mlflow_run_id", new_parent_run())
             _enqueue_controls(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
     return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
+
+
+def _beat(name: str) -> str:
+    return f"beat of {name}"
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What `call` gives; where the database is away, it is waited for. Raises StudyError where it does not come back."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.5
+    while True:
+        try:
+            return call()
+        except AWAY as error:
+            if time.monotonic() >= deadline:
+                raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
+        if pause == 0.5:
+            log.warning("Optuna's storage does not answer; waiting for it (up to %.0f s)", PATIENCE)
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def _cause(error: Exception) -> str:
+    text = str(error.__cause__ or error)
+    return without_credentials(next((line for line in text.splitlines() if line.strip()), type(error).__name__))
 
 
 def _wait_for_set_up(study: optuna.Study) -> None:
@@ -246,7 +378,8 @@ def _wait_for_set_up(study: optuna.Study) -> None:
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
     """A study continues only with the recipe and search space it began with; budget and rule may change."""
     begun = validate(Sweep, json.loads(study.user_attrs["sweep"]), f"study '{sweep.name}', made by another version of kdexp")
-    free = {"study": begun.study.model_copy(update={"trials": sweep.study.trials}), "selection": sweep.selection}
+    budget = {"trials": sweep.study.trials, "retries": sweep.study.retries}
+    free = {"study": begun.study.model_copy(update=budget), "selection": sweep.selection}
     changed = differences(begun.model_copy(update=free), sweep)
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -273,10 +406,8 @@ def _storage(settings: Settings) -> optuna.storages.BaseStorage:
                     f"--storage {without_credentials(url)} needs a driver that is not installed ({error}); "
                     f"for PostgreSQL: pip install 'kdexp[postgresql]'"
                 ) from None
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise StudyError(
-                f"Optuna storage {without_credentials(url)}: {without_credentials(first)}; "
-                f"correct --storage, or start the database"
+                f"Optuna storage {without_credentials(url)}: {_cause(error)}; correct --storage, or start the database"
             ) from None
     raise AssertionError("unreachable")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdexp.config import Choices, Recipe, Sweep, Training, flatten
-from kdexp.crew import Crew, WorkerLost, crew_of, run_crew, warm_up
+from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
 from kdexp.distill.models import build
 from kdexp.distill.packs import Lane
@@ -16,10 +16,10 @@ from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.settings import Settings
 from kdexp.study import check_study, open_study
 from kdexp.tracking import Tracking
-from kdexp.trials import EpochDone, TrialEvent, TrialFinished, TrialSkipped, TrialStarted, leave, run_trials
-from kdexp.workers import Worker
+from kdexp.trials import EpochDone, TrialEvent, TrialFailed, TrialFinished, TrialSkipped, TrialStarted, leave, run_trials
+from kdexp.workers import Worker, warm_up
 
-__all__ = ["EpochDone", "TeacherReady", "TrialFinished", "TrialSkipped", "TrialStarted", "run_sweep"]
+__all__ = ["EpochDone", "TeacherReady", "TrialFailed", "TrialFinished", "TrialSkipped", "TrialStarted", "run_sweep"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
         else:
             with worker:
                 pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, sweep.study.trials - study.done)
-                yield from run_trials(study, prepared, tracking, experiment_id, worker, pack)
+                yield from run_trials(study, prepared, tracking, experiment_id, worker, study.checkpoints(settings), pack)
         finished = True
     finally:
         others = leave(study, tracking, worker, finished)
+    if not others:
+        study.checkpoints(settings).clear()
     return others
 
 
@@ -84,6 +86,9 @@ def _facts(prepared: Prepared) -> dict[str, str]:
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
+    for run in tracking.find("study", {"kdexp.study": sweep.name}):
+        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}):
+            return run.run_id  # made by a process that died before it could tell Optuna
     return tracking.start(
         experiment_id,
         "study",

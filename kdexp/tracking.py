@@ -11,7 +11,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,23 +22,27 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from filelock import FileLock
 
 from kdexp import KdexpError, __version__
-from kdexp.files import write_ahead
+from kdexp.files import write_ahead, write_atomically
 from kdexp.settings import Settings, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # waiting is done here, and never in the middle of training
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import mlflow.exceptions
 import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingError"]
+__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError"]
 
 Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
 RACES = 5
+PATIENCE = 300.0  # seconds that a server may be away
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
+log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
     "mlflow.note.content": (
@@ -49,6 +55,10 @@ EXPERIMENT_TAGS = {
 
 class TrackingError(KdexpError):
     """MLflow's store refuses or does not answer, or does not hold what was asked for."""
+
+
+class TrackingAway(TrackingError):
+    """MLflow's store does not answer now; it may in a while."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Tracking:
 
     def __init__(self, settings: Settings) -> None:
         self.url = settings.tracking_url
+        self.patience = PATIENCE
         self.shown = "the embedded store" if settings.tracking_uri is None else without_credentials(self.url)
         self.artifacts = None if self.url.startswith("http") else settings.stores.resolve() / "artifacts"
         for name in ("mlflow", "alembic"):
@@ -85,12 +96,14 @@ class Tracking:
         if self.url.startswith("http"):
             self._knock()
         if self.artifacts is None:
-            self.client = self._connect()
+            self.client = self._connect(self.url)
         else:
             try:
                 self.artifacts.mkdir(parents=True, exist_ok=True)
                 with FileLock(settings.stores / ".mlflow.lock"):  # two processes must not migrate one new store
-                    self.client = self._connect()
+                    if settings.tracking_uri is None:
+                        self._make(settings.stores / "mlflow.db")
+                    self.client = self._connect(self.url)
                     if settings.tracking_uri is None:
                         write_ahead(settings.stores / "mlflow.db")
             except OSError as error:
@@ -130,17 +143,16 @@ class Tracking:
             **({"mlflow.parentRunId": parent} if parent else {}),
             **tags,
         }
-        run = self._do(self.client.create_run, experiment_id, tags=every, run_name=name)
-        run_id = str(run.info.run_id)
+        run_id = self._create(experiment_id, every, name)
         flat = [Param(key, _text(value)) for key, value in params.items()]
         for first in range(0, len(flat), PARAMS):
             self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
         return run_id
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """These values at one step, in one request. The time stamp is fixed here, so a repeat stores nothing twice."""
-        now = time.time_ns() // 1_000_000
-        self._do(self.client.log_batch, run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
+        """These values, in one request. Sent again with the same time stamp, they are stored once."""
+        now = time_ms or time.time_ns() // 1_000_000
+        self._do(self.client.log_batch, run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochMetrics]) -> None:
         """Many epochs' values in as few requests as MLflow takes: one costs some 15 ms, whatever it holds."""
@@ -279,8 +291,37 @@ class Tracking:
 
     # --- talking ---
 
-    def _connect(self) -> MlflowClient:
-        client = MlflowClient(self.url, registry_uri=self.url)
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In here a server that is away is not waited for: TrackingAway comes at once."""
+        before, self.patience = self.patience, 0.0
+        try:
+            yield
+        finally:
+            self.patience = before
+
+    def _create(self, experiment_id: str, tags: Mapping[str, str], name: str) -> str:
+        """A new run, once, also where the server went away before it could say so."""
+        mark = {"kdexp.mark": uuid.uuid4().hex}
+
+        def create() -> str:
+            if attempts:
+                found = self.client.search_runs([experiment_id], f"tags.`kdexp.mark` = '{mark['kdexp.mark']}'")
+                if found:
+                    return str(found[0].info.run_id)
+            attempts.append(1)
+            return str(self.client.create_run(experiment_id, tags={**tags, **mark}, run_name=name).info.run_id)
+
+        attempts: list[int] = []
+        return self._do(create)
+
+    def _make(self, database: Path) -> None:
+        """A new embedded store, whole or not at all: MLflow does not recover one whose tables are made in part."""
+        if not database.exists():
+            write_atomically(database, lambda path: self._connect(f"sqlite:///{path.resolve()}"))
+
+    def _connect(self, url: str) -> MlflowClient:
+        client = MlflowClient(url, registry_uri=url)
         try:
             client.search_experiments(max_results=1)
         except Exception as error:  # SQLAlchemy, requests and MLflow each raise their own
@@ -298,14 +339,33 @@ class Tracking:
             ) from None
 
     def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(*args, **kwargs)
-        except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
-            raise TrackingError(self._message(error)) from error
+        deadline, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                return method(*args, **kwargs)
+            except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
+                if not _may_pass(error):
+                    raise TrackingError(self._message(error)) from error
+                if time.monotonic() >= deadline:
+                    raise TrackingAway(f"No answer from MLflow, {self.shown}: {self._message(error)}") from error
+            if pause == 0.5:
+                log.warning("MLflow, %s, does not answer; waiting for it (up to %.0f s)", self.shown, self.patience)
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     def _message(self, error: Exception) -> str:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"MLflow, {self.shown}: {without_credentials(lines[0] if lines else type(error).__name__)}"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: no connection, no answer in time, an overloaded or failing server."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    text = str(error)
+    refused = "error code 4" in text and "error code 429" not in text
+    passing = "API request to" in text and "failed with" in text and not refused
+    return isinstance(error, requests.ConnectionError | requests.Timeout) or passing or "database is locked" in text
 
 
 def _record(run: Run) -> RunRecord:

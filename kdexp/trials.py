@@ -6,35 +6,52 @@ way to the next process that looks for one. Events are small and can be pickled:
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Literal
 
 import torch
 
 from kdexp import KdexpError
 from kdexp.config import Recipe
+from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.execution import choose
 from kdexp.distill.models import build, measure
 from kdexp.distill.packs import Execution, Lane
-from kdexp.distill.train import EpochReport, train
-from kdexp.runner import Prepared, Result, started
+from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
+from kdexp.runner import Prepared, Result, goes_on_here, started
 from kdexp.selection import size_of
+from kdexp.settings import in_one_line
 from kdexp.stopping import beaten, hopeless
 from kdexp.study import Ended, OpenStudy, Trial
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
 
-__all__ = ["EpochDone", "TrialEvent", "TrialFinished", "TrialSkipped", "TrialStarted", "leave", "run_trials"]
+__all__ = [
+    "EpochDone",
+    "TrialEvent",
+    "TrialFailed",
+    "TrialFinished",
+    "TrialSkipped",
+    "TrialStarted",
+    "leave",
+    "run_trials",
+]
+
+log = logging.getLogger("kdexp")
 
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A trial begins (again, where `retried`)."""
+    """A trial begins; where `retried`, it goes on after this epoch, or begins again at 0."""
 
     number: int
     recipe: Recipe
     retried: bool
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,20 +81,36 @@ class TrialSkipped:
     done: int
 
 
-TrialEvent = TrialStarted | EpochDone | TrialFinished | TrialSkipped
+@dataclass(frozen=True)
+class TrialFailed:
+    """A trial broke off by itself, and why; it will be tried again."""
+
+    number: int
+    why: str
+
+
+TrialEvent = TrialStarted | EpochDone | TrialFinished | TrialFailed | TrialSkipped
 
 
 def run_trials(
-    study: OpenStudy, prepared: Prepared, tracking: Tracking, experiment_id: str, worker: Worker, pack: int = 1
+    study: OpenStudy,
+    prepared: Prepared,
+    tracking: Tracking,
+    experiment_id: str,
+    worker: Worker,
+    checkpoints: Checkpoints,
+    pack: int = 1,
 ) -> Generator[TrialEvent, None, None]:
     """Train trials until there is none left to begin or to take over. Close the generator to stop cleanly.
 
     With `pack` above 1, so many trials are asked for at once, and those that can be fused train as one batch.
     """
-    here = _Here(study, prepared, tracking, experiment_id, worker, pack)
-    while trials := here.next_group():
-        yield from _run_pack(trials, here)
-    yield from here.news()
+    here = _Here(study, prepared, tracking, experiment_id, worker, checkpoints, pack)
+    with study.beating(worker), here.handing_back():
+        while group := here.next_group():
+            yield from here.news()
+            yield from _run_pack(group, here)
+        yield from here.news()
 
 
 def leave(study: OpenStudy, tracking: Tracking, worker: Worker, finished: bool) -> int:
@@ -85,10 +118,45 @@ def leave(study: OpenStudy, tracking: Tracking, worker: Worker, finished: bool) 
 
     Called once this worker's own lock is free, so that of several that stop together the last one sees nobody.
     """
+    if finished:
+        return _leave(study, tracking, worker, "FINISHED")
+    with tracking.at_once(), suppress(Exception):  # on the way out nobody waits; why we leave is what is to be heard
+        return _leave(study, tracking, worker, "KILLED")
+    return 0
+
+
+def _leave(study: OpenStudy, tracking: Tracking, worker: Worker, status: Literal["FINISHED", "KILLED"]) -> int:
     others = study.others(worker)
     if not others:
-        tracking.finish(study.parent_run, "FINISHED" if finished else "KILLED")
+        tracking.finish(study.parent_run, status)
     return others
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A trial to train, and from where: its checkpoint, if it has one that goes on here."""
+
+    trial: Trial
+    checkpoint: Checkpoint | None
+
+    @cached_property
+    def lane(self) -> Lane:
+        """How it is trained."""
+        return Lane.of(self.trial.recipe)
+
+    @cached_property
+    def key(self) -> tuple[str, ...]:
+        """What trials must agree in to train as one: their fuse key; and those that go on, all but their places."""
+        if self.checkpoint is None:
+            return (self.lane.fuse_key,)
+        how, _ = Execution.recorded(self.checkpoint.environment)
+        epoch = self.checkpoint.snapshot.epoch if how.shared else ""
+        return (self.lane.fuse_key, repr(how), self.checkpoint.environment["threads"], str(epoch))
+
+    @property
+    def place(self) -> int | None:
+        """The place it must have; None: any."""
+        return Execution.recorded(self.checkpoint.environment)[1] if self.checkpoint else None
 
 
 @dataclass(frozen=True)
@@ -100,25 +168,30 @@ class _Here:
     tracking: Tracking
     experiment_id: str
     worker: Worker
+    checkpoints: Checkpoints
     pack: int
-    waiting: list[Trial] = field(default_factory=list)
+    waiting: list[_Begun] = field(default_factory=list)
     skipped: list[TrialSkipped] = field(default_factory=list)
 
-    def next_group(self) -> list[Trial]:
-        """The next trials that can train as one: asked for together, of one fuse key."""
-        while len(self.waiting) < self.pack and (trial := self._ask()):
-            self.waiting.append(trial)
-        return self._take(_key(self.waiting[0]), self.pack) if self.waiting else []
+    def next_group(self) -> list[_Begun]:
+        """The next trials that can train as one: asked for together, of one key."""
+        while len(self.waiting) < self.pack and (begun := self._ask()):
+            self.waiting.append(begun)
+        return self._take(self.waiting[0].key, self.pack) if self.waiting else []
 
-    def next_like(self, key: str) -> Trial | None:
-        """One more trial of a fuse key; one of another key waits for the next pack."""
-        if not any(_key(trial) == key for trial in self.waiting) and (trial := self._ask()):
-            self.waiting.append(trial)
+    def next_like(self, key: tuple[str, ...]) -> _Begun | None:
+        """One more trial of a key; one of another key waits for the next pack."""
+        if not any(begun.key == key for begun in self.waiting) and (begun := self._ask()):
+            self.waiting.append(begun)
         return next(iter(self._take(key, 1)), None)
 
-    def _take(self, key: str, count: int) -> list[Trial]:
-        taken = [trial for trial in self.waiting if _key(trial) == key][:count]
-        self.waiting[:] = [trial for trial in self.waiting if trial not in taken]
+    def _take(self, key: tuple[str, ...], count: int) -> list[_Begun]:
+        taken: list[_Begun] = []
+        for begun in self.waiting:
+            free = begun.place is None or begun.place not in [other.place for other in taken]
+            if begun.key == key and free and (len(taken) < count or begun.place is not None):
+                taken.append(begun)
+        self.waiting[:] = [begun for begun in self.waiting if begun not in taken]
         return taken
 
     def news(self) -> list[TrialSkipped]:
@@ -127,15 +200,44 @@ class _Here:
         self.skipped.clear()
         return news
 
-    def _ask(self) -> Trial | None:
+    @contextmanager
+    def handing_back(self) -> Iterator[None]:
+        """On the way out, what was asked for and not begun is left to others."""
+        try:
+            yield
+        finally:
+            for begun in self.waiting:
+                self.study.hand_back(begun.trial, "released")
+
+    def _ask(self) -> _Begun | None:
         """The next trial that is worth its training."""
         while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
-            why = self._beaten(trial)
+            checkpoint = self._checkpoint(trial)
+            why = self._given_up(trial, checkpoint) or self._beaten(trial)
             if why is None:
-                return trial
-            self.study.skip(trial, why)
+                return _Begun(trial, checkpoint)
             self.skipped.append(TrialSkipped(trial.number, trial.recipe, why, self.study.done))
         return None
+
+    def _checkpoint(self, trial: Trial) -> Checkpoint | None:
+        found = self.checkpoints.load(_name(trial)) if trial.retried else None
+        return found if found and goes_on_here(found, trial.recipe, self.prepared) else None
+
+    def _given_up(self, trial: Trial, checkpoint: Checkpoint | None) -> str | None:
+        if not trial.broken:
+            return None
+        tries, retries = trial.tries(checkpoint.snapshot.epoch if checkpoint else 0), self.study.sweep.study.retries
+        if tries <= retries:
+            return None
+        runs = self.tracking.find("trial", _tags(trial.number, self.study))
+        last = next((run.tags["kdexp.error"] for run in reversed(runs) if run.tags.get("kdexp.error")), "its worker was killed")
+        why = f"broke {tries} times without getting on (study.retries: {retries}): {last}"
+        for run in runs:
+            self.tracking.tag(run.run_id, {"kdexp.state": "failed", "kdexp.error": why[:500]})
+            self.tracking.finish(run.run_id, "FAILED")
+        self.study.give_up(trial, why)
+        self.checkpoints.remove(_name(trial))
+        return why
 
     def _beaten(self, trial: Trial) -> str | None:
         if not self.study.sweep.study.early_stop or trial.control:
@@ -146,16 +248,19 @@ class _Here:
         winner = beaten(size, rule, self.study.outcomes)
         if winner is None:
             return None
-        return f"{size:,} {rule.size.replace('_', '-')}; trial {winner.trial} meets the bar with {winner.size:,}"
+        why = f"{size:,} {rule.size.replace('_', '-')}; trial {winner.trial} meets the bar with {winner.size:,}"
+        self.study.skip(trial, why)
+        return why
 
 
 class _Seat:
     """A trial under way in one place of a pack: its run is open until it leaves, or until all are closed."""
 
-    def __init__(self, trial: Trial, here: _Here, how: Execution, place: int, everyone: ExitStack) -> None:
-        self.trial, self.here = trial, here
+    def __init__(self, begun: _Begun, here: _Here, how: Execution, place: int, everyone: ExitStack) -> None:
+        self.trial, self.checkpoint, self.here, self.left = begun.trial, begun.checkpoint, here, False
         everyone.push(self._tidy)
         self.stack = everyone.enter_context(ExitStack())
+        trial = begun.trial
         self.running = self.stack.enter_context(
             started(
                 trial.recipe,
@@ -165,25 +270,38 @@ class _Seat:
                 "trial",
                 " · ".join(filter(None, [f"trial {trial.number}", trial.control])),
                 parent=here.study.parent_run,
-                tags={"kdexp.study": here.study.sweep.name, "kdexp.trial": str(trial.number)},
+                tags=_tags(trial.number, here.study) | {"kdexp.study": here.study.sweep.name},
                 params={"trial": trial.number},
                 how=how,
                 place=place,
+                keep=partial(here.checkpoints.save, _name(trial)),
+                resumed=begun.checkpoint,
             )
         )
         trial.link(self.running.run_id)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to train: it was interrupted between its last epoch and its end."""
+        epochs = epochs_of(self.trial.recipe.training, len(self.here.prepared.splits.train))
+        done = self.checkpoint.snapshot.epoch if self.checkpoint else 0
+        return self.running.state != "complete" or done == epochs
+
     def _tidy(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stopped: also a run that MLflow had made, but not yet handed to us, is closed."""
-        if kind is not None:
-            with suppress(KdexpError):
-                _ended(self.trial.number, self.here.study, self.here.tracking)
+        """Broken off: its run is closed, also one that MLflow had made but not yet handed to us; the trial is handed back."""
+        if kind is None or self.left:
+            return
+        with self.here.tracking.at_once(), suppress(KdexpError):
+            _ended(self.trial.number, self.here.study, self.here.tracking)
+        own = issubclass(kind, Exception) and not issubclass(kind, KdexpError | OSError)
+        self.here.study.hand_back(self.trial, "failed" if own else "released")
 
     def take(self, report: EpochReport) -> bool:
         """Record an epoch; whether it was the trial's last."""
         self.running.record(report)
         if self.running.state == "complete" and (self.trial.report(report) or self._pointless(report)):
             self.running.state = "pruned"
+        self.running.settle(report)
         return self.running.state != "complete" or report.epoch == report.epochs
 
     def leave(self) -> TrialFinished:
@@ -194,6 +312,8 @@ class _Seat:
         if self.here.study.sweep.study.early_stop and result.state == "complete":
             self.trial.remember(size_of(result.size, self.here.study.sweep.selection.size), self._curve())
         self.here.study.tell(self.trial.number, result.state, result.val_accuracy)
+        self.here.checkpoints.remove(_name(self.trial))
+        self.left = True
         return TrialFinished(self.trial.number, result, self.here.study.done)
 
     def _pointless(self, report: EpochReport) -> bool:
@@ -208,46 +328,99 @@ class _Seat:
         return [row["val_accuracy"] for row in self.running.history]
 
 
-def _run_pack(trials: list[Trial], here: _Here) -> Generator[TrialEvent, None, None]:
+def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, None, None]:
     """Train these trials together. Where trials are pruned, others of their kind take over the free places."""
-    prepared, refill = here.prepared, len(trials) > 1 and here.study.prunes
-    lanes = [Lane.of(trial.recipe) for trial in trials]
-    how = choose(lanes, prepared.splits.train, refill)
-    yield from here.news()
-    with ExitStack() as everyone:
-        seats: dict[int, _Seat] = {}
-        for place, trial in enumerate(trials):
-            yield TrialStarted(trial.number, trial.recipe, trial.retried)
-            seats[place] = _Seat(trial, here, how, place, everyone)
-        training = train(lanes, prepared.splits, prepared.data, prepared.teacher.soft, how)
-        changes: dict[int, Lane | None] | None = None
-        while seats:
-            reports, changes = training.send(changes), {}
-            for place, seat in list(seats.items()):
-                report = reports[place]
-                assert report is not None
-                last = seat.take(report)
-                yield EpochDone(seat.trial.number, replace(report, weights=None))
-                if last:
-                    yield seats.pop(place).leave()
-                    changes[place] = None
-                    if refill and (successor := here.next_like(lanes[0].fuse_key)):
-                        yield TrialStarted(successor.number, successor.recipe, successor.retried)
-                        seats[place] = _Seat(successor, here, how, place, everyone)
-                        changes[place] = Lane.of(successor.recipe)
-        training.close()
+    seats: dict[int, _Seat] = {}
+    try:
+        with ExitStack() as everyone:
+            yield from _train_pack(group, here, seats, everyone)
+    except (KdexpError, OSError):  # the surroundings fail (a full disk, a server that is gone): no trial's fault
+        raise
+    except Exception as error:
+        log.debug("a trial failed", exc_info=True)
+        for seat in seats.values():
+            yield TrialFailed(seat.trial.number, in_one_line(error))
 
 
-def _key(trial: Trial) -> str:
-    return Lane.of(trial.recipe).fuse_key
+def _train_pack(
+    group: Sequence[_Begun], here: _Here, seats: dict[int, _Seat], everyone: ExitStack
+) -> Generator[TrialEvent, None, None]:
+    prepared, first = here.prepared, group[0]
+    samples = len(prepared.splits.train)
+    refill = len(group) > 1 and here.study.prunes and whole_epochs(first.lane.training, samples)
+    if first.checkpoint:
+        how = Execution.recorded(first.checkpoint.environment)[0]
+        everyone.enter_context(_threads(int(first.checkpoint.environment["threads"])))
+        refill = not how.shared
+    else:
+        how = choose([begun.lane for begun in group], prepared.splits.train, refill)
+    lanes: list[Lane | None] = [None] * how.lanes
+    resumed: list[Snapshot | None] = [None] * how.lanes
+    for number, begun in enumerate(group):
+        place = number if begun.place is None else begun.place
+        yield _started(begun)
+        seats[place] = _Seat(begun, here, how, place, everyone)
+        lanes[place], resumed[place] = begun.lane, begun.checkpoint.snapshot if begun.checkpoint else None
+        if seats[place].over:
+            yield seats.pop(place).leave()
+            lanes[place] = resumed[place] = None
+    if not seats:
+        return
+    training = train(lanes, prepared.splits, prepared.data, prepared.teacher.soft, how, resumed=resumed)
+    changes: dict[int, Lane | None] | None = None
+    while seats:
+        reports, changes = training.send(changes), {}
+        for place, seat in list(seats.items()):
+            report = reports[place]
+            assert report is not None
+            last = seat.take(report)
+            yield EpochDone(seat.trial.number, report.numbers)
+            if last:
+                yield seats.pop(place).leave()
+                changes[place] = None
+                if refill and (successor := here.next_like(_fresh_key(lanes))):
+                    yield _started(successor)
+                    seats[place] = _Seat(successor, here, how, place, everyone)
+                    changes[place] = successor.lane
+    training.close()
+
+
+def _started(begun: _Begun) -> TrialStarted:
+    epoch = begun.checkpoint.snapshot.epoch if begun.checkpoint else 0
+    return TrialStarted(begun.trial.number, begun.trial.recipe, begun.trial.retried, epoch)
+
+
+def _fresh_key(lanes: Sequence[Lane | None]) -> tuple[str, ...]:
+    """The key of trials from their beginning that can join these lanes."""
+    return (next(lane for lane in lanes if lane).fuse_key,)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """In here so many CPU threads: another number would sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _name(trial: Trial) -> str:
+    return f"trial-{trial.number}"
+
+
+def _tags(number: int, study: OpenStudy) -> dict[str, str]:
+    """What finds the runs of a trial."""
+    return {"mlflow.parentRunId": study.parent_run, "kdexp.trial": str(number)}
 
 
 def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
     """How a trial ended whose worker is gone; where it did not, whatever runs it left open are closed."""
-    for run in tracking.find("trial", {"mlflow.parentRunId": study.parent_run, "kdexp.trial": str(number)}):
+    for run in tracking.find("trial", _tags(number, study)):
         if run.status == "FINISHED":
             return run.tags["kdexp.state"], run.metrics["val_accuracy"]  # type: ignore[return-value]
         if run.status == "RUNNING":
-            tracking.tag(run.run_id, {"kdexp.state": "interrupted"})
+            tracking.tag(run.run_id, {"kdexp.state": "interrupted", "kdexp.error": "its worker is gone"})
             tracking.finish(run.run_id, "KILLED")
     return None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import signal
 import uuid
+from multiprocessing import forkserver
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from kdexp.files import write_atomically
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "start_method", "warm_up"]
 
 
 class Worker:
@@ -34,12 +37,14 @@ class Worker:
         self._lock.release()
         (self.folder / f"{self.name}.lock").unlink(missing_ok=True)
 
+    def knows(self, name: str) -> bool:
+        """Whether a worker of that name would be seen here: it shares this folder."""
+        return name.partition("@")[2] == self.place
+
     def sees_alive(self, name: str | None) -> bool:
-        """Whether another worker of that name lives. One of another folder may, for all that is known here."""
+        """Whether another worker of that name, sharing this folder, lives."""
         if name is None or name == self.name:
             return False
-        if name.partition("@")[2] != self.place:
-            return True
         path = self.folder / f"{name}.lock"
         if not path.exists():
             return False
@@ -59,3 +64,20 @@ def _place(folder: Path) -> str:
     if not file.exists():
         write_atomically(file, lambda path: path.write_text(uuid.uuid4().hex[:8]))
     return file.read_text()
+
+
+def warm_up() -> None:
+    """Begin to import what worker processes need, beside whatever this process does meanwhile: some seconds."""
+    if start_method() != "forkserver":
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+    try:
+        forkserver.set_forkserver_preload(["kdexp.preload"])
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def start_method() -> str:
+    """How worker processes are made here: forked from a server of their own where there is such a thing."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

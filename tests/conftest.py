@@ -68,7 +68,7 @@ def tiny_sweep() -> Sweep:
                    "training.learning_rate": {"low": 0.003, "high": 0.03, "log": true},
                    "student.channels": {"choices": [[2, 4], [4, 8]]}},
         "study": {"trials": 4},
-        "selection": {"accuracy_bar": 0.3}}"""
+        "selection": {"accuracy_bar": 0.2}}"""
     )
 
 

@@ -31,6 +31,7 @@ LAYERS = {
     "kdexp.distill.optimizers": 2,
     "kdexp.distill.packs": 4,
     "kdexp.distill.train": 5,
+    "kdexp.distill.checkpoints": 6,
     "kdexp.distill.execution": 6,
     "kdexp.distill.teacher": 7,
     "kdexp.tracking": 4,

@@ -14,7 +14,7 @@ from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build
 from kdexp.distill.optimizers import Optimizer
 from kdexp.distill.packs import Execution, Lane, Separate, Source, Stacked, convolve, gather
-from kdexp.distill.randomness import dropout, uniform_bits
+from kdexp.distill.randomness import dropout_mask, uniform_bits
 from kdexp.distill.train import train
 
 LOWERINGS = ["grouped", "unfold", "vmap", "separate"]
@@ -144,24 +144,22 @@ def test_every_lowering_is_the_same_convolution(lowering) -> None:
 
 
 def test_dropout_keeps_its_share_scales_it_and_repeats_itself() -> None:
-    x, p = torch.ones(2, 200, 100), torch.tensor([0.2, 0.5])
-    keys = torch.tensor([11, 12])
-    one = dropout(x, p, keys, torch.tensor([4, 4]), 0)
-    assert torch.equal(one, dropout(x, p, keys, torch.tensor([4, 4]), 0))
+    p, keys, steps = torch.tensor([0.2, 0.5]), torch.tensor([11, 12]), torch.tensor([4, 4])
+    one = dropout_mask(200, 100, p, keys, steps, 0)
+    assert torch.equal(one, dropout_mask(200, 100, p, keys, steps, 0))
     for lane in range(2):
         kept = (one[lane] != 0).double().mean().item()
         assert kept == pytest.approx(1 - p[lane].item(), abs=4 * 0.5 / 20_000**0.5)
         assert one[lane].max().item() == pytest.approx(1 / (1 - p[lane].item()), rel=1e-6)
-    assert torch.equal(dropout(x, torch.zeros(2), keys, torch.tensor([4, 4]), 0), x)
+    assert torch.equal(dropout_mask(200, 100, torch.zeros(2), keys, steps, 0), torch.ones(2, 200, 100))
 
 
 def test_masks_of_other_keys_steps_and_layers_are_independent() -> None:
-    x, p = torch.ones(1, 128, 576), torch.tensor([0.5])
-
     def mask(key: int, step: int, layer: int) -> torch.Tensor:
-        return (dropout(x, p, torch.tensor([key]), torch.tensor([step]), layer) != 0).double().flatten() - 0.5
+        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([step]), layer)
+        return (drawn != 0).double().flatten() - 0.5
 
-    masks = [mask(*each) for each in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 2, 0))]
+    masks = [mask(*each) for each in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 2, 0), (2**32 - 1, 10**6, 1))]
     for number, one in enumerate(masks):
         for other in masks[:number]:
             assert abs(float((one * other).mean()) * 4) < 5 / len(one) ** 0.5
@@ -169,12 +167,10 @@ def test_masks_of_other_keys_steps_and_layers_are_independent() -> None:
 
 
 def test_the_integer_hash_fills_its_32_bits_evenly() -> None:
-    bits = uniform_bits(torch.arange(1 << 16), torch.tensor(12345))
-    assert bits.min() >= 0
-    assert bits.max() < 2**32
+    bits = uniform_bits(torch.arange(1 << 16, dtype=torch.int32), torch.tensor(12345, dtype=torch.int32))
     assert len(bits.unique()) == 1 << 16  # a bijection
     for bit in range(32):
-        assert ((bits >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+        assert ((bits.long() >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_lane_whose_place_is_taken_leaves_nothing_behind(digits) -> None:

@@ -39,6 +39,11 @@ class Optimizer:
             if state is not None:
                 state[lane] = 0
 
+    def state(self, lane: int) -> dict[str, Tensor]:
+        """A lane's state by name; the tensors are this optimiser's own."""
+        states = {"first": self.first, "second": self.second, "steps": self.steps}
+        return {name: state[lane] for name, state in states.items() if state is not None}
+
     @torch.no_grad()
     def step(self, gradient: Float[Tensor, "lanes parameters"], learning_rate: Float[Tensor, " lanes"]) -> None:
         """One step of every lane."""

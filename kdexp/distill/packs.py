@@ -24,7 +24,7 @@ from kdexp.distill.data import Split, pixels
 from kdexp.distill.losses import Loss, distillation_loss, label_loss
 from kdexp.distill.models import build
 from kdexp.distill.optimizers import Optimizer
-from kdexp.distill.randomness import dropout, seed_of
+from kdexp.distill.randomness import dropout_mask, seed_of
 
 __all__ = ["Batch", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked", "gather", "pack_of"]
 
@@ -120,9 +120,8 @@ class Variables(NamedTuple):
 
     alpha: Float[Tensor, " lanes"]
     temperature: Float[Tensor, " lanes"]
-    dropout: Float[Tensor, " lanes"]
-    keys: Int64[Tensor, " lanes"]
-    steps: Int64[Tensor, " lanes"]
+    masks: tuple[Float[Tensor, "lanes batch features"], Float[Tensor, "lanes batch hidden"]]
+    """Of the two dropouts."""
 
 
 class Form(NamedTuple):
@@ -174,6 +173,21 @@ class Stacked:
         self.optimizer.reset(place, lane.training.weight_decay)
         self.steps[place] = 0
 
+    def save(self, place: int) -> dict[str, Tensor]:
+        """All that a lane's training goes on from, on the CPU."""
+        return _copies(self._progress(place) | {"batches": torch.tensor(self.steps[place])})
+
+    def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
+        """Go on from what `save` gave; the lane is already in this place."""
+        for name, tensor in self._progress(place).items():
+            tensor.copy_(progress[name])
+        self.steps[place] = int(progress["batches"])
+
+    def _progress(self, place: int) -> dict[str, Tensor]:
+        optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(place).items()}
+        running = {name: tensor[place] for name, tensor in self.running.items()}
+        return {"parameters": self.parameters[place], **running, **optimizer}
+
     def step(
         self,
         samples: Int64[Tensor, "*lanes batch"],
@@ -186,7 +200,10 @@ class Stacked:
         `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different ones.
         """
         alpha, temperature, drop = self.hyper.unbind()
-        variables = Variables(alpha, temperature, drop, self.keys, steps)
+        widths = [self.shapes[f"{4 * self.form.blocks + place}.weight"][1] for place in (2, 5)]
+        # Masks are drawn outside of what is compiled: within, their integers keep its last block from being vectorised.
+        drawn = (dropout_mask(samples.shape[-1], n, drop, self.keys, steps, layer) for layer, n in enumerate(widths))
+        variables = Variables(alpha, temperature, (next(drawn), next(drawn)))
         loss, running = self._losses(self.leaves, self.running, variables, self.source, samples, chosen, self.form)
         # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
         gradients = torch.autograd.grad(loss.total.sum(), list(self.leaves.values()), materialize_grads=True)
@@ -207,7 +224,7 @@ class Stacked:
             state[name] = running[place]
             if name.endswith("running_var"):
                 state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(self.steps[place])
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        return _copies(state)
 
 
 class Separate:
@@ -228,6 +245,24 @@ class Separate:
         module.to(self.source.split.labels.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.lanes[place], self.modules[place] = lane, module
         self.optimizers[place] = _torch_optimizer(module, lane.training)
+
+    def save(self, place: int) -> dict[str, Tensor]:
+        """All that a lane's training goes on from, on the CPU."""
+        optimizer = self.optimizers[place].state_dict()["state"]
+        flat = {f"optimizer/{index}/{name}": value for index, slots in optimizer.items() for name, value in slots.items()}
+        return _copies({f"module/{name}": tensor for name, tensor in self.modules[place].state_dict().items()} | flat)
+
+    def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
+        """Go on from what `save` gave; the lane is already in this place."""
+        module, optimizer = self.modules[place], self.optimizers[place]
+        module.load_state_dict({name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")})
+        for index, parameter in enumerate(module.parameters()):
+            prefix = f"optimizer/{index}/"
+            for name, value in progress.items():
+                if name.startswith(prefix):
+                    # Laid out in memory like its parameter: fused optimisers rely on it.
+                    like = parameter.detach() if value.shape == parameter.shape else value.to(parameter.device)
+                    optimizer.state[parameter][name.removeprefix(prefix)] = torch.empty_like(like).copy_(value)
 
     def step(
         self,
@@ -257,8 +292,7 @@ class Separate:
 
     def state(self, place: int) -> dict[str, Tensor]:
         """A lane's state, as its own module names it, on the CPU."""
-        state = self.modules[place].state_dict()
-        return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+        return _copies(self.modules[place].state_dict())
 
     def _step(self, place: int, batch: Batch, rate: float) -> Loss:
         module, optimizer, how = self.modules[place], self.optimizers[place], self.lanes[place].distillation
@@ -327,12 +361,16 @@ def _logits(
             x = F.batch_norm(x, *known, scale.flatten(), shift.flatten(), eps=BN_EPS)
         else:
             x, after[mean], after[var] = normalise(x, scale, shift, running[mean], running[var])
-        x = F.avg_pool2d(F.relu(x), 2)
+        x = _halve(F.relu(x))
     lanes = len(leaves["0.weight"])
+    if training is not None:  # before the values change their order: the mask's is that of channels last
+        batch, _, height, width = x.shape
+        mask = training.masks[0].view(lanes, batch, height, width, -1).permute(1, 0, 4, 2, 3)
+        x = (x.unflatten(1, (lanes, -1)) * mask).flatten(1, 2)
     x = x.reshape(len(x), lanes, -1).transpose(0, 1)
     for number, layer in enumerate((4 * form.blocks + 2, 4 * form.blocks + 5)):
-        if training is not None:
-            x = dropout(x, training.dropout, training.keys, training.steps, number)
+        if training is not None and number == 1:
+            x = x * training.masks[1]
         x = torch.baddbmm(leaves[f"{layer}.bias"][:, None], x, leaves[f"{layer}.weight"].transpose(1, 2))
         x = F.relu(x) if number == 0 else x
     return x, after
@@ -362,6 +400,14 @@ def convolve(
     columns = weight.permute(0, 3, 4, 2, 1).reshape(lanes, 9 * inner, out)
     product = torch.baddbmm(bias[:, None], patches, columns)
     return product.view(lanes, batch, height, width, out).permute(1, 0, 4, 2, 3).flatten(1, 2)
+
+
+def _halve(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels half_height half_width"]:
+    """Average pooling over 2x2 pixels. Compiled, as a mean over views: the compiler's own pooling is not vectorised."""
+    if not torch.compiler.is_compiling():
+        return F.avg_pool2d(x, 2)
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    return x[:, :, : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2)).mean((3, 5))
 
 
 def normalise(
@@ -413,6 +459,10 @@ def _fresh(lane: Lane, like: Split) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(lane.training.seed)
         return build(lane.network, like)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
 def _torch_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:

@@ -6,12 +6,13 @@ So a lane's masks depend neither on its neighbours nor on K, and any epoch can b
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-__all__ = ["dropout", "seed_of", "uniform_bits"]
+__all__ = ["dropout_mask", "seed_of", "uniform_bits"]
 
 BITS = 2**32 - 1
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive numbers become far apart
@@ -23,27 +24,40 @@ def seed_of(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
-def dropout(
-    x: Float[Tensor, "lanes batch features"],
+def dropout_mask(
+    batch: int,
+    features: int,
     probability: Float[Tensor, " lanes"],
     keys: Int64[Tensor, " lanes"],
     steps: Int64[Tensor, " lanes"],
     layer: int,
 ) -> Float[Tensor, "lanes batch features"]:
-    """Dropout (arXiv:1207.0580, inverted) whose mask is a function of (key, step, layer, position) alone."""
-    stream = _mix((keys + (steps * 2 + layer) * GOLDEN) & BITS)[:, None, None]
-    position = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
-    kept = uniform_bits(position, stream) >= (probability.double() * 2**32).to(torch.int64)[:, None, None]
-    return torch.where(kept, x / (1 - probability)[:, None, None], 0.0)
+    """What dropout (arXiv:1207.0580, inverted) multiplies with: 0, or 1 / (1 - probability).
+
+    A function of (key, step, layer, position) alone.
+    """
+    stream = _mix(_wrapped(keys + (steps * 2 + layer) * GOLDEN))[:, None]
+    threshold = (probability.double() * 2**32 - 2**31).to(torch.int32)[:, None]
+    kept = uniform_bits(_positions(batch * features, keys.device), stream) >= threshold
+    return (kept.to(probability.dtype) / (1 - probability)[:, None]).unflatten(1, (batch, features))
 
 
-def uniform_bits(position: Int64[Tensor, ...], stream: Int64[Tensor, ...]) -> Int64[Tensor, ...]:
-    """32 random bits for each position of a stream: two rounds of an integer hash around the stream's key."""
-    return _mix(_mix(position) ^ stream)
+def uniform_bits(mixed: Int32[Tensor, ...], stream: Int32[Tensor, ...]) -> Int32[Tensor, ...]:
+    """32 random bits for each (mixed) position of a stream: an integer hash before and after the stream's key."""
+    return _mix(mixed ^ stream)
 
 
-def _mix(x: Int64[Tensor, ...]) -> Int64[Tensor, ...]:
-    """A bijection of 32-bit numbers; the multiplier is below 2^31, so that no product leaves 63 bits."""
-    x = ((x >> 16) ^ x) * 0x45D9F3B & BITS
-    x = ((x >> 16) ^ x) * 0x45D9F3B & BITS
-    return (x >> 16) ^ x
+@cache
+def _positions(count: int, device: torch.device) -> Int32[Tensor, " count"]:
+    return _mix(torch.arange(count, dtype=torch.int32, device=device))
+
+
+def _mix(x: Int32[Tensor, ...]) -> Int32[Tensor, ...]:
+    """A bijection of 32-bit numbers, in arithmetic that wraps around: eight at once where 64 bits would be slow."""
+    x = ((x >> 16 & 0xFFFF) ^ x) * 0x45D9F3B
+    x = ((x >> 16 & 0xFFFF) ^ x) * 0x45D9F3B
+    return (x >> 16 & 0xFFFF) ^ x
+
+
+def _wrapped(x: Int64[Tensor, ...]) -> Int32[Tensor, ...]:
+    return ((x + 2**31 & BITS) - 2**31).to(torch.int32)

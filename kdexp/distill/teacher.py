@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ import torch
 from filelock import FileLock
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdexp import KdexpError
+from kdexp import KdexpError, __version__
 from kdexp.config import Data, Distillation, Teacher, Training
+from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Checkpoints, Kept
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
@@ -117,7 +119,7 @@ def prepare_teacher(
             module.load_state_dict(read_weights(own, module))
         elif not own.exists():
             state = {key: value.contiguous() for key, value in module.state_dict().items()}
-            write_atomically(own, lambda path: save_file(state, path))
+            write_atomically(own, lambda path: path.write_bytes(save(state)))
         module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         sha256 = weights_hash(module.state_dict())
         rows = _rows(data, splits, training)
@@ -185,23 +187,32 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
-    state, history = None, []
-    lane = Lane(teacher, teacher, Distillation(alpha=0.0))
-    for (report,) in train([lane], splits, data, how=choose([lane], splits.train)):
+    lane, checkpoints = Lane(teacher, teacher, Distillation(alpha=0.0)), Checkpoints(home)
+    begun, made_by = checkpoints.load("teacher"), {"kdexp": __version__, "torch": torch.__version__}
+    begun = begun if begun and begun.environment == made_by else None
+    kept, history = (begun.kept, list(begun.history)) if begun else (None, [])
+    how, saved = choose([lane], splits.train), time.monotonic()
+    for (report,) in train([lane], splits, data, how=how, resumed=[begun.snapshot if begun else None]):
         assert report is not None
+        assert report.snapshot is not None
         if not report.finite:
             raise TeacherError(
                 f"teacher: its training diverged in epoch {report.epoch} (loss {report.loss}, learning rate "
                 f"{report.learning_rate:.3g}); lower teacher.learning_rate"
             )
-        state = report.weights or state
+        kept = Kept(report.epoch, report.val_correct, report.weights) if report.weights else kept
         history.append(
             {name: getattr(report, name) for name in ("epoch", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")}
         )
+        if time.monotonic() - saved >= CHECKPOINT_SECONDS or report.epoch == report.epochs:
+            checkpoints.save("teacher", Checkpoint("", made_by, "complete", None, history, kept, report.snapshot()))
+            saved = time.monotonic()
         yield report
-    assert state is not None
+    assert kept is not None
+    weights = dict(kept.weights)
     write_atomically(home / "history.json", lambda path: path.write_text(json.dumps(history)))
-    write_atomically(home / "weights.safetensors", lambda path: save_file(state, path))
+    write_atomically(home / "weights.safetensors", lambda path: path.write_bytes(save(weights)))
+    checkpoints.remove("teacher")
 
 
 @dataclass(frozen=True)
@@ -248,7 +259,8 @@ def _fill(module: nn.Module, splits: Splits, rows: _Rows, cache: Path) -> Genera
         "val_correct": str(own.correct),
         "val_samples": str(own.samples),
     }
-    write_atomically(cache, lambda path: save_file({"logits": torch.stack(filled)}, path, metadata=facts))
+    content = save({"logits": torch.stack(filled)}, metadata=facts)  # written by us: a full disk is then an OSError
+    write_atomically(cache, lambda path: path.write_bytes(content))
 
 
 def _open(cache: Path) -> tuple[Tensor, dict[str, str]]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdexp.config import Data, Training
@@ -25,7 +25,7 @@ from kdexp.distill.evaluate import BATCH
 from kdexp.distill.packs import Execution, Lane, Source, pack_of
 from kdexp.distill.randomness import seed_of
 
-__all__ = ["EpochReport", "SoftLabels", "draw", "epochs_of", "learning_rate", "steps_of", "train"]
+__all__ = ["EpochReport", "Snapshot", "SoftLabels", "draw", "epochs_of", "learning_rate", "steps_of", "train", "whole_epochs"]
 
 ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4: torch's OneCycleLR
 
@@ -40,6 +40,16 @@ class SoftLabels:
 
     logits: Float[Tensor, "rows samples classes"]
     per: Literal["view", "epoch"] = "view"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a lane stands after an epoch: all it needs to go on, bit for bit, in its place of a pack of the same form."""
+
+    epoch: int
+    best: int
+    """Correct validation predictions of its best epoch so far."""
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,20 @@ class EpochReport:
     """Of the whole pack."""
     weights: dict[str, Tensor] | None
     """On the CPU, and only where these are the weights to keep so far."""
+    bad_step: int | None = None
+    """The first optimiser step (from 1) of the training whose loss was NaN or infinite."""
+    snapshot: Callable[[], Snapshot] | None = None
+    """Takes the lane's snapshot; to be called before the next epoch begins."""
 
     @property
     def finite(self) -> bool:
         """False where the training has diverged."""
         return math.isfinite(self.loss) and math.isfinite(self.val_loss)
+
+    @property
+    def numbers(self) -> EpochReport:
+        """Without what is large or lives in this process."""
+        return replace(self, weights=None, snapshot=None)
 
 
 Reports = tuple[EpochReport | None, ...]
@@ -71,23 +90,26 @@ Reports = tuple[EpochReport | None, ...]
 
 
 def train(
-    lanes: Sequence[Lane],
+    lanes: Sequence[Lane | None],
     splits: Splits,
     data: Data,
     soft: SoftLabels | None = None,
     how: Execution | None = None,
     dtype: torch.dtype = torch.float32,
+    resumed: Sequence[Snapshot | None] = (),
 ) -> Generator[Reports, Mapping[int, Lane | None] | None, None]:
     """Train the lanes together; after each epoch yield their reports, in the order of their places.
 
-    `soft` None trains on the labels alone. Lanes must share their fuse key. What is sent back changes places
-    before the next epoch: a new lane begins there at its epoch 1, None gives the place up. Ends when no lane is
-    left.
+    `soft` None trains on the labels alone. Lanes must share their fuse key; None leaves a place empty. A lane with
+    a snapshot in `resumed` goes on from there. What is sent back changes places before the next epoch: a new lane
+    begins there at its epoch 1, None gives the place up. Ends when no lane is left.
     """
-    if len({lane.fuse_key for lane in lanes}) != 1:
+    present = [lane for lane in lanes if lane]
+    if len({lane.fuse_key for lane in present}) != 1:
         raise ValueError("lanes of one pack must share their fuse key")
-    how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in lanes}) == 1)
+    how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in present}) == 1)
     crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
+    crew.resume(resumed)
     while crew.working:
         changes = yield crew.epoch()
         for place, lane in (changes or {}).items():
@@ -115,27 +137,41 @@ class _Crew:
 
     def __init__(
         self,
-        lanes: Sequence[Lane],
+        lanes: Sequence[Lane | None],
         splits: Splits,
         views: Int64[Tensor, "views 3"],
         soft: SoftLabels | None,
         how: Execution,
         dtype: torch.dtype,
     ) -> None:
-        self.places = [_Place(lane) for lane in lanes]
+        anyone = next(lane for lane in lanes if lane)  # a network for an empty place, that idles along
+        self.places = [_Place(lane or anyone, idle=lane is None) for lane in lanes]
         self.splits, self.soft, self.how, self.dtype = splits, soft, how, dtype
         self.device = splits.train.labels.device
         if soft and soft.per == "epoch" and not how.shared:
             raise ValueError("soft labels by epoch serve lanes that share their mini-batches")
         logits = soft.logits if soft and soft.per == "view" else None
         self.source = Source(splits.train, views.to(self.device), logits)
-        self.pack = pack_of(lanes, self.source, how, dtype)
-        self.epochs = epochs_of(lanes[0].training, len(splits.train))
+        self.pack = pack_of([place.lane for place in self.places], self.source, how, dtype)
+        self.epochs = epochs_of(anyone.training, len(splits.train))
 
     @property
     def working(self) -> bool:
         """Whether any lane has epochs to go."""
         return any(not place.idle for place in self.places)
+
+    def resume(self, snapshots: Sequence[Snapshot | None]) -> None:
+        """Let lanes go on from their snapshots."""
+        for at, snapshot in enumerate(snapshots):
+            if snapshot:
+                place = self.places[at]
+                self.pack.load(at, snapshot.tensors)
+                place.epoch, place.best, place.idle = snapshot.epoch, snapshot.best, snapshot.epoch == self.epochs
+        if self.how.shared:
+            if len({place.epoch for place in self.places if not place.idle}) > 1:
+                raise ValueError("lanes that share their mini-batches are in one epoch")
+            for place in self.places:  # also an empty place draws along
+                place.epoch = max(place.epoch for place in self.places)
 
     def change(self, at: int, lane: Lane | None) -> None:
         """Put a new lane in a place, or give the place up."""
@@ -146,7 +182,7 @@ class _Crew:
             raise ValueError("lanes that share their mini-batches start together")
         if lane.fuse_key != self.places[at].lane.fuse_key:
             raise ValueError("lanes of one pack must share their fuse key")
-        if steps_of(lane.training, samples := len(self.splits.train)) % _steps_per_epoch(lane.training, samples):
+        if not whole_epochs(lane.training, len(self.splits.train)):
             raise ValueError("with a last epoch cut short by max_steps, lanes start together")
         self.places[at] = _Place(lane)
         self.pack.put(at, lane)
@@ -159,14 +195,22 @@ class _Crew:
         if self.soft and self.soft.per == "epoch":
             row = self.soft.logits[self.places[0].epoch - 1]
             self.pack.source = replace(self.source, logits=row.expand(len(self.source.views), -1, -1))
-        losses, rates = self._steps()
+        losses, rates, bad = self._steps()
         correct, val_losses = self._evaluate()
         seconds = time.perf_counter() - started
-        columns = zip(self.places, losses.T.tolist(), rates, correct, val_losses, strict=True)
-        return tuple(self._report(at, *values, seconds) for at, values in enumerate(columns))
+        columns = zip(self.places, losses.T.tolist(), rates, bad, correct, val_losses, strict=True)
+        return tuple(self._report(at, seconds, *values) for at, values in enumerate(columns))
 
     def _report(
-        self, at: int, place: _Place, losses: list[float], rate: float, correct: int, val_loss: float, seconds: float
+        self,
+        at: int,
+        seconds: float,
+        place: _Place,
+        losses: list[float],
+        rate: float,
+        bad: int | None,
+        correct: int,
+        val_loss: float,
     ) -> EpochReport | None:
         if place.idle:
             return None
@@ -186,10 +230,12 @@ class _Crew:
             learning_rate=rate,
             seconds=seconds,
             weights=self.pack.state(at) if keep else None,
+            bad_step=bad,
+            snapshot=lambda: Snapshot(place.epoch, place.best, self.pack.save(at)),
         )
 
-    def _steps(self) -> tuple[Float[Tensor, "3 lanes"], list[float]]:
-        """The epoch's optimiser steps: mean losses (total, distillation, student) and last learning rates."""
+    def _steps(self) -> tuple[Float[Tensor, "3 lanes"], list[float], list[int | None]]:
+        """The epoch's optimiser steps: mean losses (total, distillation, student), last learning rates, first bad steps."""
         training, samples = self.places[0].lane.training, len(self.splits.train)
         size, total = min(training.batch_size, samples), steps_of(training, samples)
         first = [(place.epoch - 1) * _steps_per_epoch(training, samples) for place in self.places]
@@ -201,12 +247,13 @@ class _Crew:
         ]
         on_device = torch.tensor(rates, dtype=self.dtype, device=self.device)
         steps = torch.tensor(first, device=self.device)
-        sums = torch.zeros(3, len(self.places), dtype=self.dtype, device=self.device)
+        losses = torch.zeros(count, 3, len(self.places), dtype=self.dtype, device=self.device)
         for step in range(count):
             batch = order[..., step * size : (step + 1) * size]
             loss = self.pack.step(batch, drawn.gather(-1, batch), on_device[step], steps + step)
-            sums += torch.stack(loss)  # on the device: no .item() in the loop
-        return sums / count, rates[-1]
+            torch.stack(loss, out=losses[step])  # on the device: no .item() in the loop
+        bad = [_first(column, at) for column, at in zip(~losses[:, 0].isfinite().T.cpu(), first, strict=True)]
+        return losses.double().mean(0), rates[-1], bad
 
     def _draw(self) -> tuple[Int64[Tensor, "*lanes samples"], Int64[Tensor, "*lanes samples"]]:
         """This epoch's order of the samples, and each sample's view; once for all where lanes share them."""
@@ -234,6 +281,11 @@ def epochs_of(training: Training, samples: int) -> int:
     return math.ceil(steps_of(training, samples) / _steps_per_epoch(training, samples))
 
 
+def whole_epochs(training: Training, samples: int) -> bool:
+    """Whether `max_steps` leaves the last epoch whole."""
+    return steps_of(training, samples) % _steps_per_epoch(training, samples) == 0
+
+
 def learning_rate(training: Training, step: int, steps: int) -> float:
     """The learning rate of step 0 ... steps - 1.
 
@@ -248,6 +300,11 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     if step <= turn:
         return _anneal(start, peak, step / turn)
     return _anneal(peak, start / 1e4, (step - turn) / max(steps - 1 - turn, 1e-9))
+
+
+def _first(bad: Bool[Tensor, " steps"], begun: int) -> int | None:
+    """The number of the first bad step in a training that had `begun` steps before."""
+    return begun + int(bad.nonzero()[0]) + 1 if bad.any() else None
 
 
 def _steps_per_epoch(training: Training, samples: int) -> int:

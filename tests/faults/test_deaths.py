@@ -1,0 +1,101 @@
+"""kill -9 at each moment of a sweep at which something is half done: the same command then comes to the same study."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import SWEEP, Dies, Facts, Life, facts, no_run_is_left_open, statuses, unbroken, written
+
+pytestmark = pytest.mark.slow
+
+MOMENTS = {
+    "in the middle of a step": Dies("kdexp.distill.packs:Stacked.step", call=60),
+    "in the middle of the first step": Dies("kdexp.distill.packs:Stacked.step", call=55),
+    "between two epochs": Dies("kdexp.runner:Running.record", call=6),
+    "between an epoch's verdict and its checkpoint": Dies("kdexp.runner:Running.settle", call=7),
+    "before a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6),
+    "after a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6, after=True),
+    "while a checkpoint is written": Dies("kdexp.files:os.fsync", call=1, only=""),
+    "between the former checkpoint and the new one": Dies("pathlib:Path.replace", call=2, after=True, only=".checkpoint"),
+    "while the teacher is trained": Dies("kdexp.distill.packs:Stacked.step", call=15),
+    "before the teacher's weights are written": Dies("kdexp.distill.teacher:write_atomically", only="weights.safetensors"),
+    "while the cache is filled": Dies("kdexp.distill.teacher:logits_of", call=2),
+    "before the cache is in its place": Dies("pathlib:Path.replace", call=1, only="logits-"),
+    "before the teacher's run is closed": Dies("kdexp.tracking:Tracking.finish", call=1),
+    "before the study is set up": Dies("kdexp.study:_enqueue_controls", call=1),
+    "between its controls": Dies("optuna.study:Study.enqueue_trial", call=1, after=True),
+    "after Optuna is asked": Dies("optuna.study:Study.ask", call=3, after=True),
+    "before a run is made": Dies("kdexp.tracking:Tracking.start", call=4),
+    "after a run is made": Dies("kdexp.tracking:Tracking.start", call=4, after=True),
+    "before a run's record is written": Dies("kdexp.runner:_log_record", call=2),
+    "after a run's record is written": Dies("kdexp.runner:_log_record", call=2, after=True),
+    "while metrics are sent": Dies("kdexp.tracking:Tracking.log_epochs", call=3, after=True),
+    "before a run is concluded": Dies("kdexp.runner:_conclude", call=2),
+    "after a run is concluded, before it is closed": Dies("kdexp.runner:_conclude", call=2, after=True),
+    "after a run is closed, before Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2),
+    "after Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2, after=True),
+    "after the last trial": Dies("kdexp.trials:leave", call=1),
+    "before the look at test": Dies("kdexp.promote:_look_at_test", call=1),
+    "after the look at test": Dies("kdexp.promote:_look_at_test", call=1, after=True),
+    "before the model is registered": Dies("kdexp.tracking:Tracking.register", call=1),
+    "after the model is registered": Dies("kdexp.tracking:Tracking.register", call=1, after=True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(place: Path, whole: Facts, moment: str) -> None:
+    assert Life(place, SWEEP, MOMENTS[moment]).end().code == -signal.SIGKILL, "the moment never came"
+    again = Life(place, SWEEP).end()
+    assert again.code == 0, again.err
+    assert "Selected: trial" in again.out
+    assert facts(place) == whole
+    assert no_run_is_left_open(place)
+    assert statuses(place)["teacher", "FINISHED"] == 1
+
+
+def test_killed_at_every_step_of_the_way(tmp_path: Path, whole: Facts) -> None:
+    """Twenty lives cut short at random moments of one study, until it is done."""
+    place, dice = written(tmp_path / "place", training__epochs=4, study__retries=100), random.Random(8787)
+    kills = 0
+    while kills < 100:
+        life = Life(place, SWEEP)
+        life.process.join(dice.uniform(0.2, 2.5))
+        if not life.process.is_alive():
+            break
+        life.kill()
+        life.process.join()
+        kills += 1
+    end = Life(place, SWEEP).end()
+    assert end.code == 0, end.err
+    assert facts(place) == whole
+    assert no_run_is_left_open(place)
+
+
+@pytest.mark.parametrize("kind", ["workers", "pack"])
+def test_twenty_kills_of_a_longer_sweep(tmp_path: Path, kind: str) -> None:
+    """By two workers, or fused: killed twenty times, the study equals an unbroken one, bit for bit."""
+    changes = {"training__epochs": 30, "study__sampler": "random", "study__trials": 8, "study__retries": 100}
+    extra = ["--workers", "2", "--pack", "1"] if kind == "workers" else ["--workers", "1", "--pack", "4"]
+    arguments = ["sweep", "tiny.yaml", "--threads", "1", *extra]
+    expected = unbroken(tmp_path / "unbroken", arguments, **changes)
+    place, dice = written(tmp_path / "place", **changes), random.Random(1)
+    kills = 0
+    while kills < 20:
+        life = Life(place, arguments)
+        life.process.join(dice.uniform(1.0, 4.0))
+        if not life.process.is_alive():
+            break
+        life.kill()
+        life.process.join()
+        kills += 1
+        time.sleep(dice.uniform(0, 0.5))
+    end = Life(place, arguments).end()
+    assert end.code == 0, end.err
+    assert facts(place) == expected
+    assert no_run_is_left_open(place)
+    print(f"{kills} kills")
