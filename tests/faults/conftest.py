@@ -105,6 +105,22 @@ class Dies:
 
 
 @dataclass(frozen=True)
+class Sets:
+    """Other values for a module's constants, and what else is to be done at the start."""
+
+    values: Mapping[str, Any]
+    """By module:NAME."""
+    then: Fault | None = None
+
+    def __call__(self) -> None:
+        for where, value in self.values.items():
+            module, _, name = where.partition(":")
+            setattr(importlib.import_module(module), name, value)
+        if self.then:
+            self.then()
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a finished study holds: all that an interrupted one must have in common with an unbroken one."""
 
@@ -115,8 +131,8 @@ class Facts:
     weights: Mapping[int, str]
 
 
-def facts(folder: Path) -> Facts:
-    """Read the embedded stores."""
+def facts(folder: Path, mlflow_db: Path | None = None) -> Facts:
+    """Read the embedded stores, or MLflow's of a server."""
     with sqlite3.connect(folder / "mlruns" / "optuna.db", timeout=60) as optuna:
         states = optuna.execute(
             "select t.number, t.state, v.value from trials t left join trial_values v using (trial_id)"
@@ -124,7 +140,7 @@ def facts(folder: Path) -> Facts:
         values = optuna.execute(
             "select number, param_name, param_value from trials join trial_params using (trial_id)"
         ).fetchall()
-    with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as mlflow:
+    with sqlite3.connect(mlflow_db or folder / "mlruns" / "mlflow.db", timeout=60) as mlflow:
         tags = mlflow.execute("select run_uuid, key, value from tags").fetchall()
         finished = {run for (run,) in mlflow.execute("select run_uuid from runs where status = 'FINISHED'")}
         points = mlflow.execute("select run_uuid, key, step, value, is_nan from metrics where key like 'epoch/%'").fetchall()
@@ -145,10 +161,10 @@ def facts(folder: Path) -> Facts:
     )
 
 
-def statuses(folder: Path) -> Counter[tuple[str, str]]:
+def statuses(folder: Path, mlflow_db: Path | None = None) -> Counter[tuple[str, str]]:
     """How many runs there are by (kind, status)."""
     query = "select value, status from runs join tags using (run_uuid) where key = 'kdexp.kind'"
-    with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as mlflow:
+    with sqlite3.connect(mlflow_db or folder / "mlruns" / "mlflow.db", timeout=60) as mlflow:
         return Counter(mlflow.execute(query).fetchall())
 
 
