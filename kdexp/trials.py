@@ -351,7 +351,7 @@ def _train_pack(
     if first.checkpoint:
         how = Execution.recorded(first.checkpoint.environment)[0]
         everyone.enter_context(_threads(int(first.checkpoint.environment["threads"])))
-        refill = not how.shared
+        refill = not how.shared and here.study.prunes and whole_epochs(first.lane.training, samples)
     else:
         how = choose([begun.lane for begun in group], prepared.splits.train, refill)
     lanes: list[Lane | None] = [None] * how.lanes
