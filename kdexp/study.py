@@ -46,6 +46,7 @@ BEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0  # a worker elsewhere whose beat stands still for so long is gone
 PATIENCE = 300.0  # seconds that a database may be away
 AWAY = (OperationalError, InterfaceError, optuna.exceptions.StorageInternalError)
+LASTING = ("disk I/O error", "disk is full", "No space left", "readonly database", "unable to open")  # waiting does not help
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
 
@@ -355,9 +356,11 @@ def _patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except AWAY as error:
+            if any(reason in _cause(error) for reason in LASTING):
+                raise StudyError(f"Optuna's storage: {_cause(error)}") from error
             if time.monotonic() >= deadline:
                 raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
-        if pause == 0.5:
+        if pause == 1.0:  # not for a single request
             log.warning("Optuna's storage does not answer; waiting for it (up to %.0f s)", PATIENCE)
         time.sleep(pause)
         pause = min(2 * pause, 5.0)

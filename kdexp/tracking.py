@@ -27,6 +27,7 @@ from kdexp.settings import Settings, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with its password
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # waiting is done here, and never in the middle of training
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import mlflow.exceptions
@@ -40,7 +41,8 @@ Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
 RACES = 5
-PATIENCE = 300.0  # seconds that a server may be away
+CONNECT_SECONDS = 10.0  # that a server may be busy at the start
+PATIENCE = 300.0  # seconds that it may be away later
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
@@ -88,11 +90,11 @@ class Tracking:
 
     def __init__(self, settings: Settings) -> None:
         self.url = settings.tracking_url
-        self.patience = PATIENCE
+        self.patience = CONNECT_SECONDS
         self.shown = "the embedded store" if settings.tracking_uri is None else without_credentials(self.url)
         self.artifacts = None if self.url.startswith("http") else settings.stores.resolve() / "artifacts"
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised too, and said once
         if self.url.startswith("http"):
             self._knock()
         if self.artifacts is None:
@@ -108,6 +110,7 @@ class Tracking:
                         write_ahead(settings.stores / "mlflow.db")
             except OSError as error:
                 raise TrackingError(f"{settings.stores}: {error.strerror}; choose another folder with --stores") from None
+        self.patience = PATIENCE
 
     # --- writing ---
 
@@ -120,8 +123,10 @@ class Tracking:
             return str(found.experiment_id)
         place = (self.artifacts / name).as_uri() if self.artifacts else None
         try:
-            return str(self.client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS))
-        except mlflow.exceptions.MlflowException:  # another process made it just now
+            return str(self._do(self.client.create_experiment, name, artifact_location=place, tags=EXPERIMENT_TAGS))
+        except TrackingAway:
+            raise
+        except TrackingError:  # another process made it just now, or this one did and never heard of it
             found = self._do(self.client.get_experiment_by_name, name)
             if found is None:
                 raise
@@ -218,10 +223,10 @@ class Tracking:
     def register(self, run_id: str, name: str, alias: str, description: str) -> str:
         """The run's artifact folder `model` as a new version of a registered model, under an alias; its version."""
         try:
-            self.client.create_registered_model(name)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise TrackingError(self._message(error)) from error
+            self._do(self.client.create_registered_model, name)
+        except TrackingError as error:
+            if _code(error) != "RESOURCE_ALREADY_EXISTS":
+                raise
         source = self._do(self.client.get_run, run_id).info.artifact_uri + "/model"
         registered = self._do(self.client.create_model_version, name, source, run_id=run_id, description=description)
         self.alias(name, alias, str(registered.version))
@@ -236,14 +241,14 @@ class Tracking:
     def read(self, run_id: str) -> RunRecord:
         """The run of that id. Raises TrackingError where there is none."""
         try:
-            return _record(self.client.get_run(run_id))
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return _record(self._do(self.client.get_run, run_id))
+        except TrackingError as error:
+            if _code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise TrackingError(
                     f"No run '{run_id}' in {self.shown}. Copy the run ID from `kdexp select` or the MLflow UI "
                     f"(kdexp ui); --tracking-uri or --stores names another store."
                 ) from None
-            raise TrackingError(self._message(error)) from error
+            raise
 
     def find(self, kind: Kind, tags: Mapping[str, str]) -> list[RunRecord]:
         """The runs of a kind with these tags, oldest first, of every experiment."""
@@ -281,13 +286,20 @@ class Tracking:
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """An artifact as a local file. Raises TrackingError where the run has none of that name."""
-        try:
-            return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
-        except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise TrackingError(
-                f"Run {run_id} holds no artifact '{artifact}' (or its store is out of reach): "
-                f"{without_credentials(str(error).splitlines()[0])}"
-            ) from None
+        for attempt in range(RACES):
+            try:
+                return Path(self._do(self.client.download_artifacts, run_id, artifact, str(folder)))
+            except TrackingAway:
+                raise
+            except (TrackingError, OSError) as error:  # MLflow does not tell "there is none" from "not now"
+                listed = {found.path for found in self._do(self.client.list_artifacts, run_id)}
+                if attempt == RACES - 1 or artifact not in listed:
+                    raise TrackingError(
+                        f"Run {run_id} holds no artifact '{artifact}' (or its store is out of reach): "
+                        f"{without_credentials(str(error))}"
+                    ) from None
+                time.sleep(0.2 * (attempt + 1))
+        raise AssertionError("unreachable")
 
     # --- talking ---
 
@@ -323,7 +335,9 @@ class Tracking:
     def _connect(self, url: str) -> MlflowClient:
         client = MlflowClient(url, registry_uri=url)
         try:
-            client.search_experiments(max_results=1)
+            self._do(client.search_experiments, max_results=1)
+        except TrackingError:
+            raise
         except Exception as error:  # SQLAlchemy, requests and MLflow each raise their own
             raise TrackingError(self._message(error)) from error
         return client
@@ -348,7 +362,7 @@ class Tracking:
                     raise TrackingError(self._message(error)) from error
                 if time.monotonic() >= deadline:
                     raise TrackingAway(f"No answer from MLflow, {self.shown}: {self._message(error)}") from error
-            if pause == 0.5:
+            if pause == 1.0:  # not for a single request
                 log.warning("MLflow, %s, does not answer; waiting for it (up to %.0f s)", self.shown, self.patience)
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
@@ -366,6 +380,11 @@ def _may_pass(error: Exception) -> bool:
     refused = "error code 4" in text and "error code 429" not in text
     passing = "API request to" in text and "failed with" in text and not refused
     return isinstance(error, requests.ConnectionError | requests.Timeout) or passing or "database is locked" in text
+
+
+def _code(error: TrackingError) -> str:
+    """MLflow's own name for what went wrong."""
+    return str(getattr(error.__cause__, "error_code", ""))
 
 
 def _record(run: Run) -> RunRecord:

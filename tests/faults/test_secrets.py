@@ -78,6 +78,7 @@ def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, serve
     run([*SWEEP, "--storage", f"{PLAIN}://me"], 1)
     run(["train", "tiny.yaml", "--tracking-uri", f"http://me:{quote(ODD, safe='')}@127.0.0.1:{free_port()}"], 1)
     run(["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?token={PLAIN}"], 1)
+    print("\n=====\n".join(texts))
     assert not [text for text in texts if any(trace in text.replace(f"{PLAIN}://me", "") for trace in TRACES)]
     assert not any(trace in postgresql.dump() for trace in TRACES)
     assert holding(tmp_path) == []

@@ -23,11 +23,10 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """From the n-th call of a function on, no file may grow beyond what the largest has now."""
+    """From the n-th call of a function on, no file may grow beyond 8 kB: room for what is printed, and for nothing else."""
 
     where: str
     call: int
-    slack: int = 0
 
     def __call__(self) -> None:
         import importlib
@@ -43,7 +42,7 @@ class FullDisk:
             calls[0] += 1
             if calls[0] == self.call:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.slack, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
             return original(*args, **kwargs)
 
         setattr(holder, last, limiting)
