@@ -50,6 +50,7 @@ def an_epoch(epoch: int) -> EpochReport:
 def record(running: Running, *epochs: int) -> None:
     for epoch in epochs:
         running.record(an_epoch(epoch))
+        running.settle(an_epoch(epoch))
 
 
 def epochs_in_store(tracking: Tracking, run_id: str) -> list[int]:
