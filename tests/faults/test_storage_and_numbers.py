@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +217,13 @@ def test_a_trial_that_breaks_is_given_up_after_its_retries_and_the_study_goes_on
     assert no_run_is_left_open(place)
 
 
+def wait_for(condition: Callable[[], object], life: Life) -> None:
+    """While the command is under way."""
+    while not condition():
+        assert life.process.is_alive(), "it came to its end before"
+        time.sleep(0.01)
+
+
 def test_runs_that_were_resumed_are_reproduced_bit_for_bit(tmp_path: Path) -> None:
     """From one worker, from two, and from a pack."""
     for name, extra in {
@@ -226,11 +234,10 @@ def test_runs_that_were_resumed_are_reproduced_bit_for_bit(tmp_path: Path) -> No
         changes = {"training__epochs": 25, "study__retries": 100}
         place = written(tmp_path / name, **changes)
         command = ["sweep", "tiny.yaml", "--threads", "1", *extra]
-        for pause in (5.0, 3.0, 3.0):
-            life = Life(place, command)
-            life.process.join(pause)
-            life.kill()
-            life.process.join()
+        life = Life(place, command)
+        wait_for(lambda: list((place / "mlruns" / "checkpoints").glob("*/*.former")), life)  # noqa: B023
+        life.kill()
+        life.process.join()
         end = Life(place, command).end()
         assert end.code == 0, end.err
         with sqlite3.connect(place / "mlruns" / "mlflow.db") as mlflow:
