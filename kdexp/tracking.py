@@ -171,7 +171,9 @@ class Tracking:
 
     def log_files(self, run_id: str, folder: Path, under: str | None = None) -> None:
         """Every file of a folder as an artifact, `under` a folder of that name if given."""
-        self._do(self.client.log_artifacts, run_id, str(folder), under)
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):  # each tried again by itself
+            place = (Path(under or "") / file.relative_to(folder)).parent.as_posix()
+            self._do(self.client.log_artifact, run_id, str(file), None if place == "." else place)
 
     def log_model(self, run_id: str, module: Any, example: Any) -> None:
         """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle."""
