@@ -207,7 +207,10 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
     assert (
         first.candidate
         == again.candidate
-        == min((c for c in candidates(study, tracking) if c.val_accuracy >= 0.3), key=lambda c: (c.parameters, -c.val_accuracy))
+        == min(
+            (c for c in candidates(study, tracking) if c.val_accuracy >= sweep.selection.accuracy_bar),
+            key=lambda c: (c.parameters, -c.val_accuracy),
+        )
     )
     assert again.test_accuracy == first.test_accuracy
     tested = [run for run in tracking.find("trial", {"kdexp.study": sweep.name}) if "test_accuracy" in run.metrics]

@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class Life:
         self.folder = folder
         self.process = context.Process(target=_live, args=(folder, tuple(arguments), fault))
         self.process.start()
+
+    def trains(self, timeout: float = 120) -> None:
+        """Wait until a first epoch is over, which its checkpoint shows."""
+        deadline = time.monotonic() + timeout
+        while not any((self.folder / "mlruns" / "checkpoints").glob("*/*")):
+            assert self.process.is_alive() and time.monotonic() < deadline, "it does not begin"
+            time.sleep(0.05)
 
     def end(self, timeout: float = 300) -> End:
         """Wait for it."""

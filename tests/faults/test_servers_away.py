@@ -15,7 +15,7 @@ from faults.servers import BadProxy, MlflowServer, Postgresql
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
 
-LONG = {"training__epochs": 60, "study__trials": 6, "study__sampler": "random", "study__retries": 100}
+LONG = {"training__epochs": 40, "study__trials": 6, "study__sampler": "random", "study__retries": 100}
 OFTEN = {"kdexp.runner:DELIVER_SECONDS": 0.3}
 
 
@@ -61,7 +61,7 @@ def of_study(server: MlflowServer, folder: Path, name: str) -> Facts:
 def test_a_server_killed_and_restarted_three_times(tmp_path: Path, server: MlflowServer, long: Facts) -> None:
     place, dice = renamed(tmp_path / "place", "thrice"), random.Random(3)
     life = Life(place, [*SWEEP, "--tracking-uri", server.url], Sets(OFTEN))
-    time.sleep(8)
+    life.trains()
     for _ in range(3):
         server.kill()
         time.sleep(dice.uniform(1, 4))
@@ -78,7 +78,7 @@ def test_a_server_that_is_gone_for_good_costs_nothing_that_was_measured(
     place = renamed(tmp_path / "place", "gone")
     command = [*SWEEP, "--tracking-uri", server.url]
     life = Life(place, command, Sets({**OFTEN, "kdexp.tracking:PATIENCE": 3.0}))
-    time.sleep(9)
+    life.trains()
     server.kill()
     end = life.end()
     assert end.code == 1
@@ -118,7 +118,7 @@ def postgresql() -> Iterator[Postgresql]:
 def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: Postgresql) -> None:
     place = written(tmp_path / "place", **LONG, study__pruner="median")
     life = Life(place, [*SWEEP, "--storage", postgresql.url])
-    time.sleep(8)
+    life.trains()
     for _ in range(3):
         postgresql.kill()
         time.sleep(2)
