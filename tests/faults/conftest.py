@@ -46,7 +46,8 @@ class Life:
         """Wait until a first epoch is over, which its checkpoint shows."""
         deadline = time.monotonic() + timeout
         while not any((self.folder / "mlruns" / "checkpoints").glob("*/*")):
-            assert self.process.is_alive() and time.monotonic() < deadline, "it does not begin"
+            assert self.process.is_alive(), "it has ended before its first checkpoint"
+            assert time.monotonic() < deadline, "it does not begin"
             time.sleep(0.05)
 
     def end(self, timeout: float = 300) -> End:
