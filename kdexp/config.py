@@ -138,6 +138,7 @@ class Training(Frozen):
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights, by validation accuracy")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of activations and products in training")
 
 
 class Student(Network):

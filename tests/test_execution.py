@@ -14,7 +14,7 @@ import torch
 from kdexp.config import Augment, Data, Distillation, Student, Training
 from kdexp.distill import execution
 from kdexp.distill.data import views
-from kdexp.distill.execution import best_pack, choose, fastest_lowering, flop_of, step_seconds
+from kdexp.distill.execution import best_pack, choose, fastest_lowering, flop_of, multiplies_bf16, step_seconds
 from kdexp.distill.packs import Execution, Lane, Source
 
 DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
@@ -46,6 +46,8 @@ print(json.dumps({
     "graphs": [compiled, torch._dynamo.utils.counters["stats"]["unique_graphs"]],
     "two": run(lanes, Execution(2, False, True)),
     "two_eager": run(lanes, Execution(2)),
+    "narrow": run(lanes, Execution(2, True, True, precision="bf16")),
+    "narrow_eager": run(lanes, Execution(2, precision="bf16")),
     "by_epoch": run(lanes[:1], Execution(1, True, True), SoftLabels(rows, "epoch")),
 }))
 """
@@ -70,6 +72,12 @@ def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_
 
 
 @pytest.mark.slow
+def test_a_compiled_bf16_training_stays_near_the_plain_one(compiled) -> None:
+    for other in ("narrow_eager", "two"):
+        assert torch.allclose(torch.tensor(compiled["narrow"][0]), torch.tensor(compiled[other][0]), rtol=5e-2)
+
+
+@pytest.mark.slow
 def test_other_values_of_what_may_differ_compile_nothing_anew(compiled) -> None:
     before, after = compiled["graphs"]
     assert before == after == 1
@@ -80,18 +88,29 @@ def test_logits_by_epoch_serve_a_compiled_step_as_well(compiled) -> None:
     assert close(compiled["by_epoch"][0], compiled["once"][0])
 
 
-def lane(epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1) -> Lane:
-    return Lane(Student(channels=channels, hidden=16), Training(epochs=epochs, seed=seed), Distillation())
+def lane(epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1, precision: str = "auto") -> Lane:
+    return Lane(Student(channels=channels, hidden=16), Training(epochs=epochs, seed=seed, precision=precision), Distillation())
 
 
 def test_it_compiles_long_trainings_only(digits, monkeypatch) -> None:
     monkeypatch.setattr(execution, "compiles", lambda device: True)
     assert not choose([lane(epochs=2)], digits.train).compiled
     long = lane(epochs=50_000, channels=(16, 32))
-    assert flop_of(long, digits.train) > execution.COMPILE_FROM_FLOP["cpu"]
+    assert flop_of(long, digits.train) > execution.LONG_FROM_FLOP["cpu"]
     assert choose([long], digits.train).compiled
     monkeypatch.setattr(execution, "compiles", lambda device: False)
     assert not choose([long], digits.train).compiled
+
+
+def test_bf16_is_for_long_trainings_where_the_device_has_units_for_it(digits, monkeypatch) -> None:
+    monkeypatch.setattr(execution, "compiles", lambda device: True)
+    for units in (True, False):
+        monkeypatch.setattr(execution, "multiplies_bf16", lambda device, units=units: units)
+        for precision in ("auto", "fp32", "bf16"):
+            short, long = (lane(epochs, (16, 32), precision=precision) for epochs in (2, 50_000))
+            narrow = [choose([one], digits.train).precision == "bf16" for one in (short, long)]
+            assert narrow == {"auto": [False, units], "fp32": [False, False], "bf16": [True, True]}[precision]
+    assert isinstance(multiplies_bf16(torch.device("cpu")), bool)
 
 
 def test_without_a_compiler_it_does_without(tmp_path) -> None:
@@ -128,7 +147,7 @@ def test_packs_are_for_gpus_and_their_steps_can_be_timed(digits) -> None:
 
 
 def test_an_execution_survives_its_record() -> None:
-    for how, place in ((Execution(), 0), (Execution(8, False, True, "unfold"), 5)):
+    for how, place in ((Execution(), 0), (Execution(8, False, True, "unfold", "bf16"), 5)):
         assert Execution.recorded(how.record(place)) == (how, place)
     assert Execution.recorded({"python": "3.11"}) == (Execution(), 0), "a run of a former version"
 

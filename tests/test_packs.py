@@ -126,6 +126,21 @@ def test_a_neighbour_that_turns_nan_changes_no_bit(digits, lowering) -> None:
         assert all(torch.equal(calm.state(place)[name], mad.state(place)[name]) for name in calm.state(place))
 
 
+@pytest.mark.parametrize("kind", [Stacked, Separate])
+def test_bf16_stays_near_fp32_and_away_from_parameters_losses_and_evaluation(digits, kind) -> None:
+    lanes, data = [lane(place, dropout=0.0) for place in range(2)], draws(digits, None)
+    rates, images = [one.training.learning_rate for one in lanes], pixels(digits.validation, torch.arange(50))
+    wide, narrow = (kind(lanes, source(digits), Execution(2, precision=p)) for p in ("fp32", "bf16"))
+    assert torch.equal(wide.logits(images), narrow.logits(images)), "evaluation is in fp32, whatever the training"
+    expected, found = (steps_of(pack, data, rates).float() for pack in (wide, narrow))
+    assert 1e-6 < difference(found[:5], expected[:5]) < 1e-2
+    assert difference(found, expected) < 0.1
+    assert found.dtype == torch.float32
+    state = narrow.state(0)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in state.values())
+    assert any((tensor.bfloat16().float() != tensor).any() for name, tensor in state.items() if name.endswith("weight"))
+
+
 def test_the_trained_weights_score_the_same_in_the_plain_module(digits) -> None:
     one = dataclasses.replace(lane(1), training=Training(epochs=2, learning_rate=0.01, keep="last"))
     (report,) = list(train([one], digits, DATA))[-1]

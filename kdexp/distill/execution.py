@@ -1,4 +1,4 @@
-"""How a training is carried out here: compiled or not, by which lowering, how many lanes at once.
+"""How a training is carried out here: compiled or not, in which precision, by which lowering, how many lanes at once.
 
 None of it belongs to a recipe, all of it can be seen in a result's last bits: the choice is made from the length
 of the training and from what measures fastest on this device, recorded with the run, and kept by reproduction.
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kdexp.distill.data import Split
 from kdexp.distill.models import build, measure
-from kdexp.distill.packs import Execution, Lane, Lowering, Source, convolve, pack_of
+from kdexp.distill.packs import Execution, Lane, Lowering, Precision, Source, convolve, pack_of
 from kdexp.distill.train import steps_of
 
-__all__ = ["best_pack", "choose", "compiles", "fastest_lowering", "flop_of"]
+__all__ = ["best_pack", "choose", "compiles", "fastest_lowering", "flop_of", "multiplies_bf16"]
 
 # Compiling takes 28 s the first time for a shape on a machine, 4 s from the cache in every process, and saves a
 # quarter of each step (documented student, one thread: 52 ms -> 40 ms). From half a minute's training it pays
-# over a sweep. A GPU does the same work some hundred times faster.
-COMPILE_FROM_FLOP = {"cpu": 1e12, "cuda": 1e14}
+# over a sweep. A GPU does the same work some hundred times faster. Short trainings gain nothing by bf16 either.
+LONG_FROM_FLOP = {"cpu": 1e12, "cuda": 1e14}
 REPEATS, WARM_UP = 5, 2
 PACK_SIZES = (1, 8, 16, 32, 64, 128)
 
@@ -34,12 +34,14 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
     """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
     device, one = like.labels.device, lanes[0]
     stacked = one.network.architecture == "cnn"
-    long = stacked and flop_of(one, like) * len(lanes) >= COMPILE_FROM_FLOP.get(device.type, float("inf"))
+    long = flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
+    best: Precision = "bf16" if long and multiplies_bf16(device) else "fp32"
     return Execution(
         lanes=len(lanes),
         shared=not refill and len({lane.training.seed for lane in lanes}) == 1,
-        compiled=long and compiles(str(device)),
+        compiled=stacked and long and compiles(str(device)),
         lowering=fastest_lowering(one, len(lanes), like) if stacked and len(lanes) > 1 else "grouped",
+        precision=best if one.training.precision == "auto" else one.training.precision,
     )
 
 
@@ -84,6 +86,13 @@ def compiles(device: str) -> bool:
         return bool(torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))[0] == 1)
     except Exception:  # a compiler has many ways to fail; each means that we do without it
         return False
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has matrix units for bf16: without them it is slower than fp32, with them faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def fastest_lowering(lane: Lane, lanes: int, like: Split) -> Lowering:

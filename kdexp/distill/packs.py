@@ -31,6 +31,7 @@ __all__ = ["Batch", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked"
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5  # nn.BatchNorm2d's
 
 Lowering = Literal["grouped", "unfold", "vmap", "separate"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Execution:
     """All lanes see the same mini-batches: they start together and have one seed."""
     compiled: bool = False
     lowering: Lowering = "grouped"
+    precision: Precision = "fp32"
+    """Of activations and products in training; parameters, statistics, loss, optimiser and evaluation are in fp32."""
 
     def record(self, place: int) -> dict[str, str]:
         """As text by name, with the place of one lane."""
@@ -76,6 +79,7 @@ class Execution:
             "mini-batches": "shared" if self.shared else "own",
             "compiled": "yes" if self.compiled else "no",
             "lowering": self.lowering,
+            "precision": self.precision,
         }
 
     @classmethod
@@ -83,8 +87,9 @@ class Execution:
         """What `record` wrote: the execution, and the lane's place. A run of a former version was alone and plain."""
         written = {**cls().record(0), **record}
         lowering = next(known for known in get_args(Lowering) if known == written["lowering"])
+        precision = next(known for known in get_args(Precision) if known == written["precision"])
         shared, compiled = written["mini-batches"] == "shared", written["compiled"] == "yes"
-        return cls(int(written["lanes"]), shared, compiled, lowering), int(written["lane"])
+        return cls(int(written["lanes"]), shared, compiled, lowering, precision), int(written["lane"])
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class Form(NamedTuple):
     scale_by_t_squared: bool
     lowering: Lowering
     dtype: torch.dtype
+    narrow: torch.dtype
+    """Of activations and products in training."""
 
 
 class Stacked:
@@ -140,7 +147,13 @@ class Stacked:
         self.source, self.how, self.dtype = source, how, dtype
         self.device = source.split.labels.device
         blocks = len(lanes[0].network.channels or ())
-        self.form = Form(blocks, lanes[0].distillation.scale_by_t_squared, how.lowering, dtype)
+        self.form = Form(
+            blocks,
+            lanes[0].distillation.scale_by_t_squared,
+            how.lowering,
+            dtype,
+            torch.bfloat16 if how.precision == "bf16" else dtype,
+        )
         self._losses = _compiled_losses() if how.compiled else _losses
         first = _fresh(lanes[0], source.split)
         self.shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
@@ -231,7 +244,7 @@ class Separate:
     """K modules of any kind, each with an optimiser of torch's, stepped one after another."""
 
     def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self.narrow = source, dtype, how.precision == "bf16"
         self.lanes = list(lanes)
         self.modules = [nn.Module() for _ in lanes]
         self.optimizers: list[torch.optim.Optimizer] = [None] * len(lanes)  # type: ignore[list-item]
@@ -298,7 +311,8 @@ class Separate:
         module, optimizer, how = self.modules[place], self.optimizers[place], self.lanes[place].distillation
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = module(batch.images)
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.narrow):
+            logits = module(batch.images).to(self.dtype)
         if batch.soft is None:
             student = label_loss(logits, batch.labels)
             loss = Loss(student, torch.zeros_like(student), student)
@@ -349,19 +363,20 @@ def _logits(
     training: Variables | None,
 ) -> tuple[Float[Tensor, "lanes batch classes"], dict[str, Tensor]]:
     """The pack's forward pass, in training where variables are given; names are those of `models.cnn`'s layers."""
-    after = {}
+    after, dtype = {}, form.dtype if training is None else form.narrow
     for block in range(form.blocks):
         convolution, norm = f"{4 * block}", f"{4 * block + 1}"
+        weight, bias = (leaves[f"{convolution}.{name}"].to(dtype) for name in ("weight", "bias"))
         # BatchNorm subtracts what a bias adds: its gradient is 0 but for rounding, which Adam would turn into full steps.
-        x = convolve(x, leaves[f"{convolution}.weight"], leaves[f"{convolution}.bias"].detach(), form.lowering)
+        x = convolve(x.to(dtype), weight, bias.detach(), form.lowering)
         mean, var = f"{norm}.running_mean", f"{norm}.running_var"
         scale, shift = leaves[f"{norm}.weight"], leaves[f"{norm}.bias"]
         if training is None:
             known = running[mean].flatten(), running[var].flatten()
             x = F.batch_norm(x, *known, scale.flatten(), shift.flatten(), eps=BN_EPS)
         else:
-            x, after[mean], after[var] = normalise(x, scale, shift, running[mean], running[var])
-        x = _halve(F.relu(x))
+            x, after[mean], after[var] = normalise(x.to(form.dtype), scale, shift, running[mean], running[var])
+        x = _halve(F.relu(x.to(dtype)))
     lanes = len(leaves["0.weight"])
     if training is not None:  # before the values change their order: the mask's is that of channels last
         batch, _, height, width = x.shape
@@ -371,7 +386,9 @@ def _logits(
     for number, layer in enumerate((4 * form.blocks + 2, 4 * form.blocks + 5)):
         if training is not None and number == 1:
             x = x * training.masks[1]
-        x = torch.baddbmm(leaves[f"{layer}.bias"][:, None], x, leaves[f"{layer}.weight"].transpose(1, 2))
+        dtype = form.dtype if number == 1 else dtype  # the logits are not rounded
+        bias, weight = (leaves[f"{layer}.{name}"].to(dtype) for name in ("bias", "weight"))
+        x = torch.baddbmm(bias[:, None], x.to(dtype), weight.transpose(1, 2))
         x = F.relu(x) if number == 0 else x
     return x, after
 

@@ -188,10 +188,11 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
     lane, checkpoints = Lane(teacher, teacher, Distillation(alpha=0.0)), Checkpoints(home)
-    begun, made_by = checkpoints.load("teacher"), {"kdexp": __version__, "torch": torch.__version__}
+    how = choose([lane], splits.train)
+    begun, made_by = checkpoints.load("teacher"), {"kdexp": __version__, "torch": torch.__version__, **how.record(0)}
     begun = begun if begun and begun.environment == made_by else None
     kept, history = (begun.kept, list(begun.history)) if begun else (None, [])
-    how, saved = choose([lane], splits.train), time.monotonic()
+    saved = time.monotonic()
     for (report,) in train([lane], splits, data, how=how, resumed=[begun.snapshot if begun else None]):
         assert report is not None
         assert report.snapshot is not None
