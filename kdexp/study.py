@@ -203,7 +203,6 @@ class OpenStudy:
                 trial.set_user_attr("over_budget", True)
                 self._study.tell(trial, state=TrialState.FAIL)
                 return None
-            self._study.sampler = _sampler(self.sweep, trial.number)  # asks of the same moment propose different trials
             return self._take(trial, worker, None)
 
     def skip(self, trial: Trial, why: str) -> None:
@@ -282,7 +281,10 @@ class OpenStudy:
         """Sign a trial; `former` is what is known of it where somebody else had begun it."""
         left = former.user_attrs.get("worker") if former else None
         trial.set_user_attr("worker", worker.name)
-        values = {path: _suggest(trial, self.sweep, path) for path in self.sweep.search}
+        values = {}
+        for path in self.sweep.search:  # each from a sampler of its own: an ask may have been cut short between two values
+            self._study.sampler = _sampler(self.sweep, trial.number, path)
+            values[path] = _suggest(trial, self.sweep, path)
         return Trial(
             number=trial.number,
             recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
@@ -463,9 +465,9 @@ def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
     return suggest(path, dimension.low, dimension.high, log=dimension.log, **step)
 
 
-def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler seeded by (study seed, trial number): proposals do not depend on when a study was interrupted."""
-    seed = seed_of(sweep.study.seed, "sampler", number) % 2**32
+def _sampler(sweep: Sweep, number: int, path: str = "") -> optuna.samplers.BaseSampler:
+    """A sampler seeded by study, trial and value: proposals do not depend on when a study was interrupted."""
+    seed = seed_of(sweep.study.seed, f"sampler {path}", number) % 2**32
     if sweep.study.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if sweep.study.sampler == "gp":

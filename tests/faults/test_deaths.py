@@ -30,6 +30,7 @@ MOMENTS = {
     "before the study is set up": Dies("kdexp.study:_enqueue_controls", call=1),
     "between its controls": Dies("optuna.study:Study.enqueue_trial", call=1, after=True),
     "after Optuna is asked": Dies("optuna.study:Study.ask", call=3, after=True),
+    "between two proposed values": Dies("kdexp.study:_suggest", call=10, after=True),
     "before a run is made": Dies("kdexp.tracking:Tracking.start", call=4),
     "after a run is made": Dies("kdexp.tracking:Tracking.start", call=4, after=True),
     "before a run's record is written": Dies("kdexp.runner:_log_record", call=2),
