@@ -347,6 +347,8 @@ def _train_pack(
 ) -> Generator[TrialEvent, None, None]:
     prepared, first = here.prepared, group[0]
     samples = len(prepared.splits.train)
+    for begun in group:
+        yield _started(begun)
     refill = len(group) > 1 and here.study.prunes and whole_epochs(first.lane.training, samples)
     if first.checkpoint:
         how = Execution.recorded(first.checkpoint.environment)[0]
@@ -358,7 +360,6 @@ def _train_pack(
     resumed: list[Snapshot | None] = [None] * how.lanes
     for number, begun in enumerate(group):
         place = number if begun.place is None else begun.place
-        yield _started(begun)
         seats[place] = _Seat(begun, here, how, place, everyone)
         lanes[place], resumed[place] = begun.lane, begun.checkpoint.snapshot if begun.checkpoint else None
         if seats[place].over:
