@@ -1,6 +1,6 @@
 """What people train a student with instead, each as a process of its own that prints one line of JSON.
 
-    python -m benchmarks.contenders common|torchdistill|careful --teacher WEIGHTS --epochs E
+    python -m benchmarks.contenders common|torchdistill|careful|careful_bf16 --teacher WEIGHTS --epochs E
 
 All distil the documented student from the same ResNet-50 on the same split of real Fashion-MNIST: batch 128, flips,
 alpha 0.3 (the teacher's weight), T 5, T^2 factor, Adam with weight decay 1e-6, cosine from 3e-4 to 1e-6 a step.
@@ -10,6 +10,7 @@ alpha 0.3 (the teacher's weight), T 5, T^2 factor, Adam with weight decay 1e-6, 
     torchdistill  its DistillationBox and KDLoss as its examples use them, on the same DataLoader
     careful       an expert's script: images as one tensor, the teacher's logits cached once, channels last, fused
                   Adam, a compiled step; one trial after another on all cores
+    careful_bf16  the same under bf16 autocast
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher.load_state_dict(load_file(options.teacher))
     student = build(Recipe().student, splits.train)
     began = time.perf_counter()
-    contender: Callable[..., Iterator[Epoch]] = {"common": common, "torchdistill": torchdistill, "careful": careful}[
-        options.name
-    ]
+    contender = CONTENDERS[options.name]
     epochs = list(contender(teacher.eval(), student, splits, options.epochs, options.steps))
     print(json.dumps(_figures(options.name, epochs, time.perf_counter() - began, len(splits.validation))))
 
@@ -140,7 +140,9 @@ def torchdistill(teacher: nn.Module, student: nn.Module, splits: Splits, epochs:
         box.post_epoch_process()
 
 
-def careful(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None) -> Iterator[Epoch]:
+def careful(
+    teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None, bf16: bool = False
+) -> Iterator[Epoch]:
     """Everything on the device, cached logits of both flips, compiled."""
     began = time.perf_counter()
     teacher = teacher.to(memory_format=torch.channels_last)
@@ -159,7 +161,9 @@ def careful(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int,
         for samples in _first(order[: per_epoch * BATCH].split(BATCH), steps, times):
             flip, batch = flips[samples], images[samples]
             batch = _floats(torch.where(flip.bool()[:, None, None, None], batch.flip(3), batch))
-            loss = _loss(compiled(batch), cached[flip, samples], labels[samples])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = compiled(batch)
+            loss = _loss(logits.float(), cached[flip, samples], labels[samples])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -168,6 +172,14 @@ def careful(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int,
         student.eval()
         correct = int((_logits(student, splits.validation.images).argmax(1) == splits.validation.labels).sum())
         yield times, time.perf_counter() - started, correct / len(splits.validation)
+
+
+CONTENDERS: dict[str, Callable[..., Iterator[Epoch]]] = {
+    "common": common,
+    "torchdistill": torchdistill,
+    "careful": careful,
+    "careful_bf16": partial(careful, bf16=True),
+}
 
 
 class _Images(Dataset):  # type: ignore[type-arg]
@@ -244,7 +256,7 @@ def _figures(name: str, epochs: list[Epoch], seconds: float, samples: int) -> di
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.contenders")
-    parser.add_argument("name", choices=["common", "torchdistill", "careful"])
+    parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("--teacher", type=Path, required=True, help="ResNet-50 with 10 outputs, .safetensors")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, help="steps of an epoch, for a quick look")

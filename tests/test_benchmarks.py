@@ -49,7 +49,7 @@ def test_the_contenders_images_are_ours(digits) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fashion")
-@pytest.mark.parametrize("name", ["common", "torchdistill", "careful"])
+@pytest.mark.parametrize("name", contenders.CONTENDERS)
 def test_a_contender_trains_and_reports(tmp_path, name) -> None:
     from safetensors.torch import save_file
     from torchvision.models import resnet50
