@@ -1,6 +1,6 @@
 """Model-epochs per second of K fused trials against one, for each way to lower their inner convolutions.
 
-    python -m benchmarks.fused [--lanes 1 8 32 64 128] [--device auto] [--compile]
+    python -m benchmarks.fused [--lanes 1 8 32 64 128] [--precision fp32 bf16] [--device auto] [--compile]
 
 One pack of K documented students (98,954 parameters) takes training steps on real Fashion-MNIST: forward,
 backward, optimiser, on batches of 128 that all lanes share, as a sweep without a pruner trains them; `own` are
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import get_args
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks.report import Row, print_report
 from kdexp.config import Data, Recipe
 from kdexp.distill.data import load_splits, views
 from kdexp.distill.execution import step_seconds
-from kdexp.distill.packs import Execution, Lane, Lowering, Source, Stacked
+from kdexp.distill.packs import Execution, Lane, Lowering, Precision, Source, Stacked
 from kdexp.environment import configure
 
 
@@ -37,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     alone = 0.0
     for lanes in options.lanes:
-        for how in _executions(lanes, options.compile):
+        for how in _executions(lanes, options.compile, options.precision):
             rate = lanes / (step_seconds([lane] * lanes, source, how) * steps)
-            alone = alone or rate  # the first row is K = 1
+            alone = alone or rate  # the first row: K = 1 in the first precision
             rows.append(_row(how, rate, alone))
     best = max(rows, key=lambda row: row["model_epochs_per_second"])
     figures = {"device": str(device), "fused_minus_separate": error, "best": best, "rows": rows}
@@ -63,10 +64,9 @@ def difference(lane: Lane, source: Source, lanes: int = 3, steps: int = 10) -> f
     return float(((fused - apart) / apart).abs().max())
 
 
-def _executions(lanes: int, compiled: bool) -> list[Execution]:
-    if lanes == 1:
-        return [Execution(1, True, compiled)]
-    return [Execution(lanes, shared, compiled, lowering) for lowering in get_args(Lowering) for shared in (True, False)]
+def _executions(lanes: int, compiled: bool, precisions: Sequence[Precision]) -> list[Execution]:
+    ways = [("grouped", True)] if lanes == 1 else list(product(get_args(Lowering), (True, False)))
+    return [Execution(lanes, shared, compiled, lowering, each) for each in precisions for lowering, shared in ways]
 
 
 def _row(how: Execution, rate: float, alone: float) -> Row:
@@ -74,6 +74,7 @@ def _row(how: Execution, rate: float, alone: float) -> Row:
         "K": how.lanes,
         "lowering": how.lowering if how.lanes > 1 else "plain",
         "batches": "shared" if how.shared else "own",
+        "precision": how.precision,
         "model_epochs_per_second": round(rate, 4),
         "over_one": round(rate / alone, 2),
     }
@@ -85,6 +86,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--compile", action="store_true", help="compile each pack's step")
+    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), default=["fp32"])
     parser.add_argument("--dataset", default="fashion_mnist", help="digits: without any download")
     return parser.parse_args(arguments)
 
