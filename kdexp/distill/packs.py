@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from kdexp.distill.randomness import dropout_mask, seed_of
 __all__ = ["Batch", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked", "gather", "pack_of"]
 
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5  # nn.BatchNorm2d's
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Lowering = Literal["grouped", "unfold", "vmap", "separate"]
 Precision = Literal["fp32", "bf16"]
@@ -125,8 +128,8 @@ class Variables(NamedTuple):
 
     alpha: Float[Tensor, " lanes"]
     temperature: Float[Tensor, " lanes"]
-    masks: tuple[Float[Tensor, "lanes batch features"], Float[Tensor, "lanes batch hidden"]]
-    """Of the two dropouts."""
+    masks: list[Float[Tensor, "lanes batch features"]]
+    """Of the two dropouts, each of its own width."""
 
 
 class Form(NamedTuple):
@@ -154,9 +157,11 @@ class Stacked:
             dtype,
             torch.bfloat16 if how.precision == "bf16" else dtype,
         )
-        self._losses = _compiled_losses() if how.compiled else _losses
+        self._losses = _compiled(_losses) if how.compiled else _losses
+        self._masks = _compiled(_masks) if how.compiled else _masks
         first = _fresh(lanes[0], source.split)
         self.shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
+        self.widths = [self.shapes[f"{4 * blocks + layer}.weight"][1] for layer in (2, 5)]
         count = sum(shape.numel() for shape in self.shapes.values())
         self.parameters = torch.zeros(len(lanes), count, dtype=dtype, device=self.device)
         self.leaves = _columns(self.parameters, self.shapes)
@@ -213,10 +218,9 @@ class Stacked:
         `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different ones.
         """
         alpha, temperature, drop = self.hyper.unbind()
-        widths = [self.shapes[f"{4 * self.form.blocks + place}.weight"][1] for place in (2, 5)]
-        # Masks are drawn outside of what is compiled: within, their integers keep its last block from being vectorised.
-        drawn = (dropout_mask(samples.shape[-1], n, drop, self.keys, steps, layer) for layer, n in enumerate(widths))
-        variables = Variables(alpha, temperature, (next(drawn), next(drawn)))
+        # Masks are drawn by themselves: within the network, their integers keep its last block from being vectorised.
+        masks = self._masks(samples.shape[-1], self.widths, drop, self.keys, steps)
+        variables = Variables(alpha, temperature, masks)
         loss, running = self._losses(self.leaves, self.running, variables, self.source, samples, chosen, self.form)
         # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
         gradients = torch.autograd.grad(loss.total.sum(), list(self.leaves.values()), materialize_grads=True)
@@ -333,6 +337,17 @@ def pack_of(lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.
     return kind(lanes, source, how, dtype)
 
 
+def _masks(
+    batch: int,
+    widths: Sequence[int],
+    drop: Float[Tensor, " lanes"],
+    keys: Int64[Tensor, " lanes"],
+    steps: Int64[Tensor, " lanes"],
+) -> list[Tensor]:
+    """The masks of both dropouts for one step of every lane."""
+    return [dropout_mask(batch, width, drop, keys, steps, layer) for layer, width in enumerate(widths)]
+
+
 def _losses(
     leaves: dict[str, Tensor],
     running: dict[str, Tensor],
@@ -375,7 +390,7 @@ def _logits(
             known = running[mean].flatten(), running[var].flatten()
             x = F.batch_norm(x, *known, scale.flatten(), shift.flatten(), eps=BN_EPS)
         else:
-            x, after[mean], after[var] = normalise(x.to(form.dtype), scale, shift, running[mean], running[var])
+            x, after[mean], after[var] = normalise(_windows(x).to(form.dtype), scale, shift, running[mean], running[var])
         x = _halve(F.relu(x.to(dtype)))
     lanes = len(leaves["0.weight"])
     if training is not None:  # before the values change their order: the mask's is that of channels last
@@ -419,21 +434,33 @@ def convolve(
     return product.view(lanes, batch, height, width, out).permute(1, 0, 4, 2, 3).flatten(1, 2)
 
 
-def _halve(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels half_height half_width"]:
+def _windows(x: Float[Tensor, "batch channels height width"]) -> Tensor:
+    """Pixels by their 2x2 windows: [batch, channels, height / 2, 2, width / 2, 2]; compiled, and where all are whole.
+
+    Normalised and pooled in this form, no pixel has to find its window by divisions, in backward above all.
+    """
+    height, width = x.shape[2:]
+    if not torch.compiler.is_compiling() or height % 2 or width % 2:
+        return x
+    return x.unflatten(3, (width // 2, 2)).unflatten(2, (height // 2, 2))
+
+
+def _halve(x: Tensor) -> Float[Tensor, "batch channels half_height half_width"]:
     """Average pooling over 2x2 pixels. Compiled, as a mean over views: the compiler's own pooling is not vectorised."""
     if not torch.compiler.is_compiling():
         return F.avg_pool2d(x, 2)
-    height, width = x.shape[2] // 2, x.shape[3] // 2
-    return x[:, :, : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2)).mean((3, 5))
+    if x.ndim == 4:
+        x = _windows(x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2])
+    return x.sum((3, 5)) * 0.25
 
 
 def normalise(
-    x: Float[Tensor, "batch stacked height width"],
+    x: Float[Tensor, "batch stacked *pixels"],
     scale: Float[Tensor, "lanes channels"],
     shift: Float[Tensor, "lanes channels"],
     mean: Float[Tensor, "lanes channels"],
     var: Float[Tensor, "lanes channels"],
-) -> tuple[Float[Tensor, "batch stacked height width"], Float[Tensor, "lanes channels"], Float[Tensor, "lanes channels"]]:
+) -> tuple[Float[Tensor, "batch stacked *pixels"], Float[Tensor, "lanes channels"], Float[Tensor, "lanes channels"]]:
     """BatchNorm in training (arXiv:1502.03167, algorithm 1) and its new running statistics.
 
     Compiled, mean and variance come out of one pass over values shifted by the running mean, without which
@@ -443,12 +470,17 @@ def normalise(
         new_mean, new_var = mean.flatten().clone(), var.flatten().clone()
         y = F.batch_norm(x, new_mean, new_var, scale.flatten(), shift.flatten(), True, BN_MOMENTUM, BN_EPS)
         return y, new_mean.view_as(mean), new_var.view_as(var)
-    count = x.numel() // x.shape[1]
-    shifted = x - mean.view(1, -1, 1, 1)
-    offset = shifted.sum((0, 2, 3)) / count
-    variance = (shifted * shifted).sum((0, 2, 3)) / count - offset * offset
+    count, inner = x.numel() // x.shape[1], tuple(range(2, x.ndim))
+
+    def in_each_image(values: Tensor) -> Tensor:  # so that backward, too, sums within each image first
+        return values.flatten().expand(len(x), -1).unflatten(1, (-1, *[1] * len(inner)))
+
+    shifted = x - in_each_image(mean)
+    # Products in place of quotients, which backward would repeat for every pixel.
+    offset = shifted.sum(inner).sum(0) * (1 / count)
+    variance = (shifted * shifted).sum(inner).sum(0) * (1 / count) - offset * offset
     factor = torch.rsqrt(variance + BN_EPS) * scale.flatten()
-    y = shifted * factor.view(1, -1, 1, 1) + (shift.flatten() - offset * factor).view(1, -1, 1, 1)
+    y = shifted * in_each_image(factor) + in_each_image(shift.flatten() - offset * factor)
     with torch.no_grad():
         new_mean = mean + BN_MOMENTUM * offset.view_as(mean)
         new_var = var + BN_MOMENTUM * (variance.view_as(var) * (count / max(count - 1, 1)) - var)
@@ -456,10 +488,10 @@ def normalise(
 
 
 @cache
-def _compiled_losses() -> Callable[..., tuple[Loss, dict[str, Tensor]]]:
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
     # A student of other shape is compiled anew, which torch would refuse after 8 times.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    return torch.compile(_losses, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _columns(parameters: Float[Tensor, "lanes parameters"], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
