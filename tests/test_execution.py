@@ -57,6 +57,7 @@ print(json.dumps({
 def compiled() -> dict:
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 

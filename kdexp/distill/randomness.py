@@ -38,7 +38,9 @@ def dropout_mask(
     """
     stream = _mix(_wrapped(keys + (steps * 2 + layer) * GOLDEN))[:, None]
     threshold = (probability.double() * 2**32 - 2**31).to(torch.int32)[:, None]
-    kept = uniform_bits(_positions(batch * features, keys.device), stream) >= threshold
+    # Compiled, the positions are mixed on the way: cheaper than to read them, and a cache cannot be compiled.
+    positions = _positions if torch.compiler.is_compiling() else _cached_positions
+    kept = uniform_bits(positions(batch * features, keys.device), stream) >= threshold
     return (kept.to(probability.dtype) / (1 - probability)[:, None]).unflatten(1, (batch, features))
 
 
@@ -47,9 +49,11 @@ def uniform_bits(mixed: Int32[Tensor, ...], stream: Int32[Tensor, ...]) -> Int32
     return _mix(mixed ^ stream)
 
 
-@cache
 def _positions(count: int, device: torch.device) -> Int32[Tensor, " count"]:
     return _mix(torch.arange(count, dtype=torch.int32, device=device))
+
+
+_cached_positions = cache(_positions)
 
 
 def _mix(x: Int32[Tensor, ...]) -> Int32[Tensor, ...]:
