@@ -1,7 +1,8 @@
 """How a training is carried out here: compiled or not, in which precision, by which lowering, how many lanes at once.
 
-None of it belongs to a recipe, all of it can be seen in a result's last bits: the choice is made from the length
-of the training and from what measures fastest on this device, recorded with the run, and kept by reproduction.
+None of it belongs to a recipe (which may insist on a precision), all of it can be seen in a result's last bits: the
+choice is made from the length of the training and from what measures fastest on this device, recorded with the run,
+and kept by reproduction.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
     """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
     device, one = like.labels.device, lanes[0]
     stacked = one.network.architecture == "cnn"
-    long = flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
-    best: Precision = "bf16" if long and multiplies_bf16(device) else "fp32"
+    bf16 = one.training.precision == "auto" and multiplies_bf16(device)
+    # To count FLOP a network is built: only where something follows from it.
+    long = (stacked or bf16) and flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
+    best: Precision = "bf16" if long and bf16 else "fp32"
     return Execution(
         lanes=len(lanes),
         shared=not refill and len({lane.training.seed for lane in lanes}) == 1,

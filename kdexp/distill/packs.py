@@ -248,7 +248,7 @@ class Separate:
     """K modules of any kind, each with an optimiser of torch's, stepped one after another."""
 
     def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
-        self.source, self.dtype, self.narrow = source, dtype, how.precision == "bf16"
+        self.source, self.dtype, self.bf16 = source, dtype, how.precision == "bf16"
         self.lanes = list(lanes)
         self.modules = [nn.Module() for _ in lanes]
         self.optimizers: list[torch.optim.Optimizer] = [None] * len(lanes)  # type: ignore[list-item]
@@ -315,7 +315,7 @@ class Separate:
         module, optimizer, how = self.modules[place], self.optimizers[place], self.lanes[place].distillation
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.narrow):
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = module(batch.images).to(self.dtype)
         if batch.soft is None:
             student = label_loss(logits, batch.labels)
