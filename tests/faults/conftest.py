@@ -9,7 +9,6 @@ import os
 import signal
 import sqlite3
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_sweep
+from conftest import tiny_sweep, until
 
 Fault = Callable[[], None]
 SWEEP = ("sweep", "tiny.yaml", "--workers", "1", "--threads", "1")
@@ -44,11 +43,12 @@ class Life:
 
     def trains(self, timeout: float = 120) -> None:
         """Wait until a first epoch is over, which its checkpoint shows."""
-        deadline = time.monotonic() + timeout
-        while not any((self.folder / "mlruns" / "checkpoints").glob("*/*")):
+
+        def begun() -> bool:
             assert self.process.is_alive(), "it has ended before its first checkpoint"
-            assert time.monotonic() < deadline, "it does not begin"
-            time.sleep(0.05)
+            return any((self.folder / "mlruns" / "checkpoints").glob("*/*"))
+
+        until(begun, "a first checkpoint", timeout)
 
     def end(self, timeout: float = 300) -> End:
         """Wait for it."""

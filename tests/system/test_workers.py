@@ -8,10 +8,10 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import until
 
 from system.conftest import command, environment, runs, started, trials
 
@@ -27,13 +27,6 @@ def children(pid: int) -> list[int]:
 def workers_of(process: subprocess.Popen) -> list[int]:
     """The workers are forked from a server that the command has started."""
     return [worker for server in children(process.pid) for worker in children(server)]
-
-
-def until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
 
 
 def gone(pid: int) -> bool:
