@@ -92,10 +92,10 @@ def compiles(device: str) -> bool:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has matrix units for bf16: without them it is slower than fp32, with them faster."""
+    """Whether the device multiplies in bf16: otherwise bf16 is slower than fp32. On a CPU by AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def fastest_lowering(lane: Lane, lanes: int, like: Split) -> Lowering:
