@@ -8,7 +8,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
     tracking · ui                    MLflow (the only file that knows it) · its UI
-    selection, stopping              the selection rule · what it can no longer select
+    objective, selection, stopping   what a study aims at · the rule · what it can no longer select
     plots, environment               pictures · what a result depends on besides its recipe
     distill.{train, packs, optimizers, losses, randomness}      the step for one trial, lifted to K; plain PyTorch
     distill.{execution, data, models, teacher, evaluate}        how it is carried out here; what it is made of

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Selection, Sweep
+from kdexp.config import Recipe, Selection, Sweep, recorded
 from kdexp.distill.data import Split, load_splits, load_test
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels, build
@@ -109,7 +109,8 @@ def gain(trials: Sequence[Candidate]) -> float | None:
 def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
     """The sweep file a study was last run with."""
     with tempfile.TemporaryDirectory() as temporary:
-        return Sweep.model_validate_json(tracking.download(study.run_id, "sweep.json", Path(temporary)).read_text())
+        file = tracking.download(study.run_id, "sweep.json", Path(temporary))
+        return recorded(file.read_text(), f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:
