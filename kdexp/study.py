@@ -41,7 +41,9 @@ from kdexp.workers import Worker
 
 __all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
 
-STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, small budgets found larger students
+STARTUP = (
+    5  # trials before the Gaussian process takes over, the controls among them: with 10, small budgets found larger students
+)
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
