@@ -41,9 +41,7 @@ from kdexp.workers import Worker
 
 __all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
 
-STARTUP = (
-    5  # trials before the Gaussian process takes over, the controls among them: with 10, small budgets found larger students
-)
+STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
@@ -285,7 +283,7 @@ class OpenStudy:
         _patiently(tell)
 
     def _constrain(self, frozen: FrozenTrial, limits: Mapping[str, float]) -> None:
-        missing = limits.keys() - frozen.constraints.keys()
+        missing = [name for name in limits if name not in frozen.constraints]
         if missing:
             self._study.sampler = optuna.samplers.RandomSampler()  # a Trial asks its sampler for values as it is made
             trial = optuna.Trial(self._study, frozen._trial_id)
