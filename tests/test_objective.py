@@ -314,10 +314,11 @@ def test_students_over_the_limit_are_not_trained_but_controls_are(settings, trac
     assert [trial.constraints["size"] > 0 for trial in trained] == [True, True, False, False, False]
 
 
-def test_where_all_is_over_the_limit_the_study_says_so(settings, tracking) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_where_all_is_over_the_limit_the_study_says_so_once(settings, tracking, workers) -> None:
     sweep = small(sampler="random", trials=5).model_copy(update={"selection": Selection(accuracy_bar=0.9, limit=10)})
-    events = drain(run_sweep(sweep, settings, tracking, CPU))
-    assert events[-1] == NothingSmaller(2, None)
+    events = drain(run_sweep(sweep, replace(settings, workers=workers, threads=1), tracking, CPU))
+    assert [event for event in events if isinstance(event, NothingSmaller)] == [NothingSmaller(2, None)]
 
 
 def test_two_packs_and_two_workers_share_the_budget(settings, tracking) -> None:
