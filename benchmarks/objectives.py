@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.append(_row(sampler, seed, found))
                 print(json.dumps(rows[-1]), file=sys.stderr)
     counts = {sampler: _counts([row for row in rows if row["sampler"] == sampler]) for sampler in options.samplers}
-    title = f"{options.trials} trained trials of {base.training.epochs} epochs; bar {base.selection.accuracy_bar}"
+    title = (
+        f"Parameters that 'accuracy' and 'smallest' come to: {options.trials} trained trials of {base.training.epochs} epochs, "
+        f"bar {base.selection.accuracy_bar}; test: accuracy of the two"
+    )
     print_report(title, rows, {"smaller_in": counts[options.samplers[0]]["smaller"], "counts": counts, "rows": rows})
 
 
@@ -94,21 +97,19 @@ def _row(sampler: str, seed: int, found: Mapping[str, Mapping[str, Any]]) -> Row
     return {
         "sampler": sampler,
         "seed": seed,
-        "accuracy_selects": one["parameters"],
-        "smallest_selects": other["parameters"],
-        "smallest_is": "smaller" if sizes[1] < sizes[0] else "larger" if sizes[1] > sizes[0] else "the same",
+        "accuracy": one["parameters"],
+        "smallest": other["parameters"],
         "share": round(sizes[1] / sizes[0], 3) if max(sizes) < float("inf") else None,
-        "test_of_accuracy": one["test"],
-        "test_of_smallest": other["test"],
-        "epochs_of_accuracy": one["epochs"],
-        "epochs_of_smallest": other["epochs"],
-        "proposals_not_trained": other["not_trained"],
+        "it_is": "smaller" if sizes[1] < sizes[0] else "larger" if sizes[1] > sizes[0] else "equal",
+        "test": f"{one['test'] or 0:.4f} / {other['test'] or 0:.4f}",
+        "epochs": f"{one['epochs']} / {other['epochs']}",
+        "not_trained": other["not_trained"],
     }
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
-    found = [row["smallest_is"] for row in rows]
-    return {"smaller": found.count("smaller"), "ties": found.count("the same"), "larger": found.count("larger")}
+    found = [row["it_is"] for row in rows]
+    return {"smaller": found.count("smaller"), "ties": found.count("equal"), "larger": found.count("larger")}
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
