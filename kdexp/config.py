@@ -102,6 +102,7 @@ class Network(Frozen):
     )
     hidden: int | None = Field(None, ge=1, le=65536, description="cnn: width of the hidden layer")
     dropout: float | None = Field(None, ge=0, lt=1, description="cnn")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="torchvision: small for images under 64 pixels")
     options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
 
     @model_validator(mode="before")
@@ -122,6 +123,8 @@ class Network(Frozen):
             raise ValueError(f"channels, hidden and dropout belong to architecture cnn, not to {self.architecture}")
         if self.options and ":" not in self.architecture:
             raise ValueError("options belong to an architecture of your own, package.module:callable")
+        if self.stem == "small" and (self.architecture == "cnn" or ":" in self.architecture):
+            raise ValueError(f"stem small belongs to torchvision's networks, not to {self.architecture}")
         return self
 
 
@@ -146,12 +149,23 @@ class Student(Network):
 
 
 class Teacher(Network, Training):
-    """The network whose soft labels the student learns from: trained once, or read from `weights`."""
+    """The network whose soft labels the student learns from: trained once, or read from `weights`.
+
+    A teacher stopped early can teach a small student better: Cho & Hariharan 2019, arXiv:1910.01348.
+    """
 
     architecture: str = "resnet50"
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
+    members: int = Field(1, ge=1, le=16, description="an ensemble: trained with seed, seed + 1, …, their logits averaged")
     epochs: int = Field(20, ge=1)
+    epoch: int | None = Field(None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says")
     learning_rate: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _epoch_is_one_of_the_epochs(self) -> Self:
+        if self.epoch is not None and self.epoch > self.epochs:
+            raise ValueError(f"epoch must be one of the {self.epochs} epochs, got {self.epoch}")
+        return self
 
 
 class Distillation(Frozen):
