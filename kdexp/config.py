@@ -111,9 +111,10 @@ class Network(Frozen):
     )
     blocks: int | None = Field(None, ge=1, le=64, description="families: in each stage")
     hidden: int | None = Field(
-        None, ge=0, le=65536, description="families: width of the hidden layer; 0: pooled globally instead"
+        None, ge=0, le=65536, description="families: width of the hidden layer; 0: none, pooled globally"
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="families")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="torchvision: small for images under 64 pixels")
     options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
 
     @model_validator(mode="before")
@@ -135,6 +136,8 @@ class Network(Frozen):
             )
         if self.options and ":" not in self.architecture:
             raise ValueError("options belong to an architecture of your own, package.module:callable")
+        if self.stem == "small" and (self.architecture in FAMILIES or ":" in self.architecture):
+            raise ValueError(f"stem small belongs to torchvision's networks, not to {self.architecture}")
         return self
 
 
@@ -162,12 +165,23 @@ class Student(Network):
 
 
 class Teacher(Network, Training):
-    """The network whose soft labels the student learns from: trained once, or read from `weights`."""
+    """The network whose soft labels the student learns from: trained once, or read from `weights`.
+
+    A teacher stopped early can teach a small student better: Cho & Hariharan 2019, arXiv:1910.01348.
+    """
 
     architecture: str = "resnet50"
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
+    members: int = Field(1, ge=1, le=16, description="an ensemble: trained with seed, seed + 1, …, their logits averaged")
     epochs: int = Field(20, ge=1)
+    epoch: int | None = Field(None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says")
     learning_rate: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _epoch_is_one_of_the_epochs(self) -> Self:
+        if self.epoch is not None and self.epoch > self.epochs:
+            raise ValueError(f"epoch must be one of the {self.epochs} epochs, got {self.epoch}")
+        return self
 
 
 class Distillation(Frozen):
@@ -305,6 +319,15 @@ class Sweep(Recipe):
         """The training whose seed and epochs all trials share; None where they are searched over."""
         deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
         return None if deciding & self.search.keys() else self.training
+
+    @model_validator(mode="after")
+    def _what_is_erased_is_the_same_for_all(self) -> Self:
+        if "training.random_erasing" in self.search or (self.training.random_erasing and self.shared_training is None):
+            raise ValueError(
+                "training.random_erasing is drawn anew in every epoch, and the teacher's logits are cached for these draws: "
+                "neither it nor training.seed, epochs, max_steps or batch_size may then stand in search"
+            )
+        return self
 
     @model_validator(mode="after")
     def _search_fits_the_recipe(self) -> Self:

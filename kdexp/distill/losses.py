@@ -48,13 +48,16 @@ class Term(NamedTuple):
     """decoupled: weight of the wrong classes among each other."""
 
 
+HINTON = Term()
+
+
 def distillation_loss(
     student_logits: Float[Tensor, "*lanes batch classes"],
     teacher_logits: Float[Tensor, "*#lanes batch classes"],
     labels: Int64[Tensor, "*#lanes batch"],
     alpha: float | Float[Tensor, "*lanes"],
     temperature: float | Float[Tensor, "*lanes"],
-    term: Term = Term(),
+    term: Term = HINTON,
     label_smoothing: float = 0.0,
 ) -> Loss:
     """The loss of one batch, or of each lane's batch; continuous over alpha in [0, 1] and temperature > 0."""

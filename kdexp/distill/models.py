@@ -54,7 +54,7 @@ def build(network: Network, like: Split) -> nn.Module:
         elif ":" in network.architecture:
             module = _own(network.architecture)(channels=shape[0], image_size=shape[1:], classes=classes, **network.options)
         else:
-            module = _torchvision(network.architecture, shape[0], classes)
+            module = _torchvision(network.architecture, network.stem, shape[0], classes)
         _check_fit(module, shape, classes, network.architecture)
     except ModelError:
         raise
@@ -185,7 +185,7 @@ def _torchinfo(module: nn.Module, like: Split) -> torchinfo.ModelStatistics:
     )
 
 
-def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
+def _torchvision(name: str, stem: str, channels: int, classes: int) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -195,9 +195,27 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
             f"architecture: no network named '{name}'{f'; did you mean {close[0]}?' if close else ''} "
             f"Allowed: {', '.join(FAMILIES)}, a torchvision classifier (resnet18, …), or package.module:callable"
         )
-    if channels != 3:
-        raise ModelError(f"{name}: torchvision's networks take 3 channels, data.channels is {channels}; set it to 3")
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
+    if stem == "imagenet" and channels != 3:
+        raise ModelError(
+            f"{name}: torchvision's networks take 3 channels, data.channels is {channels}; set it to 3, "
+            f"or for a ResNet stem to small"
+        )
+    module = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    return module if stem == "imagenet" else _with_small_stem(module, name, channels)
+
+
+def _with_small_stem(module: nn.Module, name: str, channels: int) -> nn.Module:
+    """A ResNet that begins with 3x3 at full resolution, as for CIFAR-10: arXiv:1512.03385 section 4.2.
+
+    ImageNet's stem leaves 7x7 positions of 28x28 pixels before its first block.
+    """
+    first = getattr(module, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(module, "maxpool", None), nn.MaxPool2d):
+        raise ModelError(f"{name}: has no stem that could be small (conv1 and maxpool, as in a ResNet); set stem to imagenet")
+    module.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")  # like torchvision's own
+    module.maxpool = nn.Identity()
+    return module
 
 
 def _own(name: str):  # type: ignore[no-untyped-def]

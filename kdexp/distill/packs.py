@@ -220,7 +220,8 @@ class Stacked:
         """
         # Masks are drawn by themselves: within the network, their integers keep its last block from being vectorised.
         masks = self._masks(drawn.samples.shape[-1], self.widths, self.drop, self.keys, steps)
-        variables, live = Variables(*self.hyper.unbind(), masks), self.live
+        (alpha, temperature), live = self.hyper.unbind(), self.live
+        variables = Variables(alpha, temperature, masks)
         fixed = self.source, self.form, self.term, self.smoothing
         loss, running = self._losses(live.leaves, live.running, variables, drawn, *fixed)
         # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.

@@ -188,7 +188,7 @@ def _layer(name: str, module: nn.Module, x: Tensor, following: list[type], numbe
         return Dropout(next(numbers), x[0].numel())
     if kind is nn.Linear and x.ndim == 2 and module.bias is not None:
         return Linear(name, last=False)
-    fits = {
+    fits: dict[type, tuple[bool, Layer]] = {
         nn.ReLU: (True, Relu()),
         nn.Flatten: (module.__dict__.get("start_dim") == 1 and module.__dict__.get("end_dim") == -1, Flatten()),
         nn.AvgPool2d: (repr(module) == repr(nn.AvgPool2d(2)), Halve()),
