@@ -92,38 +92,51 @@ class Data(Frozen):
         return self
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "cnn": {"channels": [16, 32, 64], "blocks": 1, "hidden": 128, "dropout": 0.2},
+    "residual": {"channels": [16, 32, 64], "blocks": 1, "hidden": 0, "dropout": 0.0},
+    "separable": {"channels": [16, 32, 64], "blocks": 1, "hidden": 0, "dropout": 0.0},
+}
+"""The networks that are made here, and what their dials are set to where nothing is said."""
+
+
 class Network(Frozen):
-    """A network by name: `cnn` (the documented student, generalised), a torchvision name, or
-    `package.module:callable`, called as callable(channels=, image_size=, classes=, **options)."""
+    """A network by name: one of the families `cnn` (the documented student, generalised), `residual` and `separable`,
+    all with the same dials; a torchvision name; or `package.module:callable`, called as
+    callable(channels=, image_size=, classes=, **options)."""
 
     architecture: str = "cnn"
     channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
-        None, strict=False, description="cnn: one per block"
+        None, strict=False, description="families: one per stage, each of half the height and width"
     )
-    hidden: int | None = Field(None, ge=1, le=65536, description="cnn: width of the hidden layer")
-    dropout: float | None = Field(None, ge=0, lt=1, description="cnn")
+    blocks: int | None = Field(None, ge=1, le=64, description="families: in each stage")
+    hidden: int | None = Field(
+        None, ge=0, le=65536, description="families: width of the hidden layer; 0: none, pooled globally"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="families")
     stem: Literal["imagenet", "small"] = Field("imagenet", description="torchvision: small for images under 64 pixels")
     options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
 
     @model_validator(mode="before")
     @classmethod
-    def _cnn_defaults(cls, values: Any) -> Any:
-        default = cls.model_fields["architecture"].default
-        if isinstance(values, Mapping) and values.get("architecture", default) == "cnn":
-            given = {key: value for key, value in values.items() if value is not None}
-            return {"channels": [16, 32, 64], "hidden": 128, "dropout": 0.2, **given}
-        return values
+    def _defaults_of_the_family(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        family = FAMILIES.get(values.get("architecture", cls.model_fields["architecture"].default), {})
+        return {**family, **{key: value for key, value in values.items() if value is not None or key not in family}}
 
     @model_validator(mode="after")
     def _keys_belong_to_the_architecture(self) -> Self:
-        if self.architecture == "cnn":
+        if self.architecture in FAMILIES:
             if not self.channels:
-                raise ValueError("channels needs at least one block, as in [16, 32, 64]")
-        elif (self.channels, self.hidden, self.dropout) != (None, None, None):
-            raise ValueError(f"channels, hidden and dropout belong to architecture cnn, not to {self.architecture}")
+                raise ValueError("channels needs at least one stage, as in [16, 32, 64]")
+        elif (self.channels, self.blocks, self.hidden, self.dropout) != (None, None, None, None):
+            raise ValueError(
+                f"channels, blocks, hidden and dropout belong to architecture {', '.join(FAMILIES)}, not to {self.architecture}"
+            )
         if self.options and ":" not in self.architecture:
             raise ValueError("options belong to an architecture of your own, package.module:callable")
-        if self.stem == "small" and (self.architecture == "cnn" or ":" in self.architecture):
+        if self.stem == "small" and (self.architecture in FAMILIES or ":" in self.architecture):
             raise ValueError(f"stem small belongs to torchvision's networks, not to {self.architecture}")
         return self
 
@@ -140,6 +153,9 @@ class Training(Frozen):
     weight_decay: float = Field(1e-6, ge=0)
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread over all classes")
+    random_erasing: float = Field(0.0, ge=0, le=1, description="share of the images in which a rectangle is greyed out")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is then what is kept; 0: none")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights, by validation accuracy")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of activations and products in training")
 
@@ -169,11 +185,16 @@ class Teacher(Network, Training):
 
 
 class Distillation(Frozen):
-    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher."""
+    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher.
+
+    `loss` puts another divergence in the place of KL (see distill/losses.py).
+    """
 
     alpha: float = Field(0.3, ge=0, le=1)
     temperature: float = Field(5.0, gt=0)
     scale_by_t_squared: bool = True
+    loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
+    beta: float = Field(2.0, ge=0, description="decoupled: weight of the wrong classes among each other")
 
 
 class Recipe(Frozen):
@@ -298,6 +319,15 @@ class Sweep(Recipe):
         """The training whose seed and epochs all trials share; None where they are searched over."""
         deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
         return None if deciding & self.search.keys() else self.training
+
+    @model_validator(mode="after")
+    def _what_is_erased_is_the_same_for_all(self) -> Self:
+        if "training.random_erasing" in self.search or (self.training.random_erasing and self.shared_training is None):
+            raise ValueError(
+                "training.random_erasing is drawn anew in every epoch, and the teacher's logits are cached for these draws: "
+                "neither it nor training.seed, epochs, max_steps or batch_size may then stand in search"
+            )
+        return self
 
     @model_validator(mode="after")
     def _search_fits_the_recipe(self) -> Self:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from kdexp.distill.losses import distillation_loss
+from kdexp.distill.losses import Term, distillation_loss
 
 
 def batch(seed: int, samples: int = 6, classes: int = 10, spread: float = 3.0):
@@ -39,7 +39,7 @@ def reference(student, teacher, labels, alpha, temperature, scale) -> float:
 )
 def test_it_equals_the_float64_reference(seed, alpha, temperature, scale, samples, classes) -> None:
     student, teacher, labels = batch(seed, samples, classes)
-    loss = distillation_loss(student, teacher, labels, alpha, temperature, scale)
+    loss = distillation_loss(student, teacher, labels, alpha, temperature, Term("kl", scale))
     assert loss.total.item() == pytest.approx(
         reference(student, teacher, labels, alpha, temperature, scale), rel=1e-9, abs=1e-9
     )
@@ -69,7 +69,7 @@ def test_it_is_continuous_at_both_ends_of_alpha(alpha: float) -> None:
 
 def test_at_temperature_1_the_soft_term_is_the_plain_divergence() -> None:
     student, teacher, labels = batch(4)
-    scaled, plain = (distillation_loss(student, teacher, labels, 1.0, 1.0, scale) for scale in (True, False))
+    scaled, plain = (distillation_loss(student, teacher, labels, 1.0, 1.0, Term("kl", scale)) for scale in (True, False))
     assert scaled.total == plain.total
 
 
@@ -89,7 +89,7 @@ def test_at_large_temperature_it_matches_logits() -> None:
 def gradient(temperature: float, scale: bool) -> float:
     student, teacher, labels = batch(7, samples=64, spread=1.0)
     student.requires_grad_()
-    distillation_loss(student, teacher, labels, 1.0, temperature, scale).total.backward()
+    distillation_loss(student, teacher, labels, 1.0, temperature, Term("kl", scale)).total.backward()
     return student.grad.norm().item()
 
 

@@ -13,8 +13,9 @@ from kdexp.distill.evaluate import evaluate
 from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build
 from kdexp.distill.optimizers import Optimizer
-from kdexp.distill.packs import Execution, Lane, Separate, Source, Stacked, convolve, gather
+from kdexp.distill.packs import Drawn, Execution, Lane, Separate, Source, Stacked, gather
 from kdexp.distill.randomness import dropout_mask, uniform_bits
+from kdexp.distill.stacked import convolve
 from kdexp.distill.train import train
 
 LOWERINGS = ["grouped", "unfold", "vmap", "separate"]
@@ -53,7 +54,7 @@ def steps_of(pack: Stacked | Separate, data: list[tuple[torch.Tensor, torch.Tens
     """Train on these batches; the losses, [steps, 3, lanes]."""
     rate = torch.tensor(rates, dtype=torch.float64)
     return torch.stack(
-        [torch.stack(pack.step(*batch, rate, torch.full((len(rates),), step))) for step, batch in enumerate(data)]
+        [torch.stack(pack.step(Drawn(*batch), rate, torch.full((len(rates),), step))) for step, batch in enumerate(data)]
     )
 
 
@@ -96,7 +97,7 @@ def test_one_lane_equals_the_plain_module_under_torchs_own_optimizer(digits, opt
         module.parameters(), lr=one.training.learning_rate, weight_decay=one.training.weight_decay, **extra
     )
     for step, drawn in enumerate(data):
-        how, batch = one.distillation, gather(source(digits), *drawn, torch.float64)
+        how, batch = one.distillation, gather(source(digits), Drawn(*drawn), torch.float64)
         loss = distillation_loss(module(batch.images), batch.soft, batch.labels, how.alpha, how.temperature)
         assert losses[step, 0, 0].item() == pytest.approx(loss.total.item(), rel=1e-10)
         reference.zero_grad()
@@ -160,21 +161,21 @@ def test_every_lowering_is_the_same_convolution(lowering) -> None:
 
 def test_dropout_keeps_its_share_scales_it_and_repeats_itself() -> None:
     p, keys, steps = torch.tensor([0.2, 0.5]), torch.tensor([11, 12]), torch.tensor([4, 4])
-    one = dropout_mask(200, 100, p, keys, steps, 0)
-    assert torch.equal(one, dropout_mask(200, 100, p, keys, steps, 0))
+    one = dropout_mask(200, 100, p, keys, steps)
+    assert torch.equal(one, dropout_mask(200, 100, p, keys, steps))
     for lane in range(2):
         kept = (one[lane] != 0).double().mean().item()
         assert kept == pytest.approx(1 - p[lane].item(), abs=4 * 0.5 / 20_000**0.5)
         assert one[lane].max().item() == pytest.approx(1 / (1 - p[lane].item()), rel=1e-6)
-    assert torch.equal(dropout_mask(200, 100, torch.zeros(2), keys, steps, 0), torch.ones(2, 200, 100))
+    assert torch.equal(dropout_mask(200, 100, torch.zeros(2), keys, steps), torch.ones(2, 200, 100))
 
 
-def test_masks_of_other_keys_steps_and_layers_are_independent() -> None:
-    def mask(key: int, step: int, layer: int) -> torch.Tensor:
-        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([step]), layer)
+def test_masks_of_other_keys_and_draws_are_independent() -> None:
+    def mask(key: int, draw: int) -> torch.Tensor:
+        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([draw]))
         return (drawn != 0).double().flatten() - 0.5
 
-    masks = [mask(*each) for each in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 2, 0), (2**32 - 1, 10**6, 1))]
+    masks = [mask(*each) for each in ((1, 0), (2, 0), (1, 1), (1, 2), (1, 4), (2**32 - 1, 2 * 10**6 + 1))]
     for number, one in enumerate(masks):
         for other in masks[:number]:
             assert abs(float((one * other).mean()) * 4) < 5 / len(one) ** 0.5

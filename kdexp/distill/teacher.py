@@ -34,7 +34,7 @@ from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
 from kdexp.distill.models import build, measure, weights_hash
 from kdexp.distill.packs import Lane
-from kdexp.distill.train import EpochReport, SoftLabels, draw, epochs_of, train
+from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
 from kdexp.files import write_atomically
 
 __all__ = ["CacheProgress", "CachedTeacher", "Ensemble", "TeacherError", "prepare_teacher", "read_weights"]
@@ -287,34 +287,39 @@ def _write(home: Path, state: Mapping[str, Tensor], history: Sequence[Mapping[st
 
 @dataclass(frozen=True)
 class _Rows:
-    """What each row of a cache holds: all samples in one view, or in the views drawn for them in one epoch."""
+    """What each row of a cache holds: all samples in one view; or, of one training, as they are drawn in one epoch."""
 
     views: Int64[Tensor, "views 3"]
     samples: int
+    image_size: tuple[int, int]
     count: int
-    per: Literal["view", "epoch"]
-    seed: int
+    drawn_by: Training | None = None
 
-    def chosen(self, row: int) -> Int64[Tensor, "samples 3"]:
-        """Every sample's view in a row."""
-        if self.per == "view":
-            return self.views[row].expand(self.samples, 3)
-        return self.views[draw(self.seed, row + 1, self.samples, len(self.views))[1]]
+    @property
+    def per(self) -> Literal["view", "epoch"]:
+        return "epoch" if self.drawn_by else "view"
+
+    def chosen(self, row: int) -> tuple[Int64[Tensor, "samples 3"], Int64[Tensor, "samples 4"] | None]:
+        """Every sample's view in a row, and what is erased of it."""
+        if self.drawn_by is None:
+            return self.views[row].expand(self.samples, 3), None
+        views = self.views[draw(self.drawn_by.seed, row + 1, self.samples, len(self.views))[1]]
+        return views, draw_erased(self.drawn_by, row + 1, self.samples, self.image_size)
 
 
 def _rows(data: Data, splits: Splits, training: Training | None) -> _Rows:
-    """Whichever rows are fewer: one for each view, or one for each epoch of the training."""
-    at, samples = views(data.augment), len(splits.train)
+    """Whichever rows are fewer: one for each view, or one for each epoch of the training; with erasing, epochs only."""
+    at, samples, size = views(data.augment), len(splits.train), splits.train.image_size
     epochs = epochs_of(training, samples) if training else len(at)
-    if training is None or epochs >= len(at):
-        return _Rows(at, samples, len(at), "view", 0)
-    return _Rows(at, samples, epochs, "epoch", training.seed)
+    if training is None or (epochs >= len(at) and not training.random_erasing):
+        return _Rows(at, samples, size, len(at))
+    return _Rows(at, samples, size, epochs, training)
 
 
 def _fill(module: nn.Module, splits: Splits, rows: _Rows, cache: Path) -> Generator[CacheProgress, None, None]:
     filled = []
     for row in range(rows.count):
-        logits = logits_of(module, splits.train, rows.chosen(row))
+        logits = logits_of(module, splits.train, *rows.chosen(row))
         half = logits.to(torch.float16).cpu()
         if not torch.isfinite(half).all():
             raise TeacherError(
@@ -347,11 +352,11 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
     generator.seed()  # other pairs at every start
     sample = torch.randint(len(split), (SPOT_CHECKS,), generator=generator)
     row = torch.randint(rows.count, (SPOT_CHECKS,), generator=generator)
-    chosen = torch.empty(SPOT_CHECKS, 3, dtype=torch.int64)
+    device, live = split.labels.device, torch.empty(SPOT_CHECKS, logits.shape[-1])
     for number in row.unique().tolist():
-        chosen[row == number] = rows.chosen(number)[sample[row == number]]
-    device = split.labels.device
-    live = module(pixels(split, sample.to(device), chosen.to(device))).float().cpu()
+        at = row == number
+        drawn = [None if part is None else part[sample[at]].to(device) for part in rows.chosen(number)]
+        live[at] = module(pixels(split, sample[at].to(device), *drawn)).float().cpu()
     cached = logits[row, sample].float()
     if live.shape != cached.shape or not torch.allclose(live, cached, rtol=4e-3, atol=2e-2):
         raise TeacherError(
@@ -361,7 +366,9 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
 
 def _cache_key(sha256: str, data: Data, splits: Splits, rows: _Rows) -> str:
     how = data.model_dump_json(include={"channels", "mean", "std", "augment"})
-    drawn = [f"seed {rows.seed}, epochs 1 to {rows.count}"] if rows.per == "epoch" else []
+    by = rows.drawn_by
+    drawn = [f"seed {by.seed}, epochs 1 to {rows.count}"] if by else []
+    drawn += [f"random erasing {by.random_erasing}"] if by and by.random_erasing else []
     return _digest(sha256, how, *drawn, *_fingerprints(splits))
 
 
