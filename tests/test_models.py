@@ -152,3 +152,35 @@ def test_the_registered_form_takes_pixels() -> None:
     student = build(Student(), like).eval()
     pixels = torch.randint(256, (4, 3, 28, 28)).float()
     assert torch.equal(FromPixels(student, like)(pixels), student((pixels / 255 - 0.5) / 0.5))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "blocks", "parameters"),
+    [("residual", (2, 4, 8), 3, 4_520), ("residual", (4, 8, 16), 3, 17_462), ("residual", (16, 32, 64), 3, 272_186)],
+)
+def test_the_residual_family_is_cifars_resnet_20(architecture, channels, blocks, parameters) -> None:
+    """20 layers, a projection where a stage begins, grey images as one channel."""
+    network = Student(architecture=architecture, channels=channels, blocks=blocks)
+    assert measure(build(network, images(channels=1)), images(channels=1)).parameters == parameters
+
+
+def test_pooling_globally_leaves_out_the_hidden_layer() -> None:
+    assert measure(build(Student(hidden=0), images()), images()).parameters == 448 + 32 + 4_640 + 64 + 18_496 + 128 + 650
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "residual", "separable"])
+def test_a_stride_of_two_keeps_the_parameters_and_spares_multiply_adds(architecture) -> None:
+    one, two = (
+        measure(build(Student(architecture=architecture, channels=(4, 8), hidden=0, stride=stride), images()), images())
+        for stride in (1, 2)
+    )
+    assert one.parameters == two.parameters
+    assert two.multiply_adds < 0.3 * one.multiply_adds
+
+
+def test_separable_convolutions_cost_a_fraction_of_whole_ones() -> None:
+    whole, apart = (
+        measure(build(Student(architecture=a, channels=(16, 32)), images()), images()).parameters
+        for a in ("residual", "separable")
+    )
+    assert apart < 0.2 * whole

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 __all__ = ["Average", "Optimizer"]
@@ -76,7 +76,7 @@ class Average:
         self.decay, self.tensors = decay, [tensor.detach().clone() for tensor in like]
 
     @torch.no_grad()
-    def update(self, tensors: Sequence[Tensor], steps: Float[Tensor, "*lanes"]) -> None:
+    def update(self, tensors: Sequence[Tensor], steps: Real[Tensor, "*lanes"]) -> None:
         """Take in what the tensors are after so many steps, of each lane where they have a lanes axis."""
         weight = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay)
         for average, tensor in zip(self.tensors, tensors, strict=True):
