@@ -16,7 +16,7 @@ from torch import nn
 from kdexp.config import Augment, Data, Distillation, Student, Training
 from kdexp.distill.compact import as_stored
 from kdexp.distill.data import Splits, load_splits
-from kdexp.distill.deploy import DeployError, Deployed, convert, least_bytes, stored_bytes
+from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
 from kdexp.distill.evaluate import evaluate, logits_of
 from kdexp.distill.models import build
 from kdexp.distill.packs import Lane
