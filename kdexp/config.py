@@ -97,9 +97,9 @@ class Data(Frozen):
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "cnn": {"channels": [16, 32, 64], "blocks": 1, "hidden": 128, "dropout": 0.2},
-    "residual": {"channels": [16, 32, 64], "blocks": 1, "hidden": 0, "dropout": 0.0},
-    "separable": {"channels": [16, 32, 64], "blocks": 1, "hidden": 0, "dropout": 0.0},
+    "cnn": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 128, "dropout": 0.2},
+    "residual": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 0, "dropout": 0.0},
+    "separable": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 0, "dropout": 0.0},
 }
 """The networks that are made here, and what their dials are set to where nothing is said."""
 
@@ -114,6 +114,7 @@ class Network(Frozen):
         None, strict=False, description="families: one per stage, each of half the height and width"
     )
     blocks: int | None = Field(None, ge=1, le=64, description="families: in each stage")
+    stride: Literal[1, 2] | None = Field(None, description="families: of the first convolution; 2: a quarter of the pixels")
     hidden: int | None = Field(
         None, ge=0, le=65536, description="families: width of the hidden layer; 0: none, pooled globally"
     )
@@ -134,9 +135,9 @@ class Network(Frozen):
         if self.architecture in FAMILIES:
             if not self.channels:
                 raise ValueError("channels needs at least one stage, as in [16, 32, 64]")
-        elif (self.channels, self.blocks, self.hidden, self.dropout) != (None, None, None, None):
+        elif any(getattr(self, dial) is not None for dial in FAMILIES["cnn"]):
             raise ValueError(
-                f"channels, blocks, hidden and dropout belong to architecture {', '.join(FAMILIES)}, not to {self.architecture}"
+                f"{', '.join(FAMILIES['cnn'])} belong to architecture {', '.join(FAMILIES)}, not to {self.architecture}"
             )
         if self.options and ":" not in self.architecture:
             raise ValueError("options belong to an architecture of your own, package.module:callable")

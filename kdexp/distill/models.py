@@ -77,32 +77,40 @@ class Residual(nn.Module):
 
 def _family(network: Network, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     """A network of a family for images of `shape` (channels, height, width)."""
-    channels, blocks = network.channels or (), network.blocks or 1
-    if network.architecture == "cnn":
-        layers, halvings = _plain(shape[0], channels, blocks), len(channels)
-    else:
-        layers, halvings = _residual(shape[0], channels, blocks, network.architecture == "separable"), len(channels) - 1
-    height, width = (_halved(side, halvings, rounded_up=network.architecture != "cnn") for side in shape[1:])
-    if height * width == 0:
-        raise ValueError(f"{len(channels)} halvings leave nothing of {shape[1]}x{shape[2]} pixels; use fewer channels")
-    return nn.Sequential(*layers, *_head(channels[-1], height * width, network.hidden or 0, network.dropout or 0.0, classes))
+    features = nn.Sequential(*(_plain if network.architecture == "cnn" else _residual)(network, shape[0]))
+    try:
+        left = _features_of(features, shape)
+    except RuntimeError:
+        stages = len(network.channels or ())
+        raise ValueError(f"{stages} halvings leave nothing of {shape[1]}x{shape[2]} pixels; use fewer channels") from None
+    return nn.Sequential(*features, *_head(network, left, classes))
 
 
-def _plain(depth: int, channels: tuple[int, ...], blocks: int) -> list[nn.Module]:
+@torch.no_grad()
+def _features_of(module: nn.Module, shape: tuple[int, int, int]) -> int:
+    """How many numbers it makes of an image."""
+    count = module.eval()(torch.zeros(1, *shape))[0].numel()
+    module.train()
+    return count
+
+
+def _plain(network: Network, depth: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for out in channels:
-        for _ in range(blocks):
-            layers += [nn.Conv2d(depth, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
-            depth = out
+    stride = network.stride or 1
+    for out in network.channels or ():
+        for _ in range(network.blocks or 1):
+            layers += [nn.Conv2d(depth, out, 3, stride, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            depth, stride = out, 1
         layers.append(nn.AvgPool2d(2))
     return layers
 
 
-def _residual(depth: int, channels: tuple[int, ...], blocks: int, separable: bool) -> list[nn.Module]:
-    layers = [*_convolution(depth, channels[0]), nn.ReLU()]
-    depth, body = channels[0], _separable_body if separable else _body
+def _residual(network: Network, depth: int) -> list[nn.Module]:
+    channels = network.channels or ()
+    layers = [*_convolution(depth, channels[0], stride=network.stride or 1), nn.ReLU()]
+    depth, body = channels[0], _separable_body if network.architecture == "separable" else _body
     for stage, out in enumerate(channels):
-        for block in range(blocks):
+        for block in range(network.blocks or 1):
             stride = 2 if stage and not block else 1
             same = stride == 1 and depth == out
             shortcut = nn.Identity() if same else nn.Sequential(*_convolution(depth, out, 1, stride))
@@ -123,17 +131,12 @@ def _convolution(depth: int, out: int, size: int = 3, stride: int = 1, groups: i
     return [nn.Conv2d(depth, out, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
 
 
-def _head(depth: int, area: int, hidden: int, dropout: float, classes: int) -> list[nn.Module]:
+def _head(network: Network, features: int, classes: int) -> list[nn.Module]:
+    dropout, hidden, depth = network.dropout or 0.0, network.hidden or 0, (network.channels or ())[-1]
     if not hidden:
         return [nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout), nn.Flatten(), nn.Linear(depth, classes)]
-    first = [nn.Dropout(dropout), nn.Flatten(), nn.Linear(depth * area, hidden), nn.ReLU()]
+    first = [nn.Dropout(dropout), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU()]
     return [*first, nn.Dropout(dropout), nn.Linear(hidden, classes)]
-
-
-def _halved(side: int, times: int, rounded_up: bool) -> int:
-    for _ in range(times):
-        side = (side + rounded_up) // 2
-    return side
 
 
 def measure(module: nn.Module, like: Split) -> Size:

@@ -42,6 +42,7 @@ __all__ = ["CacheProgress", "CachedTeacher", "Ensemble", "TeacherError", "prepar
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
 NESTS = ("model_state_dict", "state_dict", "model", "weights")
 WEIGHTS, HISTORY = "weights.safetensors", "history.json"
+MEMBERS = "members"  # how the names in an ensemble's state begin: its attribute
 
 
 class TeacherError(KdexpError):
@@ -381,14 +382,14 @@ def _digest(*parts: str) -> str:
 
 def _members(state: Mapping[str, Tensor]) -> int:
     """How many networks an ensemble's state holds; 1 for any other."""
-    return len({name.split(".")[1] for name in state if name.startswith("members.")}) or 1
+    return len({name.split(".")[1] for name in state if name.startswith(f"{MEMBERS}.")}) or 1
 
 
 def _without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
     """Names without the wrapper's, such as 'module.' or 'model.', where all of them carry it."""
     while not expected & state.keys():
         prefixes = {name.split(".", 1)[0] for name in state if "." in name}
-        if len(prefixes) != 1 or not all("." in name for name in state):
+        if len(prefixes) != 1 or prefixes == {MEMBERS} or not all("." in name for name in state):
             break
         state = {name.split(".", 1)[1]: value for name, value in state.items()}
     return state
