@@ -30,6 +30,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Network",
+    "Precision",
     "Range",
     "Recipe",
     "Selection",
@@ -39,6 +40,7 @@ __all__ = [
     "Sweep",
     "Teacher",
     "Training",
+    "Variant",
     "differences",
     "flatten",
     "load",
@@ -50,6 +52,8 @@ SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
 Size = Literal["parameters", "multiply_adds", "bytes"]
+Precision = Literal["float32", "float16", "int8"]
+Variant = Literal["as trained", "float32", "float16", "int8"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = bool | int | float | str
 

@@ -12,15 +12,26 @@ from rich.table import Table
 
 from kdexp.config import Recipe, Selection, Size
 from kdexp.crew import Crew, WorkerLost
+from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
+from kdexp.export import Exported
 from kdexp.promote import Promotion, gain
 from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
-from kdexp.selection import Candidate, passes, size_of
+from kdexp.selection import AS_TRAINED, Candidate, passes, size_of
 from kdexp.sweep import EpochDone, TeacherReady, TrialFailed, TrialFinished, TrialSkipped, TrialStarted
 
-__all__ = ["Screen", "differences_table", "interval", "percent", "show_promotion", "teacher_line", "trials_table"]
+__all__ = [
+    "Screen",
+    "differences_table",
+    "interval",
+    "percent",
+    "show_export",
+    "show_promotion",
+    "teacher_line",
+    "trials_table",
+]
 
 ROWS = 20  # trials shown; the rest are in the UI
 
@@ -155,23 +166,24 @@ def _crew_line(crew: Crew) -> str:
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
     """The trials, smallest first, those over the bar marked."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    varied = any(c.variant != AS_TRAINED for c in trials)
     units: list[Size] = ["parameters", *([rule.size] if rule.size != "parameters" else [])]
-    for name in ("trial", *(unit.replace("_", "-") for unit in units), "val accuracy"):
+    for name in ("trial", *(["variant"] if varied else []), *(unit.replace("_", "-") for unit in units), "val accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"≥ {percent(rule.accuracy_bar)}", no_wrap=True)
     table.add_column("run ID", no_wrap=True)
     shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
-        mark = "selected" if selected and c.run_id == selected.run_id else "yes" if passes(c, rule) else "no"
-        sizes = (f"{size_of(c, unit):,}" for unit in units)
+        mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
+        first = (str(c.trial), *([c.variant] if varied else []), *(f"{size_of(c, unit):,}" for unit in units))
         style = "bold green" if mark == "selected" else None
-        table.add_row(str(c.trial), *sizes, percent(c.val_accuracy), mark, c.run_id, style=style)
+        table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
     return table
 
 
-def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion) -> None:
+def show_promotion(console: Console, done: Promotion) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
-    chosen = done.candidate
+    trials, chosen = done.trials, done.candidate
     console.print()
     console.print(trials_table(trials, done.rule, chosen))
     if len(trials) > ROWS:
@@ -183,9 +195,12 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
             f"Distillation: trial 0 (documented defaults) over trial 1 (labels only): {100 * gained:+.2f} points on "
             f"validation, one seed each."
         )
+    if done.rule.size == "bytes" and not available():
+        console.print("Smaller forms of the trials (folded, float16, int8) do not compete: pip install 'kdexp[export]'")
+    variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(
-        f"Selected: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
+        f"Selected: trial {chosen.trial}{variant}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
         f"{chosen.bytes:,} bytes\n"
         f"          val accuracy  {percent(chosen.val_accuracy)} (95 % interval {interval(done.val_interval)})\n"
         f"          test accuracy {percent(done.test_accuracy)} (95 % interval {interval(done.test_interval)}, "
@@ -203,10 +218,24 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
         + (
-            f'          mlflow.pytorch.load_model("{done.model}")   in Python'
+            f"          {done.load}   in Python"
             if done.model
             else "(not registered: torch.export cannot export this network; its weights are in the run)"
         )
+    )
+
+
+def show_export(console: Console, done: Exported) -> None:
+    """The file, its sizes, and its accuracy beside that of the student as it was trained."""
+    size, found = done.size, done.validation
+    console.print(
+        f"Written:  {done.file}, {done.file_bytes:,} bytes\n"
+        f"          {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes of weights\n"
+        f"          val accuracy {percent(found.accuracy)} (95 % interval {interval(found.interval)}), measured by running the "
+        f"file; as trained {percent(done.trained_accuracy)}\n\n"
+        f'Next:     onnxruntime.InferenceSession("{done.file}").run(None, {{"pixels": images}})   in Python\n'
+        f"          images: uint8, 0 to 255, of shape (any number, {', '.join(map(str, done.shape))})",
+        markup=False,
     )
 
 

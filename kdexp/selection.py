@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from kdexp import KdexpError
-from kdexp.config import Selection, Size
+from kdexp.config import Selection, Size, Variant
 
-__all__ = ["Candidate", "NothingPasses", "passes", "select", "size_of"]
+__all__ = ["AS_TRAINED", "Candidate", "NothingPasses", "passes", "rank", "select", "size_of"]
+
+AS_TRAINED: Final = "as trained"
 
 
 class NothingPasses(KdexpError):
@@ -40,6 +42,8 @@ class Candidate:
     multiply_adds: int
     bytes: int
     val_accuracy: float
+    variant: Variant = AS_TRAINED
+    """Or in which precision it is stored, once folded: see kdexp/variants.py."""
 
 
 def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") -> Candidate:
@@ -50,9 +54,14 @@ def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") ->
     passing = [candidate for candidate in candidates if passes(candidate, rule)]
     if not passing:
         raise NothingPasses(_nearest_miss(candidates, rule, study))
-    if rule.goal == "smallest":
-        return min(passing, key=lambda c: (size_of(c, rule.size), -c.val_accuracy, c.trial))
-    return min(passing, key=lambda c: (-c.val_accuracy, size_of(c, rule.size), c.trial))
+    return min(passing, key=lambda candidate: rank(candidate, rule))
+
+
+def rank(candidate: Candidate, rule: Selection) -> tuple[float, float, int, str]:
+    """What `rule` orders candidates by, best first."""
+    size, accuracy = size_of(candidate, rule.size), -candidate.val_accuracy
+    first, second = (size, accuracy) if rule.goal == "smallest" else (accuracy, size)
+    return first, second, candidate.trial, candidate.variant
 
 
 def passes(candidate: Candidate, rule: Selection) -> bool:

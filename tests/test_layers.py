@@ -25,6 +25,8 @@ LAYERS = {
     "kdexp.distill": 2,
     "kdexp.distill.data": 2,
     "kdexp.distill.models": 3,
+    "kdexp.distill.compact": 3,
+    "kdexp.distill.deploy": 4,
     "kdexp.distill.losses": 2,
     "kdexp.distill.evaluate": 3,
     "kdexp.distill.randomness": 2,
@@ -42,7 +44,10 @@ LAYERS = {
     "kdexp.crew": 11,
     "kdexp.preload": 12,
     "kdexp.sweep": 12,
+    "kdexp.records": 5,
+    "kdexp.variants": 6,
     "kdexp.promote": 9,
+    "kdexp.export": 9,
     "kdexp.reproduce": 10,
     "kdexp.ui": 9,
     "kdexp.screen": 13,
@@ -50,7 +55,12 @@ LAYERS = {
     "kdexp.__main__": 15,
 }
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
-OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.study"}}
+OWNERS = {
+    "mlflow": {"kdexp.tracking"},
+    "optuna": {"kdexp.study"},
+    "onnx": {"kdexp.distill.deploy"},
+    "onnxruntime": {"kdexp.distill.deploy"},
+}
 
 
 def modules() -> dict[str, Path]:

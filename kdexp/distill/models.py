@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torchinfo
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from kdexp import KdexpError
@@ -172,7 +172,7 @@ class FromPixels(nn.Module):
         super().__init__()
         self.student, self.mean, self.std = student, like.mean, like.std
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Real[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of a batch."""
         return self.student((images / 255 - self.mean) / self.std)
 
