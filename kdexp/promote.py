@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -19,23 +20,38 @@ from kdexp.distill.data import Split, load_splits, load_test
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels, build
 from kdexp.plots import frontier
-from kdexp.selection import Candidate, select
+from kdexp.selection import Candidate, requirement, select
 from kdexp.settings import Settings
-from kdexp.tracking import RunRecord, Tracking
+from kdexp.tracking import Kind, RunRecord, Tracking
 
-__all__ = ["Promotion", "candidates", "gain", "promote", "sweep_of"]
+__all__ = [
+    "Promotion",
+    "candidates",
+    "gain",
+    "look_at_test",
+    "looks",
+    "one_at_a_time",
+    "promote",
+    "recipe_of",
+    "register",
+    "sweep_of",
+    "tell",
+]
 
 
 @dataclass(frozen=True)
 class Promotion:
     """The selected model and its one look at the test split."""
 
+    study: str
     candidate: Candidate
     rule: Selection
     val_interval: tuple[float, float]
     test_accuracy: float
     test_interval: tuple[float, float]
     test_samples: int
+    test_accuracy_tta: float | None
+    """With flip test-time augmentation; None where the recipe does not flip, or a former version looked."""
     new_look: bool
     """False where this model had been looked at before: the number is the one recorded then."""
     looks: int
@@ -49,35 +65,42 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
-    settings.stores.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.stores / ".promote.lock"):  # two workers that finish together look at test once
+    with one_at_a_time(settings):
         return _promote(study, rule, settings, tracking, device)
 
 
+def one_at_a_time(settings: Settings) -> FileLock:
+    """Held around a look at test: of two processes that finish together one looks, the other finds the number."""
+    settings.stores.mkdir(parents=True, exist_ok=True)
+    return FileLock(settings.stores / ".promote.lock")
+
+
 def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:
-    trials = candidates(study, tracking)
-    chosen = select(trials, rule, study.tags["kdexp.study"])
+    trials, name = candidates(study, tracking), study.tags["kdexp.study"]
+    chosen = select(trials, rule, name)
     run = tracking.read(chosen.run_id)
     recipe = recipe_of(run, tracking)
     new_look = "test_accuracy" not in run.metrics
     if new_look:
-        _look_at_test(run, recipe, study, settings, tracking, device)
+        look_at_test(run, recipe, f"**Selected** by study *{name}*.", settings, tracking, device)
         run = tracking.read(chosen.run_id)
-    model = _register(run, recipe, study, rule, settings, tracking)
-    for other in tracking.find("trial", {"kdexp.study": study.tags["kdexp.study"], "kdexp.selected": rule.goal}):
+    text = f"Validation accuracy {run.metrics['val_accuracy']:.2%}, test accuracy {run.metrics['test_accuracy']:.2%}"
+    model = register(run, recipe, name, rule.goal.replace("_", "-"), text, settings, tracking)
+    for other in tracking.find("trial", {"kdexp.study": name, "kdexp.selected": rule.goal}):
         if other.run_id != chosen.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
     tracking.tag(chosen.run_id, {"kdexp.selected": rule.goal})
-    looks = sum("test_accuracy" in trial.metrics for trial in _trials(study, tracking))
     promotion = Promotion(
+        study=name,
         candidate=chosen,
         rule=rule,
         val_interval=(run.metrics["val_accuracy_low"], run.metrics["val_accuracy_high"]),
         test_accuracy=run.metrics["test_accuracy"],
         test_interval=(run.metrics["test_accuracy_low"], run.metrics["test_accuracy_high"]),
         test_samples=int(run.metrics["test_samples"]),
+        test_accuracy_tta=run.metrics.get("test_accuracy_tta"),
         new_look=new_look,
-        looks=looks,
+        looks=looks(study, tracking),
         model=model,
     )
     _report_on_study(study, trials, promotion, tracking)
@@ -94,6 +117,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
             multiply_adds=int(run.metrics["multiply_adds"]),
             bytes=int(run.metrics["model_bytes"]),
             val_accuracy=run.metrics["val_accuracy"],
+            val_samples=int(run.metrics["val_samples"]) if "val_samples" in run.metrics else None,
         )
         for run in _trials(study, tracking)
         if run.tags.get("kdexp.weights_sha256")
@@ -110,6 +134,13 @@ def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
     """The sweep file a study was last run with."""
     with tempfile.TemporaryDirectory() as temporary:
         return Sweep.model_validate_json(tracking.download(study.run_id, "sweep.json", Path(temporary)).read_text())
+
+
+def looks(study: RunRecord, tracking: Tracking) -> int:
+    """How many of a study's trials have been looked at on test: their own models, or those of their fresh seeds."""
+    kinds: tuple[Kind, ...] = ("trial", "confirmation")
+    runs = [run for kind in kinds for run in tracking.find(kind, {"mlflow.parentRunId": study.run_id})]
+    return len({run.tags.get("kdexp.confirms", run.run_id) for run in runs if "test_accuracy" in run.metrics})
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:
@@ -132,36 +163,43 @@ def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
     return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
 
 
-def _look_at_test(
-    run: RunRecord, recipe: Recipe, study: RunRecord, settings: Settings, tracking: Tracking, device: torch.device
+def look_at_test(
+    run: RunRecord, recipe: Recipe, why: str, settings: Settings, tracking: Tracking, device: torch.device
 ) -> None:
+    """Evaluate a finished run's student on test and record it there; `why` opens the run's description."""
     test = load_test(recipe.data, settings.data_dir, device)
     module = load_student(run, recipe, test, tracking).to(device)
     result = evaluate(module, test)
     low, high = result.interval
+    found = {
+        "test_accuracy": result.accuracy,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
+        "test_loss": result.loss,
+        "test_samples": result.samples,
+    }
+    if recipe.data.augment.flip:
+        found["test_accuracy_tta"] = evaluate(module, test, mirrored=True).accuracy
     tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
-    tracking.log_metrics(
-        run.run_id,
-        {
-            "test_accuracy": result.accuracy,
-            "test_accuracy_low": low,
-            "test_accuracy_high": high,
-            "test_loss": result.loss,
-            "test_samples": result.samples,
-        },
-    )
+    tracking.log_metrics(run.run_id, found)
     note = (
-        f"**Selected** by study *{study.tags['kdexp.study']}*. Test accuracy **{result.accuracy:.2%}** (95 % interval "
+        f"{why} Test accuracy **{result.accuracy:.2%}** (95 % interval "
         f"{low:.2%} to {high:.2%}, {result.samples:,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
     )
     tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
 
 
-def _register(run: RunRecord, recipe: Recipe, study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
-    """Register the run's student (once) and point the alias to it; the address MLflow loads it from."""
-    name, alias = study.tags["kdexp.study"], rule.goal.replace("_", "-")
+def register(
+    run: RunRecord, recipe: Recipe, name: str, alias: str, measured: str, settings: Settings, tracking: Tracking
+) -> str:
+    """Register the run's student (once) under a name and point the alias to it; the address MLflow loads it from.
+
+    Empty where the network cannot be exported.
+    """
+    text = f"{measured}, {int(run.metrics['parameters']):,} parameters. Takes pixels 0 to 255 as float32, gives logits."
     version = run.tags.get("kdexp.model_version")
     if version:
+        tracking.describe(name, version, text)
         tracking.alias(name, alias, version)
     else:
         try:
@@ -171,13 +209,17 @@ def _register(run: RunRecord, recipe: Recipe, study: RunRecord, rule: Selection,
         except Exception as error:  # torch.export refuses some networks, each in its own way
             tracking.tag(run.run_id, {"kdexp.not_registered": str(error)[:500]})
             return ""
-        text = (
-            f"Validation accuracy {run.metrics['val_accuracy']:.2%}, test accuracy {run.metrics['test_accuracy']:.2%}, "
-            f"{int(run.metrics['parameters']):,} parameters. Takes pixels 0 to 255 as float32, gives logits."
-        )
         version = tracking.register(run.run_id, name, alias, text)
         tracking.tag(run.run_id, {"kdexp.model_version": version})
     return f"models:/{name}@{alias}"
+
+
+def tell(study: RunRecord, part: Literal["confirmed", "selected"], text: str, tracking: Tracking) -> None:
+    """Put one part of a study's description; the other stays."""
+    new = {f"kdexp.{part}_note": text[:6000]}
+    known = {**tracking.read(study.run_id).tags, **new}
+    note = "\n\n".join(known[name] for name in ("kdexp.confirmed_note", "kdexp.selected_note") if name in known)
+    tracking.tag(study.run_id, {**new, "mlflow.note.content": note[:8000]})
 
 
 def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> None:
@@ -194,8 +236,8 @@ def _report_on_study(study: RunRecord, trials: Sequence[Candidate], done: Promot
         f"{chosen.val_accuracy:.2%} on validation, **{done.test_accuracy:.2%}** on test (95 % interval {low:.2%} to "
         f"{high:.2%}, {done.test_samples:,} images).",
         "",
-        f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')}, validation accuracy at least "
-        f'{done.rule.accuracy_bar:.2%}. Load it: `mlflow.pytorch.load_model("{done.model}")`. '
+        f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')}, validation accuracy "
+        f'{requirement(done.rule)}. Load it: `mlflow.pytorch.load_model("{done.model}")`. '
         f"Train it again: `kdexp reproduce {chosen.run_id}`.",
         "",
         "| trial | parameters | validation accuracy | run |",
@@ -205,7 +247,8 @@ def _report_on_study(study: RunRecord, trials: Sequence[Candidate], done: Promot
             for c in trials
         ),
     ]
-    tracking.tag(study.run_id, {"mlflow.note.content": "\n".join(lines)[:8000], "kdexp.selected_run": chosen.run_id})
+    tell(study, "selected", "\n".join(lines), tracking)
+    tracking.tag(study.run_id, {"kdexp.selected_run": chosen.run_id})
     metrics = {"trials": len(trials), "selected_parameters": chosen.parameters, "selected_val_accuracy": chosen.val_accuracy}
     gained = gain(trials)
     tracking.log_metrics(study.run_id, metrics | ({"distillation_gain": gained} if gained is not None else {}))
