@@ -82,6 +82,7 @@ class Data(Frozen):
     mean: float = 0.5
     std: float = Field(0.5, gt=0)
     validation_fraction: Fraction = 0.1
+    train_on_validation: bool = Field(False, description="held out from the teacher only: see `kdexp confirm`")
     test_fraction: Fraction = Field(0.2, description="for datasets without a test split of their own")
     split_seed: int = Field(8787, ge=0)
     augment: Augment = Augment()
@@ -211,6 +212,12 @@ class Recipe(Frozen):
     distillation: Distillation = Distillation()
     training: Training = Training()
 
+    @model_validator(mode="after")
+    def _epochs_are_chosen_on_images_held_out(self) -> Self:
+        if self.data.train_on_validation and self.training.keep != "last":
+            raise ValueError("data.train_on_validation leaves no images to choose an epoch by: it needs training.keep: last")
+        return self
+
     def value(self, path: str) -> Any:
         """The value at a dotted path, as plain JSON. Raises ValueError where there is none."""
         node: Any = self.model_dump(mode="json")
@@ -304,6 +311,7 @@ class Selection(Frozen):
     size: Size = "parameters"
     limit: int | None = Field(None, ge=1, description="no selected model is larger, in units of `size`")
     goal: Literal["smallest", "most_accurate"] = "smallest"
+    confidence: float | None = Field(None, gt=0.5, lt=1, description="at which the bar must be cleared; null: as estimated")
 
 
 class Sweep(Recipe):
@@ -331,6 +339,15 @@ class Sweep(Recipe):
             raise ValueError(
                 "training.random_erasing is drawn anew in every epoch, and the teacher's logits are cached for these draws: "
                 "neither it nor training.seed, epochs, max_steps or batch_size may then stand in search"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trials_are_judged_on_images_held_out(self) -> Self:
+        if self.data.train_on_validation:
+            raise ValueError(
+                "data.train_on_validation: trials are judged on validation images, so a sweep file holds them out; "
+                "kdexp confirm --train-and-validation trains the confirmed model on them"
             )
         return self
 

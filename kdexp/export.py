@@ -13,7 +13,7 @@ from kdexp.distill.deploy import Deployed
 from kdexp.distill.evaluate import Evaluation, evaluate
 from kdexp.distill.models import Size
 from kdexp.files import write_atomically
-from kdexp.records import recipe_of
+from kdexp.records import load_student, recipe_of
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 from kdexp.variants import file_of, made, metrics_of, splits_of
@@ -33,7 +33,9 @@ class Exported:
     file_bytes: int
     validation: Evaluation
     trained_accuracy: float
-    """Validation accuracy of the student as it was trained."""
+    """The same of the student as it was trained."""
+    held_out: bool
+    """Whether validation images were; else accuracy on them says only what rounding did."""
 
 
 def export(run_id: str, precision: Precision, output: Path | None, settings: Settings, tracking: Tracking) -> Exported:
@@ -41,32 +43,34 @@ def export(run_id: str, precision: Precision, output: Path | None, settings: Set
 
     Raises KdexpError.
     """
-    run = tracking.read(run_id)
-    _check(run, tracking)
-    file = output or Path(f"{run_id}-{precision}.onnx")
-    if file.is_dir():
-        raise KdexpError(f"--output {file}: is a folder; name a file in it, such as {file / f'student-{precision}.onnx'}")
+    run, file = tracking.read(run_id), output or Path(f"{run_id}-{precision}.onnx")
+    _check(run, file, tracking)
     recipe = recipe_of(run, tracking)
-    splits = splits_of(run, recipe, settings)
+    splits, held_out = splits_of(run, recipe, settings), not recipe.data.train_on_validation
     run = made(run, recipe, precision, splits, tracking)
     with tempfile.TemporaryDirectory() as temporary:
-        content = file_of(run, precision, Path(temporary), tracking).read_bytes()
+        _write(file_of(run, precision, Path(temporary), tracking).read_bytes(), file)
+    found, validation = metrics_of(run, precision), splits.validation
+    trained = None if held_out else evaluate(load_student(run, recipe, validation, tracking), validation).accuracy
+    return Exported(
+        file=file,
+        shape=(as_stored(validation).channels, *validation.image_size),
+        size=Size(*(int(found[name]) for name in ("parameters", "multiply_adds", "model_bytes"))),
+        file_bytes=file.stat().st_size,
+        validation=evaluate(Deployed(file.read_bytes(), validation), validation),
+        trained_accuracy=run.metrics["val_accuracy"] if trained is None else trained,
+        held_out=held_out,
+    )
+
+
+def _write(content: bytes, file: Path) -> None:
     try:
         write_atomically(file, lambda path: path.write_bytes(content))
     except OSError as error:
         raise KdexpError(f"--output {file}: cannot be written: {error.strerror}; name another file") from None
-    found = metrics_of(run, precision)
-    return Exported(
-        file=file,
-        shape=(as_stored(splits.validation).channels, *splits.validation.image_size),
-        size=Size(*(int(found[name]) for name in ("parameters", "multiply_adds", "model_bytes"))),
-        file_bytes=len(content),
-        validation=evaluate(Deployed(file.read_bytes(), splits.validation), splits.validation),
-        trained_accuracy=run.metrics["val_accuracy"],
-    )
 
 
-def _check(run: RunRecord, tracking: Tracking) -> None:
+def _check(run: RunRecord, file: Path, tracking: Tracking) -> None:
     kind = run.tags.get("kdexp.kind")
     if kind == "study":
         trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
@@ -79,3 +83,5 @@ def _check(run: RunRecord, tracking: Tracking) -> None:
             f"Run {run.run_id} holds no weights (status {run.status}, {run.tags.get('kdexp.state', 'no state recorded')}); "
             f"export a finished one."
         )
+    if file.is_dir():
+        raise KdexpError(f"--output {file}: is a folder; name a file in it, such as {file / 'student.onnx'}")

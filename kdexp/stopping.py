@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdexp.config import Selection
+from kdexp.selection import clears
 
 __all__ = ["Outcome", "beaten", "hopeless"]
 
@@ -30,10 +31,10 @@ class Outcome:
     curve: tuple[float, ...]
 
 
-def beaten(size: int, rule: Selection, outcomes: Sequence[Outcome]) -> Outcome | None:
+def beaten(size: int, rule: Selection, outcomes: Sequence[Outcome], samples: int) -> Outcome | None:
     """The smaller student that meets the bar already, if there is one; or none where the goal is accuracy or size in bytes."""
     final = rule.goal == "smallest" and rule.size != "bytes"
-    passing = [other for other in outcomes if max(other.curve) >= rule.accuracy_bar and other.size < size]
+    passing = [other for other in outcomes if other.size < size and clears(max(other.curve), samples, rule)]
     return min(passing, key=lambda other: other.size, default=None) if final else None
 
 
@@ -47,4 +48,4 @@ def hopeless(curve: Sequence[float], rule: Selection, outcomes: Sequence[Outcome
     error = (1 - best) * min((1 - end) / max(1 - then, 1e-9) for then, end in ends)
     bar = rule.accuracy_bar
     margin = STANDARD_ERRORS * math.sqrt(bar * (1 - bar) / samples)
-    return max(points, 1 - error) + margin < bar
+    return not clears(min(max(points, 1 - error) + margin, 1.0), samples, rule)

@@ -1,7 +1,7 @@
 """MLflow, through a client that is handed around: no global run, no global tracking URI.
 
-One experiment per sweep name. In it: one parent run per study, one child run per trial, one run per teacher,
-and the runs of `train` and `reproduce`. `kdexp.kind` tells them apart.
+One experiment per sweep name. In it: one parent run per study, one child run per trial and per fresh seed of a
+confirmation, one run per teacher, and the runs of `train` and `reproduce`. `kdexp.kind` tells them apart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mlflow.tracking import MlflowClient
 
 __all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError"]
 
-Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
+Kind = Literal["study", "trial", "confirmation", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
 RACES = 5
@@ -249,6 +249,10 @@ class Tracking:
         registered = self._do(self.client.create_model_version, name, source, run_id=run_id, description=description)
         self.alias(name, alias, str(registered.version))
         return str(registered.version)
+
+    def describe(self, name: str, version: str, description: str) -> None:
+        """Describe a version of a registered model anew."""
+        self._do(self.client.update_model_version, name, version, description)
 
     def alias(self, name: str, alias: str, version: str) -> None:
         """Let an alias point to a version."""

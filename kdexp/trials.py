@@ -245,7 +245,7 @@ class _Here:
         rule, like = self.study.sweep.selection, self.prepared.splits.train
         with torch.random.fork_rng([]):
             size = size_of(measure(build(trial.recipe.student, like), like), rule.size)
-        winner = beaten(size, rule, self.study.outcomes)
+        winner = beaten(size, rule, self.study.outcomes, len(self.prepared.splits.validation))
         if winner is None:
             return None
         why = f"{size:,} {rule.size.replace('_', '-')}; trial {winner.trial} meets the bar with {winner.size:,}"
@@ -321,7 +321,7 @@ class _Seat:
         if not study.sweep.study.early_stop or self.trial.control or report.epoch == report.epochs:
             return False
         rule, outcomes = study.sweep.selection, study.outcomes
-        smaller = beaten(size_of(self.running.size, rule.size), rule, outcomes)
+        smaller = beaten(size_of(self.running.size, rule.size), rule, outcomes, samples)
         return smaller is not None or hopeless(self._curve(), rule, outcomes, report.epochs, samples)
 
     def _curve(self) -> list[float]:

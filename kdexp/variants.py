@@ -21,7 +21,7 @@ from kdexp.config import Precision, Recipe, Selection, Variant
 from kdexp.distill.compact import as_stored, compact
 from kdexp.distill.data import Split, Splits, load_splits
 from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
-from kdexp.distill.evaluate import evaluate, logits_of
+from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
 from kdexp.distill.models import build, measure
 from kdexp.records import load_student, recipe_of
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
@@ -82,20 +82,17 @@ def needed(hopes: Iterable[Candidate], rule: Selection, measured: Callable[[Cand
 def made(run: RunRecord, recipe: Recipe, precision: Precision, splits: Splits, tracking: Tracking) -> RunRecord:
     """The run with this variant's file and numbers, measured now if they are not there yet. Raises DeployError."""
     prefix = prefix_of(precision)
-    if f"{prefix}val_accuracy" in run.metrics:
+    if f"{prefix}model_bytes" in run.metrics:
         return run
     student, like = load_student(run, recipe, splits.train, tracking), splits.validation
     model = convert(student, splits.train, precision)
     deployed = Deployed(model.SerializeToString(), like)
-    result, size = evaluate(deployed, like), measure(compact(student, like), as_stored(like))
-    low, high = result.interval
+    size = measure(compact(student, like), as_stored(like))
     found = {
         "parameters": size.parameters,
         "multiply_adds": size.multiply_adds,
         "model_bytes": stored_bytes(model),
-        "val_accuracy": result.accuracy,
-        "val_accuracy_low": low,
-        "val_accuracy_high": high,
+        **({} if recipe.data.train_on_validation else _measured(evaluate(deployed, like))),
     }
     example = like.take(torch.arange(2))
     tracking.log_onnx(run.run_id, model, example.images.numpy(), logits_of(deployed, example).numpy(), folder_of(precision))
@@ -126,6 +123,11 @@ def splits_of(run: RunRecord, recipe: Recipe, settings: Settings) -> Splits:
                 f"accuracies would not compare. Put its {recipe.data.dataset} back, or name its folder (--data-dir)."
             )
     return splits
+
+
+def _measured(result: Evaluation) -> dict[str, float]:
+    low, high = result.interval
+    return {"val_accuracy": result.accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "kdexp"
 LAYERS = {
     "kdexp": 0,
     "kdexp.files": 0,
+    "kdexp.intervals": 0,
     "kdexp.reading": 0,
     "kdexp.workers": 1,
     "kdexp.config": 1,
@@ -49,6 +50,7 @@ LAYERS = {
     "kdexp.promote": 9,
     "kdexp.export": 9,
     "kdexp.reproduce": 10,
+    "kdexp.confirm": 11,
     "kdexp.ui": 9,
     "kdexp.screen": 13,
     "kdexp.cli": 14,

@@ -28,12 +28,23 @@ from kdexp.distill.deploy import Deployed, DeployError
 from kdexp.distill.evaluate import evaluate
 from kdexp.export import export
 from kdexp.promote import candidates, gain, promote
+from kdexp.runner import prepare, started
 from kdexp.screen import show_promotion
 from kdexp.selection import AS_TRAINED, Candidate, NothingPasses, passes, select
 from kdexp.settings import Settings
 from kdexp.sweep import run_sweep
 from kdexp.tracking import Tracking
 from kdexp.variants import contenders, needed
+
+
+def drained(generator):
+    """What a generator returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
 
 BYTES = Selection(accuracy_bar=0.2, size="bytes")
 VARIANTS = ("float32", "float16", "int8")
@@ -217,6 +228,21 @@ def test_an_exported_file_runs_and_is_what_was_measured(finished, tmp_path, prec
     assert done.trained_accuracy == run.metrics["val_accuracy"]
     assert abs(done.validation.accuracy - done.trained_accuracy) < 0.02
     assert evaluate(Deployed(done.file.read_bytes(), validation), validation) == done.validation
+
+
+def test_a_student_that_was_trained_on_validation_too_is_exported_without_an_accuracy_on_its_record(finished, tmp_path) -> None:
+    settings, tracking = finished
+    recipe = tiny_sweep().recipe.replace({"data.train_on_validation": True, "training.keep": "last"})
+    experiment = tracking.experiment("tiny")
+    prepared = drained(prepare(recipe, settings, tracking, experiment, CPU))
+    with started(recipe, prepared, tracking, experiment, "train", "both") as running:
+        list(running.epochs())
+    done = export(running.run_id, "int8", tmp_path / "x.onnx", settings, tracking)
+    assert not done.held_out
+    assert abs(done.validation.accuracy - done.trained_accuracy) < 0.02
+    metrics = tracking.read(running.run_id).metrics
+    assert metrics["int8/model_bytes"] == done.size.bytes
+    assert "int8/val_accuracy" not in metrics
 
 
 def test_what_cannot_be_exported_is_said(finished, tmp_path) -> None:

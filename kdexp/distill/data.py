@@ -84,10 +84,10 @@ class Splits:
 
 
 def load_splits(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Splits:
-    """The training set, cut into train and validation. Raises DataError."""
+    """The training set, cut into train and validation (or, with `train_on_validation`, whole). Raises DataError."""
     whole, _ = _train_and_test(data, data_dir, test=False)
     kept, held = stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes))
-    splits = Splits(whole.take(kept), whole.take(held))
+    splits = Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
     return Splits(splits.train.to(device), splits.validation.to(device)) if device else splits
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from kdexp.distill.data import Split, pixels
+from kdexp.intervals import wilson_interval
 
 __all__ = ["Evaluation", "evaluate", "logits_of", "wilson_interval"]
 
@@ -36,9 +37,16 @@ class Evaluation:
         return wilson_interval(self.correct, self.samples)
 
 
-def evaluate(module: nn.Module, split: Split) -> Evaluation:
-    """Accuracy and loss on the images as they are, dropout off, running statistics in BatchNorm."""
+def evaluate(module: nn.Module, split: Split, mirrored: bool = False) -> Evaluation:
+    """Accuracy and loss on the images as they are, dropout off, running statistics in BatchNorm.
+
+    `mirrored`: of the mean of the probabilities for an image and for its mirror image, the flip test-time
+    augmentation (Krizhevsky et al. 2012, section 4.1, without the crops).
+    """
     logits = logits_of(module, split)
+    if mirrored:
+        flipped = logits_of(module, split, torch.tensor([[1, 0, 0]]).expand(len(split), 3))
+        logits = torch.stack([logits, flipped]).log_softmax(-1).logsumexp(0) - math.log(2)
     correct = (logits.argmax(1) == split.labels).sum()
     return Evaluation(int(correct), len(split), float(F.cross_entropy(logits, split.labels)))
 
@@ -59,14 +67,3 @@ def logits_of(
     logits = torch.cat([module(pixels(split, batch, *own)) for batch, own in zip(batches, parts, strict=True)])
     module.train(training)
     return logits
-
-
-def wilson_interval(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, z standard errors wide each way (default 95 %).
-
-    Wilson 1927, J. Am. Stat. Assoc. 22:209. Within [0, 1] and never empty, also at 0 and at all correct.
-    """
-    share, spread = correct / samples, z * z / samples
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
-    return max(0.0, centre - half), min(1.0, centre + half)
