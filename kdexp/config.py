@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,7 @@ from pydantic import (
 from kdexp.reading import ConfigError, assign, nearest, parse, show, validate
 
 __all__ = [
+    "CONTROLS",
     "Augment",
     "Choices",
     "ConfigError",
@@ -47,6 +49,7 @@ __all__ = [
     "select_rule",
 ]
 
+CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 SEARCHABLE = ("student", "distillation", "training")
 
@@ -296,7 +299,7 @@ class Study(Frozen):
     """How the search space is searched."""
 
     trials: int = Field(50, ge=1)
-    sampler: Literal["tpe", "random", "gp"] = "tpe"
+    sampler: Literal["tpe", "random", "gp", "grid"] = Field("tpe", description="grid: every combination of choices once")
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
     early_stop: bool = Field(False, description="leave out what can no longer be selected: see kdexp/stopping.py")
     retries: int = Field(3, ge=0, description="how often a trial that broke off without getting on is tried again")
@@ -332,6 +335,31 @@ class Sweep(Recipe):
         """The training whose seed and epochs all trials share; None where they are searched over."""
         deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
         return None if deciding & self.search.keys() else self.training
+
+    @property
+    def beyond_controls(self) -> list[dict[str, Any]]:
+        """A grid's points, by path: every combination of choices but those that trials 0 and 1 train, the last path's
+        changing fastest."""
+        axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
+        points = [dict(zip(self.search, point, strict=True)) for point in product(*axes)]
+        recipes = {point: self.recipe.replace(values) for point, values in enumerate(points)}
+        controls = self.recipe, self.recipe.replace({"distillation.alpha": 0.0})
+        return [points[point] for point, recipe in recipes.items() if recipe not in controls]
+
+    @model_validator(mode="after")
+    def _a_grid_is_of_choices(self) -> Self:
+        if self.study.sampler != "grid":
+            return self
+        ranges = [path for path, dimension in self.search.items() if isinstance(dimension, Range)]
+        if ranges:
+            raise ValueError(
+                f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its values as choices"
+            )
+        if self.study.trials > (most := CONTROLS + len(self.beyond_controls)):
+            raise ValueError(
+                f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls included; set it to that"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_is_erased_is_the_same_for_all(self) -> Self:

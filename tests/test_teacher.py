@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdexp.config import Augment, Data, Distillation, Teacher
+from kdexp.config import Augment, Data, Distillation, Teacher, Training
 from kdexp.distill import teacher as module_under_test
 from kdexp.distill.data import Splits, pixels, views
 from kdexp.distill.evaluate import logits_of
@@ -18,14 +18,21 @@ from kdexp.distill.execution import choose
 from kdexp.distill.models import build, weights_hash
 from kdexp.distill.packs import Lane
 from kdexp.distill.teacher import CacheProgress, Ensemble, TeacherError, prepare_teacher, read_weights, write_atomically
-from kdexp.distill.train import EpochReport, train
+from kdexp.distill.train import EpochReport, draw, draw_erased, train
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 TEACHER = Teacher(architecture="cnn", channels=(8, 16), hidden=16, epochs=2, learning_rate=0.01)
 
 
-def prepared(folder: Path, digits, teacher: Teacher = TEACHER, data: Data = DATA, weights: Path | None = None):
-    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights)
+def prepared(
+    folder: Path,
+    digits,
+    teacher: Teacher = TEACHER,
+    data: Data = DATA,
+    weights: Path | None = None,
+    training: Training | None = None,
+):
+    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights, training)
     while True:
         try:
             events.append(next(steps))
@@ -349,3 +356,22 @@ def test_a_resnet_with_a_small_stem_teaches_from_grey_images(tmp_path, digits) -
     few = Splits(digits.train.take(some), digits.validation.take(some))
     teacher, _ = prepared(tmp_path, few, grey)
     assert teacher.parameters == 11_172_810
+
+
+def test_what_is_erased_of_an_image_its_teacher_does_not_see_either(tmp_path, digits) -> None:
+    """A row for each epoch, also where there are fewer views: rectangles are drawn anew in each."""
+    training = Training(epochs=12, seed=5, random_erasing=0.6)
+    cached, _ = prepared(tmp_path, digits, training=training)
+    assert cached.soft.per == "epoch"
+    assert len(cached.soft.logits) == 12 > len(views(DATA.augment))
+    module, samples = build(TEACHER, digits.train), len(digits.train)
+    module.load_state_dict(load_file(cached.weights))
+    chosen = views(DATA.augment)[draw(5, 3, samples, 9)[1]]
+    erased = draw_erased(training, 3, samples, digits.train.image_size)
+    assert 0.5 < (erased[:, 1] > erased[:, 0]).double().mean() < 0.7
+    live = logits_of(module, digits.train, chosen, erased)
+    assert torch.allclose(cached.soft.logits[2].float(), live, rtol=4e-3, atol=2e-2)
+    whole = logits_of(module, digits.train, chosen)
+    assert not torch.allclose(whole, live, rtol=4e-3, atol=2e-2)
+    other, _ = prepared(tmp_path, digits, training=Training(epochs=12, seed=5, random_erasing=0.5))
+    assert other.logits_sha256 != cached.logits_sha256
