@@ -4,7 +4,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
 
     cli, screen                      parse and print
     sweep · reproduce                a study from start to end · a run trained again
-    promote · confirm                the selected model · its recipe trained again with fresh seeds
+    promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
     export · variants                a run's student as a file · the smaller forms of a trained student
     crew, preload · trials           worker processes side by side · one process's part of a study
     study · workers                  Optuna (the only file that knows it) · which processes are alive

@@ -12,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from kdexp.config import Recipe, Selection, Size, Variant
-from kdexp.confirm import Confirmation, Elsewhere, Retraining, SeedDone, Verdict
+from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
 from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
+from kdexp.fresh import Elsewhere, Retraining, SeedDone
 from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
@@ -158,6 +159,7 @@ class Screen:
     def _seed_done(self, event: SeedDone) -> None:
         assert self.study is not None
         self.done += 1
+        self._end(None)  # the teacher, where it had to be made ready first
         self._end(event.number)
         accuracy = event.run.metrics.get("val_accuracy")
         val = f"val {percent(accuracy)}" if accuracy is not None else "done"

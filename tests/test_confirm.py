@@ -12,9 +12,10 @@ from test_sweep import drain, interrupt_at, statuses
 
 from kdexp import KdexpError
 from kdexp.config import ConfigError, Selection, Sweep
-from kdexp.confirm import Confirmation, Elsewhere, Retraining, SeedDone, Verdict, confirm
+from kdexp.confirm import Confirmation, Verdict, confirm
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_splits
+from kdexp.fresh import Elsewhere, Retraining, SeedDone
 from kdexp.promote import candidates, looks, promote, recipe_of, sweep_of
 from kdexp.reproduce import reproduce
 from kdexp.selection import NothingPasses, select
@@ -252,7 +253,7 @@ def test_on_train_and_validation_nothing_is_held_out_and_the_teacher_is_the_tria
 
 
 def test_with_another_teacher_nothing_is_trained(place, store, monkeypatch) -> None:
-    monkeypatch.setattr("kdexp.confirm.facts", lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""})
+    monkeypatch.setattr("kdexp.fresh.facts", lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""})
     with pytest.raises(KdexpError, match="Study 'luck' was run with another teacher"):
         drain(confirming(place, store, seeds=9))
 
