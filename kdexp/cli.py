@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -309,6 +309,28 @@ def reproduce(
 
 
 @app.command()
+def export(
+    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")],
+    precision: Annotated[
+        Literal["float32", "float16", "int8"], typer.Option(help="How the weights are stored: float32, float16 or int8.")
+    ] = "float32",
+    output: Annotated[Optional[Path], typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")] = None,  # noqa: UP045
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation by running it."""
+    settings = _settings(stores, None, tracking_uri, data_dir, "cpu", None)
+    from kdexp.environment import configure
+    from kdexp.export import export as written
+    from kdexp.screen import show_export
+    from kdexp.tracking import Tracking
+
+    configure(settings.device, None)
+    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings)))
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
     stores: Stores = DEFAULT_STORES,
@@ -361,14 +383,13 @@ def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device
     from kdexp.selection import NothingPasses
 
     study = tracking.study(name)
-    trials = candidates(study, tracking)
     try:
         promotion = promote(study, rule, settings, tracking, device)
     except NothingPasses:
-        if trials:
+        if trials := candidates(study, tracking):
             console.print(trials_table(trials, rule, None))
         raise
-    show_promotion(console, trials, promotion)
+    show_promotion(console, promotion)
 
 
 def _rule(

@@ -16,7 +16,8 @@ import torch
 
 from kdexp.config import Selection
 from kdexp.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
-from kdexp.promote import candidates, look_at_test, looks, one_at_a_time, recipe_of, register, sweep_of, tell
+from kdexp.promote import candidates, look_at_test, looks, one_at_a_time, register, sweep_of, tell
+from kdexp.records import recipe_of
 from kdexp.selection import Candidate, FreshSeeds, NothingPasses, confirms, requirement, select
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking

@@ -20,7 +20,7 @@ from kdexp.config import Recipe, Sweep
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.packs import Execution
 from kdexp.distill.randomness import seed_of
-from kdexp.promote import recipe_of
+from kdexp.records import recipe_of
 from kdexp.runner import Prepared, TeacherProgress, facts, goes_on_here, prepare, started
 from kdexp.selection import Candidate
 from kdexp.settings import Settings

@@ -19,7 +19,7 @@ from kdexp.distill.execution import compiles
 from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
 from kdexp.environment import differing
-from kdexp.promote import recipe_of
+from kdexp.records import recipe_of
 from kdexp.runner import EPOCH_METRICS, Prepared, TeacherProgress, environment_of, facts, prepare, started
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking, TrackingError

@@ -11,16 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdexp.config import Recipe, Selection, Size
+from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
+from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
+from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
-from kdexp.promote import Promotion, gain
+from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
-from kdexp.selection import Candidate, clears, passes, requirement, size_of
+from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import EpochDone, TeacherReady, TrialFailed, TrialFinished, TrialSkipped, TrialStarted
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "interval",
     "percent",
     "show_confirmation",
+    "show_export",
     "show_promotion",
     "teacher_line",
     "trials_table",
@@ -197,23 +200,24 @@ def _crew_line(crew: Crew) -> str:
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
     """The trials, smallest first, those over the bar marked."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    varied = any(c.variant != AS_TRAINED for c in trials)
     units: list[Size] = ["parameters", *([rule.size] if rule.size != "parameters" else [])]
-    for name in ("trial", *(unit.replace("_", "-") for unit in units), "val accuracy"):
+    for name in ("trial", *(["variant"] if varied else []), *(unit.replace("_", "-") for unit in units), "val accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(requirement(rule), no_wrap=True)
     table.add_column("run ID", no_wrap=True)
     shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
-        mark = "selected" if selected and c.run_id == selected.run_id else "yes" if passes(c, rule) else "no"
-        sizes = (f"{size_of(c, unit):,}" for unit in units)
+        mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
+        first = (str(c.trial), *([c.variant] if varied else []), *(f"{size_of(c, unit):,}" for unit in units))
         style = "bold green" if mark == "selected" else None
-        table.add_row(str(c.trial), *sizes, percent(c.val_accuracy), mark, c.run_id, style=style)
+        table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
     return table
 
 
-def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion) -> None:
+def show_promotion(console: Console, done: Promotion) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
-    chosen = done.candidate
+    trials, chosen = done.trials, done.candidate
     console.print()
     console.print(trials_table(trials, done.rule, chosen))
     if len(trials) > ROWS:
@@ -225,9 +229,12 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
             f"Distillation: trial 0 (documented defaults) over trial 1 (labels only): {100 * gained:+.2f} points on "
             f"validation, one seed each."
         )
+    if done.rule.size == "bytes" and not available():
+        console.print("Smaller forms of the trials (folded, float16, int8) do not compete: pip install 'kdexp[export]'")
+    variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(
-        f"Selected: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
+        f"Selected: trial {chosen.trial}{variant}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
         f"{chosen.bytes:,} bytes\n"
         f"          val accuracy  {percent(chosen.val_accuracy)} (95 % interval {interval(done.val_interval)})\n"
         f"          test accuracy {percent(done.test_accuracy)} (95 % interval {interval(done.test_interval)}, "
@@ -240,7 +247,7 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
     console.print(
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
-        f"{_load_line(done.model)}\n"
+        f"{_load_line(done.model, done.candidate.variant)}\n"
         f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
     )
 
@@ -266,9 +273,9 @@ def _tta_line(accuracy: float | None) -> str:
     return f"          flip TTA      {percent(accuracy)} on test, never used in choosing\n" if accuracy is not None else ""
 
 
-def _load_line(model: str) -> str:
+def _load_line(model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
-        return f'          mlflow.pytorch.load_model("{model}")   in Python'
+        return f"          {load_call(model, variant)}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 
@@ -279,6 +286,20 @@ def _note_looks(console: Console, looks: int) -> None:
             f"numbers would make the test set a validation set.",
             style="yellow",
         )
+
+
+def show_export(console: Console, done: Exported) -> None:
+    """The file, its sizes, and its accuracy beside that of the student as it was trained."""
+    size, found, seen = done.size, done.validation, "" if done.held_out else " on images that it was trained on"
+    console.print(
+        f"Written:  {done.file}, {done.file_bytes:,} bytes\n"
+        f"          {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes of weights\n"
+        f"          val accuracy {percent(found.accuracy)} (95 % interval {interval(found.interval)}){seen}, measured by "
+        f"running the file; as trained {percent(done.trained_accuracy)}\n\n"
+        f'Next:     onnxruntime.InferenceSession("{done.file}").run(None, {{"pixels": images}})   in Python\n'
+        f"          images: uint8, 0 to 255, of shape (any number, {', '.join(map(str, done.shape))})",
+        markup=False,
+    )
 
 
 def differences_table(differences: Sequence[Difference]) -> Table:

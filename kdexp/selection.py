@@ -8,13 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import stdev
-from typing import Protocol
+from typing import Final, Protocol
 
 from kdexp import KdexpError
-from kdexp.config import Selection, Size
+from kdexp.config import Selection, Size, Variant
 from kdexp.intervals import mean_low, wilson_low
 
-__all__ = ["Candidate", "FreshSeeds", "NothingPasses", "clears", "confirms", "passes", "requirement", "select", "size_of"]
+__all__ = [
+    "AS_TRAINED",
+    "Candidate",
+    "FreshSeeds",
+    "NothingPasses",
+    "clears",
+    "confirms",
+    "passes",
+    "rank",
+    "requirement",
+    "select",
+    "size_of",
+]
+
+AS_TRAINED: Final = "as trained"
 
 
 class NothingPasses(KdexpError):
@@ -44,6 +58,8 @@ class Candidate:
     val_accuracy: float
     val_samples: int | None = None
     """How many images that was measured on; None where the run does not say (recorded by a former version)."""
+    variant: Variant = AS_TRAINED
+    """Or in which precision it is stored, once folded: see kdexp/variants.py."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,14 @@ def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") ->
     passing = [candidate for candidate in candidates if passes(candidate, rule)]
     if not passing:
         raise NothingPasses(_nearest_miss(candidates, rule, study))
-    if rule.goal == "smallest":
-        return min(passing, key=lambda c: (size_of(c, rule.size), -c.val_accuracy, c.trial))
-    return min(passing, key=lambda c: (-c.val_accuracy, size_of(c, rule.size), c.trial))
+    return min(passing, key=lambda candidate: rank(candidate, rule))
+
+
+def rank(candidate: Candidate, rule: Selection) -> tuple[float, float, int, str]:
+    """What `rule` orders candidates by, best first."""
+    size, accuracy = size_of(candidate, rule.size), -candidate.val_accuracy
+    first, second = (size, accuracy) if rule.goal == "smallest" else (accuracy, size)
+    return first, second, candidate.trial, candidate.variant
 
 
 def passes(candidate: Candidate, rule: Selection) -> bool:

@@ -1,6 +1,7 @@
 """When a trial need not be trained to its end, because it cannot be the one that is selected. Pure.
 
-*Beaten*: a smaller student already meets the bar. The selector takes the smallest, so nothing is lost, ever.
+*Beaten*: a smaller student already meets the bar. The selector takes the smallest, so nothing is lost, ever; in bytes none
+is, as rounding its weights may make a larger student the smaller one.
 *Hopeless*: the trials that went to their end show how much validation accuracy is gained from this epoch on. Were
 this one to gain more than any of them, in points and in share of the error, it would still miss the bar by more
 than two standard errors. Curves that cross below the bar do no harm: nothing is ranked, only the bar counts.
@@ -31,9 +32,10 @@ class Outcome:
 
 
 def beaten(size: int, rule: Selection, outcomes: Sequence[Outcome], samples: int) -> Outcome | None:
-    """The smaller student that meets the bar already, if there is one; or none where the goal is accuracy."""
+    """The smaller student that meets the bar already, if there is one; or none where the goal is accuracy or size in bytes."""
+    final = rule.goal == "smallest" and rule.size != "bytes"
     passing = [other for other in outcomes if other.size < size and clears(max(other.curve), samples, rule)]
-    return min(passing, key=lambda other: other.size, default=None) if rule.goal == "smallest" else None
+    return min(passing, key=lambda other: other.size, default=None) if final else None
 
 
 def hopeless(curve: Sequence[float], rule: Selection, outcomes: Sequence[Outcome], epochs: int, samples: int) -> bool:

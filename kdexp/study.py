@@ -27,7 +27,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
-from kdexp.config import Choices, Range, Recipe, Sweep, differences
+from kdexp.config import CONTROLS, Choices, Range, Recipe, Sweep, differences
 from kdexp.distill.checkpoints import Checkpoints, State
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
@@ -39,7 +39,6 @@ from kdexp.workers import Worker
 
 __all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
 
-CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
 SET_UP_SECONDS = 30.0
 UNSIGNED_SECONDS = 60.0
 BEAT_SECONDS = 10.0
@@ -342,6 +341,8 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
             if "mlflow_run_id" not in study.user_attrs:
                 study.set_user_attr("mlflow_run_id", new_parent_run())
             _enqueue_controls(study, sweep)
+            if sweep.study.sampler == "grid":
+                _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
     return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
@@ -439,6 +440,13 @@ def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
             study.enqueue_trial(values, user_attrs={"control": control, "overrides": overrides})
 
 
+def _enqueue_grid(study: optuna.Study, sweep: Sweep) -> None:
+    """Every other point of the grid once, also where another process died in the middle of this."""
+    there = len(study.get_trials(deepcopy=False)) - CONTROLS
+    for point in sweep.beyond_controls[there:]:
+        study.enqueue_trial({path: _stored(sweep.search[path], value) for path, value in point.items()})
+
+
 def _heard(epoch: int, epochs: int) -> bool:
     """Whether Optuna hears of this epoch: 1, 2, 3, 4, 6, 8, 11, 16, 23, … (powers of √2), and the last.
 
@@ -468,7 +476,7 @@ def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
 def _sampler(sweep: Sweep, number: int, path: str = "") -> optuna.samplers.BaseSampler:
     """A sampler seeded by study, trial and value: proposals do not depend on when a study was interrupted."""
     seed = seed_of(sweep.study.seed, f"sampler {path}", number) % 2**32
-    if sweep.study.sampler == "random":
+    if sweep.study.sampler in ("random", "grid"):  # of a grid every trial is enqueued
         return optuna.samplers.RandomSampler(seed=seed)
     if sweep.study.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed)

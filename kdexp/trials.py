@@ -349,11 +349,12 @@ def _train_pack(
     samples = len(prepared.splits.train)
     for begun in group:
         yield _started(begun)
-    refill = len(group) > 1 and here.study.prunes and whole_epochs(first.lane.training, samples)
+    free = here.study.prunes and whole_epochs(first.lane.training, samples) and prepared.teacher.soft.per == "view"
+    refill = len(group) > 1 and free
     if first.checkpoint:
         how = Execution.recorded(first.checkpoint.environment)[0]
         everyone.enter_context(_threads(int(first.checkpoint.environment["threads"])))
-        refill = not how.shared and here.study.prunes and whole_epochs(first.lane.training, samples)
+        refill = not how.shared and free
     else:
         how = choose([begun.lane for begun in group], prepared.splits.train, refill)
     lanes: list[Lane | None] = [None] * how.lanes

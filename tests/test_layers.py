@@ -26,23 +26,29 @@ LAYERS = {
     "kdexp.distill": 2,
     "kdexp.distill.data": 2,
     "kdexp.distill.models": 3,
+    "kdexp.distill.compact": 3,
+    "kdexp.distill.deploy": 4,
     "kdexp.distill.losses": 2,
     "kdexp.distill.evaluate": 3,
     "kdexp.distill.randomness": 2,
     "kdexp.distill.optimizers": 2,
-    "kdexp.distill.packs": 4,
-    "kdexp.distill.train": 5,
-    "kdexp.distill.checkpoints": 6,
-    "kdexp.distill.execution": 6,
-    "kdexp.distill.teacher": 7,
+    "kdexp.distill.stacked": 4,
+    "kdexp.distill.packs": 5,
+    "kdexp.distill.train": 6,
+    "kdexp.distill.checkpoints": 7,
+    "kdexp.distill.execution": 7,
+    "kdexp.distill.teacher": 8,
     "kdexp.tracking": 4,
-    "kdexp.runner": 8,
+    "kdexp.runner": 9,
     "kdexp.study": 9,
     "kdexp.trials": 10,
     "kdexp.crew": 11,
     "kdexp.preload": 12,
     "kdexp.sweep": 12,
+    "kdexp.records": 5,
+    "kdexp.variants": 6,
     "kdexp.promote": 9,
+    "kdexp.export": 9,
     "kdexp.reproduce": 10,
     "kdexp.fresh": 11,
     "kdexp.confirm": 12,
@@ -52,7 +58,12 @@ LAYERS = {
     "kdexp.__main__": 15,
 }
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
-OWNERS = {"mlflow": {"kdexp.tracking"}, "optuna": {"kdexp.study"}}
+OWNERS = {
+    "mlflow": {"kdexp.tracking"},
+    "optuna": {"kdexp.study"},
+    "onnx": {"kdexp.distill.deploy"},
+    "onnxruntime": {"kdexp.distill.deploy"},
+}
 
 
 def modules() -> dict[str, Path]:

@@ -53,13 +53,17 @@ def evaluate(module: nn.Module, split: Split, mirrored: bool = False) -> Evaluat
 
 @torch.no_grad()
 def logits_of(
-    module: nn.Module, split: Split, chosen: Int64[Tensor, "samples 3"] | None = None
+    module: nn.Module,
+    split: Split,
+    chosen: Int64[Tensor, "samples 3"] | None = None,
+    erased: Int64[Tensor, "samples 4"] | None = None,
 ) -> Float[Tensor, "samples classes"]:
-    """The logits of every sample, each in its chosen view."""
+    """The logits of every sample, each in its chosen view, with what is erased of it."""
     training = module.training
     module.eval()
     batches = torch.arange(len(split), device=split.labels.device).split(BATCH)
-    at = None if chosen is None else chosen.to(split.labels.device)
-    logits = torch.cat([module(pixels(split, batch, None if at is None else at[batch])) for batch in batches])
+    drawn = [None if part is None else part.to(split.labels.device) for part in (chosen, erased)]
+    parts = ([None if part is None else part[batch] for part in drawn] for batch in batches)
+    logits = torch.cat([module(pixels(split, batch, *own)) for batch, own in zip(batches, parts, strict=True)])
     module.train(training)
     return logits
