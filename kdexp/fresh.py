@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Sweep
+from kdexp.config import Recipe, Sweep, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.packs import Execution
 from kdexp.distill.randomness import seed_of
@@ -93,8 +93,8 @@ class Retrainer:
     settings: Settings
     tracking: Tracking
     device: torch.device
-    ready: dict[tuple[str, int | None], Prepared] = field(default_factory=dict)
-    """Data and teacher, by the images to train on, and the seed whose draws the logits are of."""
+    ready: dict[tuple[str, Training | None], Prepared] = field(default_factory=dict)
+    """Data and teacher, the last that were needed: by the images, and by the draws that the teacher's cache is for."""
 
     @property
     def folder(self) -> Path:
@@ -134,12 +134,12 @@ class Retrainer:
 
     def _prepared(self, seed: _Seed, trial: RunRecord) -> Generator[TeacherProgress, None, Prepared]:
         """Data and teacher, which must be the trial's."""
-        recipe, training = _on(seed.images, self.sweep.recipe), seed.recipe.training
-        drawn_by = training if training.random_erasing else None  # what is erased is the seed's own, and so are the logits
-        key = seed.images, training.seed if drawn_by else None
+        training = seed.recipe.training if seed.recipe.training.random_erasing else None  # erased anew by each seed
+        key = seed.images, training
         if key not in self.ready:
-            preparing = prepare(recipe, self.settings, self.tracking, self.study.experiment_id, self.device, training=drawn_by)
-            self.ready[key] = yield from preparing
+            self.ready.clear()
+            where = self.settings, self.tracking, self.study.experiment_id, self.device
+            self.ready[key] = yield from prepare(_on(seed.images, self.sweep.recipe), *where, training=training)
         here = facts(self.ready[key])
         for tag, what in (("kdexp.teacher_sha256", "teacher"), ("kdexp.validation_sha256", "validation data")):
             if (then := trial.tags.get(tag, here[tag])) != here[tag]:

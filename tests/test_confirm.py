@@ -252,6 +252,19 @@ def test_on_train_and_validation_nothing_is_held_out_and_the_teacher_is_the_tria
     assert not trained(drain(confirming(place, store, both=True))[0])
 
 
+def test_with_random_erasing_the_teacher_sees_what_each_seed_erases(settings, tracking) -> None:
+    tree = json.loads(tiny_sweep().model_dump_json())
+    tree["training"]["random_erasing"] = 0.5
+    tree["study"]["trials"] = 2
+    drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
+    rule = Selection(accuracy_bar=0.0)
+    _, done = drain(confirm(tracking.study("tiny"), rule, 2, True, settings, tracking, CPU))
+    assert {run.tags["kdexp.logits_per"] for run in done.runs} == {"epoch"}
+    assert len({run.tags["kdexp.logits_sha256"] for run in done.runs}) == 2
+    _, comparison = drain(reproduce(done.runs[1].run_id, settings, tracking, CPU))
+    assert comparison.identical
+
+
 def test_with_another_teacher_nothing_is_trained(place, store, monkeypatch) -> None:
     monkeypatch.setattr("kdexp.fresh.facts", lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""})
     with pytest.raises(KdexpError, match="Study 'luck' was run with another teacher"):
