@@ -212,6 +212,7 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
         first = (str(c.trial), *([c.variant] if varied else []), *(f"{size_of(c, unit):,}" for unit in units))
         style = "bold green" if mark == "selected" else None
         table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
+    table.width = Console(width=1000).measure(table).maximum  # where a terminal is narrower it breaks lines; no run ID is cut
     return table
 
 
@@ -230,7 +231,8 @@ def show_promotion(console: Console, done: Promotion) -> None:
             f"validation, one seed each."
         )
     if done.rule.size == "bytes" and not available():
-        console.print("Smaller forms of the trials (folded, float16, int8) do not compete: pip install 'kdexp[export]'")
+        hint = "Smaller variants of the trials do not compete, they need ONNX: pip install 'kdexp[export]'"
+        console.print(hint, markup=False)
     variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(

@@ -157,13 +157,25 @@ def test_by_bytes_a_variant_is_selected_looked_at_registered_and_measured_once(f
 def test_the_screen_names_the_variant(finished) -> None:
     settings, tracking = finished
     done = promote(tracking.study("tiny"), BYTES, settings, tracking, CPU)
-    console = Console(file=StringIO(), width=200)
+    console = Console(file=StringIO(), width=80, soft_wrap=True)
     show_promotion(console, done)
     text = console.file.getvalue()
     assert f"Selected: trial {done.candidate.trial} as int8, folded" in text
     assert 'mlflow.onnx.load_model("models:/tiny@smallest")' in text
     (row,) = [line for line in text.splitlines() if "selected" in line]
     assert row.split()[:2] == [str(done.candidate.trial), "int8"]
+    assert row.split()[-1] == done.candidate.run_id, "whole, in a narrow terminal too"
+
+
+def test_without_the_libraries_trials_compete_as_trained_and_the_screen_says_what_to_install(finished, monkeypatch) -> None:
+    settings, tracking = finished
+    for module in ("promote", "screen"):
+        monkeypatch.setattr(f"kdexp.{module}.available", lambda: False)
+    done = promote(tracking.study("tiny"), BYTES, settings, tracking, CPU)
+    console = Console(file=StringIO(), width=80, soft_wrap=True)
+    show_promotion(console, done)
+    assert done.candidate.variant == AS_TRAINED
+    assert "pip install 'kdexp[export]'" in console.file.getvalue()
 
 
 def test_by_parameters_trials_are_selected_as_they_were_trained(finished, measurements) -> None:
