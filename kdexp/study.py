@@ -388,7 +388,8 @@ def check_study(sweep: Sweep, settings: Settings) -> None:
             f"distillation.alpha: {{low: 0.0, high: 1.0}}; or use kdexp train for a single run."
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    for talkative in ("alembic", "optuna._gp.batched_lbfgsb"):  # the latter: 'greenlet' would make proposals faster
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     settings.stores.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.stores / ".optuna.lock"):

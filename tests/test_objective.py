@@ -241,9 +241,7 @@ def test_another_objective_is_refused(finished) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
-def test_interrupted_at_will_a_study_proposes_and_ends_like_an_unbroken_one(
-    tmp_path, empty_store, sampler, monkeypatch
-) -> None:
+def test_interrupted_at_will_a_study_proposes_and_ends_like_an_unbroken_one(tmp_path, empty_store, sampler, monkeypatch) -> None:
     """Closed in training, and killed between a proposal and the verdict on it: what is not trained is the same too."""
     found = []
     sweep = small(sampler=sampler, trials=8 if sampler == "gp" else 13)
