@@ -14,7 +14,7 @@ WORKDIR /opt/kdexp
 COPY pyproject.toml constraints.txt ./
 RUN mkdir -p kdexp/distill \
     && touch README.md kdexp/__init__.py kdexp/distill/__init__.py \
-    && pip install -c constraints.txt '.[postgresql]'
+    && pip install -c constraints.txt '.[export,postgresql]'
 
 COPY kdexp kdexp
 RUN pip install --no-deps --force-reinstall .

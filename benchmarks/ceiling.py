@@ -24,7 +24,7 @@ from benchmarks.report import Row, print_report
 from kdexp.config import Recipe
 from kdexp.distill.data import load_splits, views
 from kdexp.distill.execution import multiplies_bf16
-from kdexp.distill.packs import Execution, Lane, Precision, Source, pack_of
+from kdexp.distill.packs import Drawn, Execution, Lane, Precision, Source, pack_of
 from kdexp.environment import configure
 
 CONVOLUTIONS = ((3, 16, 28), (16, 32, 14), (32, 64, 7))  # in, out, side
@@ -86,7 +86,7 @@ def _steps(compiled: bool, precision: Precision, count: int) -> list[float]:
         samples = torch.randint(len(train), (recipe.training.batch_size,), generator=generator)
         chosen = torch.randint(2, samples.shape, generator=generator)
         started = time.perf_counter()
-        pack.step(samples, chosen, rate, torch.tensor([step]))
+        pack.step(Drawn(samples, chosen), rate, torch.tensor([step]))
         times.append(time.perf_counter() - started)
     return times[5:]  # the first compile and warm up
 

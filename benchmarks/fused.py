@@ -22,7 +22,8 @@ from benchmarks.report import Row, print_report
 from kdexp.config import Data, Recipe
 from kdexp.distill.data import load_splits, views
 from kdexp.distill.execution import step_seconds
-from kdexp.distill.packs import Execution, Lane, Lowering, Precision, Source, Stacked
+from kdexp.distill.packs import Drawn, Execution, Lane, Precision, Source, Stacked
+from kdexp.distill.stacked import Lowering
 from kdexp.environment import configure
 
 
@@ -57,7 +58,7 @@ def difference(lane: Lane, source: Source, lanes: int = 3, steps: int = 10) -> f
         pack = Stacked(members, source, Execution(len(members)), torch.float64)
         rates = torch.full((len(members),), 1e-3, dtype=torch.float64, device=device)
         at = torch.zeros(len(members), dtype=torch.int64, device=device)
-        each = [pack.step(batch, torch.zeros_like(batch), rates, at + step).total for step, batch in enumerate(samples)]
+        each = [pack.step(Drawn(batch, torch.zeros_like(batch)), rates, at + step).total for step, batch in enumerate(samples)]
         return torch.stack(each)
 
     fused, apart = losses(others), torch.cat([losses([one]) for one in others], 1)

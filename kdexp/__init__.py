@@ -3,14 +3,18 @@
 The map of the package (imports point down only; tests/test_layers.py holds it to that):
 
     cli, screen                      parse and print
-    sweep · reproduce · promote      a study from start to end · a run trained again · the selected model
+    sweep · reproduce                a study from start to end · a run trained again
+    promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
+    export · variants                a run's student as a file · the smaller forms of a trained student
     crew, preload · trials           worker processes side by side · one process's part of a study
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
-    tracking · ui                    MLflow (the only file that knows it) · its UI
-    objective, selection, stopping   what a study aims at · the rule · what it can no longer select
+    tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
+    objective, stopping              what a study aims at · what it can no longer select
+    selection, intervals             the selection rule · how sure it is
     plots, environment               pictures · what a result depends on besides its recipe
     distill.{train, packs, optimizers, losses, randomness}      the step for one trial, lifted to K; plain PyTorch
+    distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
     distill.{execution, data, models, teacher, evaluate}        how it is carried out here; what it is made of
     config, settings, reading        what to run · where to run it · text to config, or one clear line
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -61,6 +61,18 @@ Pack = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(envvar="KDEXP_PACK", min=1, help="Trials that a process trains as one batch; default: on a GPU the fastest."),
 ]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")]
+Bar = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's."),
+]
+SizeUnit = Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")]  # noqa: UP045
+Limit = Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")]  # noqa: UP045
+Confidence = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(metavar="LEVEL", help="How sure it must be that the bar is met, such as 0.95; default: the sweep's."),
+]
+MostAccurate = Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")]
 DEFAULT_STORES = Path("mlruns")
 
 
@@ -189,11 +201,12 @@ def teacher(
 
 @app.command()
 def select(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")],
-    bar: Annotated[float | None, typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's.")] = None,
-    size: Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")] = None,  # noqa: UP045
-    most_accurate: Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")] = False,
+    study: StudyName,
+    bar: Bar = None,
+    size: SizeUnit = None,
+    limit: Limit = None,
+    confidence: Confidence = None,
+    most_accurate: MostAccurate = False,
     stores: Stores = DEFAULT_STORES,
     tracking_uri: TrackingUri = None,
     data_dir: DataDir = None,
@@ -201,21 +214,52 @@ def select(
 ) -> None:
     """Select the smallest model of a study that meets the bar, and look at the test set once for it."""
     settings = _settings(stores, None, tracking_uri, data_dir, device, None)
-    from kdexp.config import select_rule
     from kdexp.environment import configure
-    from kdexp.promote import sweep_of
     from kdexp.tracking import Tracking
 
     tracking = Tracking(settings)
-    rule = sweep_of(tracking.study(study), tracking).selection
-    changed = {
-        "accuracy_bar": bar,
-        "size": size,
-        "limit": limit,
-        "goal": "most_accurate" if most_accurate else None,
-    }
-    rule = select_rule(rule, {key: value for key, value in changed.items() if value is not None})
+    rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     _select(study, rule, settings, tracking, configure(settings.device, None), _console())
+
+
+@app.command()
+def confirm(
+    study: StudyName,
+    seeds: Annotated[int, typer.Option(min=2, metavar="N", help="How many fresh seeds each candidate is trained with.")] = 3,
+    bar: Bar = None,
+    size: SizeUnit = None,
+    limit: Limit = None,
+    confidence: Confidence = None,
+    most_accurate: MostAccurate = False,
+    train_and_validation: Annotated[
+        bool, typer.Option("--train-and-validation", help="Train the confirmed model on both, and look at that on test.")
+    ] = False,
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at test for the confirmed."""
+    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
+    console = _console()
+    from kdexp.confirm import confirm as with_fresh_seeds
+    from kdexp.environment import configure
+    from kdexp.screen import Screen, show_confirmation
+    from kdexp.tracking import Tracking, TrackingAway
+
+    tracking = Tracking(settings)
+    rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
+    chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
+    try:
+        events = with_fresh_seeds(parent, rule, seeds, train_and_validation, settings, tracking, chosen)
+        with Screen(console) as screen, closing(events):
+            done = yield_all(events, screen)
+    except KeyboardInterrupt:
+        raise KdexpError(f"Stopped; what is trained is kept. Continue with the same command: {_again()}") from None
+    except TrackingAway as error:
+        raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
+    show_confirmation(console, done)
 
 
 @app.command()
@@ -262,6 +306,28 @@ def reproduce(
         raise KdexpError(
             f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}."
         )
+
+
+@app.command()
+def export(
+    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")],
+    precision: Annotated[
+        Literal["float32", "float16", "int8"], typer.Option(help="How the weights are stored: float32, float16 or int8.")
+    ] = "float32",
+    output: Annotated[Optional[Path], typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")] = None,  # noqa: UP045
+    stores: Stores = DEFAULT_STORES,
+    tracking_uri: TrackingUri = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation by running it."""
+    settings = _settings(stores, None, tracking_uri, data_dir, "cpu", None)
+    from kdexp.environment import configure
+    from kdexp.export import export as written
+    from kdexp.screen import show_export
+    from kdexp.tracking import Tracking
+
+    configure(settings.device, None)
+    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings)))
 
 
 @app.command()
@@ -317,14 +383,37 @@ def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device
     from kdexp.selection import NothingPasses
 
     study = tracking.study(name)
-    trials = candidates(study, tracking)
     try:
         promotion = promote(study, rule, settings, tracking, device)
     except NothingPasses:
-        if trials:
+        if trials := candidates(study, tracking):
             console.print(trials_table(trials, rule, None))
         raise
-    show_promotion(console, trials, promotion)
+    show_promotion(console, promotion)
+
+
+def _rule(
+    study: str,
+    tracking: Tracking,
+    bar: float | None,
+    size: str | None,
+    limit: int | None,
+    confidence: float | None,
+    most_accurate: bool,
+) -> Any:
+    """The study's own selection rule with what the command line changes in it."""
+    from kdexp.config import select_rule
+    from kdexp.promote import sweep_of
+
+    changed = {
+        "accuracy_bar": bar,
+        "size": size,
+        "limit": limit,
+        "confidence": confidence,
+        "goal": "most_accurate" if most_accurate else None,
+    }
+    rule = sweep_of(tracking.study(study), tracking).selection
+    return select_rule(rule, {key: value for key, value in changed.items() if value is not None})
 
 
 def _load(file: Path, overrides: list[str] | None) -> Sweep:

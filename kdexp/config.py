@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +26,7 @@ from pydantic import (
 from kdexp.reading import ConfigError, assign, nearest, parse, show, validate
 
 __all__ = [
+    "CONTROLS",
     "Augment",
     "Choices",
     "ConfigError",
@@ -32,6 +34,7 @@ __all__ = [
     "Distillation",
     "Network",
     "Objective",
+    "Precision",
     "Range",
     "Recipe",
     "Selection",
@@ -41,6 +44,7 @@ __all__ = [
     "Sweep",
     "Teacher",
     "Training",
+    "Variant",
     "differences",
     "flatten",
     "load",
@@ -48,11 +52,14 @@ __all__ = [
     "select_rule",
 ]
 
+CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
 Size = Literal["parameters", "multiply_adds", "bytes"]
+Precision = Literal["float32", "float16", "int8"]
+Variant = Literal["as trained", "float32", "float16", "int8"]
 Objective = Literal["smallest", "accuracy", "pareto"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = bool | int | float | str
@@ -82,6 +89,7 @@ class Data(Frozen):
     mean: float = 0.5
     std: float = Field(0.5, gt=0)
     validation_fraction: Fraction = 0.1
+    train_on_validation: bool = Field(False, description="held out from the teacher only: see `kdexp confirm`")
     test_fraction: Fraction = Field(0.2, description="for datasets without a test split of their own")
     split_seed: int = Field(8787, ge=0)
     augment: Augment = Augment()
@@ -96,36 +104,53 @@ class Data(Frozen):
         return self
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "cnn": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 128, "dropout": 0.2},
+    "residual": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 0, "dropout": 0.0},
+    "separable": {"channels": [16, 32, 64], "blocks": 1, "stride": 1, "hidden": 0, "dropout": 0.0},
+}
+"""The networks that are made here, and what their dials are set to where nothing is said."""
+
+
 class Network(Frozen):
-    """A network by name: `cnn` (the documented student, generalised), a torchvision name, or
-    `package.module:callable`, called as callable(channels=, image_size=, classes=, **options)."""
+    """A network by name: one of the families `cnn` (the documented student, generalised), `residual` and `separable`,
+    all with the same dials; a torchvision name; or `package.module:callable`, called as
+    callable(channels=, image_size=, classes=, **options)."""
 
     architecture: str = "cnn"
     channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
-        None, strict=False, description="cnn: one per block"
+        None, strict=False, description="families: one per stage, each of half the height and width"
     )
-    hidden: int | None = Field(None, ge=1, le=65536, description="cnn: width of the hidden layer")
-    dropout: float | None = Field(None, ge=0, lt=1, description="cnn")
+    blocks: int | None = Field(None, ge=1, le=64, description="families: in each stage")
+    stride: Literal[1, 2] | None = Field(None, description="families: of the first convolution; 2: a quarter of the pixels")
+    hidden: int | None = Field(
+        None, ge=0, le=65536, description="families: width of the hidden layer; 0: none, pooled globally"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="families")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="torchvision: small for images under 64 pixels")
     options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
 
     @model_validator(mode="before")
     @classmethod
-    def _cnn_defaults(cls, values: Any) -> Any:
-        default = cls.model_fields["architecture"].default
-        if isinstance(values, Mapping) and values.get("architecture", default) == "cnn":
-            given = {key: value for key, value in values.items() if value is not None}
-            return {"channels": [16, 32, 64], "hidden": 128, "dropout": 0.2, **given}
-        return values
+    def _defaults_of_the_family(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        family = FAMILIES.get(values.get("architecture", cls.model_fields["architecture"].default), {})
+        return {**family, **{key: value for key, value in values.items() if value is not None or key not in family}}
 
     @model_validator(mode="after")
     def _keys_belong_to_the_architecture(self) -> Self:
-        if self.architecture == "cnn":
+        if self.architecture in FAMILIES:
             if not self.channels:
-                raise ValueError("channels needs at least one block, as in [16, 32, 64]")
-        elif (self.channels, self.hidden, self.dropout) != (None, None, None):
-            raise ValueError(f"channels, hidden and dropout belong to architecture cnn, not to {self.architecture}")
+                raise ValueError("channels needs at least one stage, as in [16, 32, 64]")
+        elif any(getattr(self, dial) is not None for dial in FAMILIES["cnn"]):
+            raise ValueError(
+                f"{', '.join(FAMILIES['cnn'])} belong to architecture {', '.join(FAMILIES)}, not to {self.architecture}"
+            )
         if self.options and ":" not in self.architecture:
             raise ValueError("options belong to an architecture of your own, package.module:callable")
+        if self.stem == "small" and (self.architecture in FAMILIES or ":" in self.architecture):
+            raise ValueError(f"stem small belongs to torchvision's networks, not to {self.architecture}")
         return self
 
 
@@ -141,6 +166,9 @@ class Training(Frozen):
     weight_decay: float = Field(1e-6, ge=0)
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread over all classes")
+    random_erasing: float = Field(0.0, ge=0, le=1, description="share of the images in which a rectangle is greyed out")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is then what is kept; 0: none")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights, by validation accuracy")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of activations and products in training")
 
@@ -150,20 +178,36 @@ class Student(Network):
 
 
 class Teacher(Network, Training):
-    """The network whose soft labels the student learns from: trained once, or read from `weights`."""
+    """The network whose soft labels the student learns from: trained once, or read from `weights`.
+
+    A teacher stopped early can teach a small student better: Cho & Hariharan 2019, arXiv:1910.01348.
+    """
 
     architecture: str = "resnet50"
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
+    members: int = Field(1, ge=1, le=16, description="an ensemble: trained with seed, seed + 1, …, their logits averaged")
     epochs: int = Field(20, ge=1)
+    epoch: int | None = Field(None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says")
     learning_rate: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _epoch_is_one_of_the_epochs(self) -> Self:
+        if self.epoch is not None and self.epoch > self.epochs:
+            raise ValueError(f"epoch must be one of the {self.epochs} epochs, got {self.epoch}")
+        return self
 
 
 class Distillation(Frozen):
-    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher."""
+    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher.
+
+    `loss` puts another divergence in the place of KL (see distill/losses.py).
+    """
 
     alpha: float = Field(0.3, ge=0, le=1)
     temperature: float = Field(5.0, gt=0)
     scale_by_t_squared: bool = True
+    loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
+    beta: float = Field(2.0, ge=0, description="decoupled: weight of the wrong classes among each other")
 
 
 class Recipe(Frozen):
@@ -174,6 +218,12 @@ class Recipe(Frozen):
     student: Student = Student()
     distillation: Distillation = Distillation()
     training: Training = Training()
+
+    @model_validator(mode="after")
+    def _epochs_are_chosen_on_images_held_out(self) -> Self:
+        if self.data.train_on_validation and self.training.keep != "last":
+            raise ValueError("data.train_on_validation leaves no images to choose an epoch by: it needs training.keep: last")
+        return self
 
     def value(self, path: str) -> Any:
         """The value at a dotted path, as plain JSON. Raises ValueError where there is none."""
@@ -254,7 +304,7 @@ class Study(Frozen):
 
     objective: Objective = Field("smallest", description="what the search aims at: see kdexp/objective.py")
     trials: int = Field(50, ge=1, description="trained ones; a proposal that is not trained is none")
-    sampler: Literal["tpe", "random", "gp"] = "gp"
+    sampler: Literal["tpe", "random", "gp", "grid"] = Field("gp", description="grid: every combination of choices once")
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
     early_stop: bool = Field(False, description="end a trial that can no longer be selected: see kdexp/stopping.py")
     retries: int = Field(3, ge=0, description="how often a trial that broke off without getting on is tried again")
@@ -278,6 +328,7 @@ class Selection(Frozen):
     size: Size = "parameters"
     limit: int | None = Field(None, ge=1, description="no selected model is larger, in units of `size`")
     goal: Literal["smallest", "most_accurate"] = "smallest"
+    confidence: float | None = Field(None, gt=0.5, lt=1, description="at which the bar must be cleared; null: as estimated")
 
 
 class Sweep(Recipe):
@@ -298,6 +349,51 @@ class Sweep(Recipe):
         """The training whose seed and epochs all trials share; None where they are searched over."""
         deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
         return None if deciding & self.search.keys() else self.training
+
+    @property
+    def beyond_controls(self) -> list[dict[str, Any]]:
+        """A grid's points, by path: every combination of choices but those that trials 0 and 1 train, the last path's
+        changing fastest."""
+        axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
+        points = [dict(zip(self.search, point, strict=True)) for point in product(*axes)]
+        recipes = {point: self.recipe.replace(values) for point, values in enumerate(points)}
+        controls = self.recipe, self.recipe.replace({"distillation.alpha": 0.0})
+        return [points[point] for point, recipe in recipes.items() if recipe not in controls]
+
+    @model_validator(mode="after")
+    def _a_grid_is_of_choices(self) -> Self:
+        if self.study.sampler != "grid":
+            return self
+        if self.study.objective == "smallest":
+            raise ValueError("study.sampler: a grid is trained whole, it aims at nothing; set study.objective to accuracy")
+        ranges = [path for path, dimension in self.search.items() if isinstance(dimension, Range)]
+        if ranges:
+            raise ValueError(
+                f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its values as choices"
+            )
+        if self.study.trials > (most := CONTROLS + len(self.beyond_controls)):
+            raise ValueError(
+                f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls included; set it to that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_erased_is_the_same_for_all(self) -> Self:
+        if "training.random_erasing" in self.search or (self.training.random_erasing and self.shared_training is None):
+            raise ValueError(
+                "training.random_erasing is drawn anew in every epoch, and the teacher's logits are cached for these draws: "
+                "neither it nor training.seed, epochs, max_steps or batch_size may then stand in search"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trials_are_judged_on_images_held_out(self) -> Self:
+        if self.data.train_on_validation:
+            raise ValueError(
+                "data.train_on_validation: trials are judged on validation images, so a sweep file holds them out; "
+                "kdexp confirm --train-and-validation trains the confirmed model on them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _smallest_can_be_aimed_at(self) -> Self:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kdexp.config import Choices, Objective, Selection
+from kdexp.intervals import wilson_low
 
 __all__ = ["DIRECTIONS", "Passing", "compared", "constraints", "needless", "scale", "values"]
 
@@ -40,12 +41,13 @@ def values(aim: Objective, size: int, val_accuracy: float) -> tuple[float, ...]:
     return {"smallest": (float(size),), "accuracy": (val_accuracy,), "pareto": (float(size), val_accuracy)}[aim]
 
 
-def constraints(aim: Objective, size: int, val_accuracy: float, rule: Selection) -> dict[str, float]:
-    """By name, each met where it is at most 0."""
+def constraints(aim: Objective, size: int, val_accuracy: float, rule: Selection, samples: int) -> dict[str, float]:
+    """By name, each met where it is at most 0. With `confidence` the lower end of the accuracy's interval is to meet the bar."""
     if aim != "smallest":
         return {}
-    bar = {"accuracy": math.log((1 - val_accuracy + SLACK) / (1 - rule.accuracy_bar + SLACK))}
-    return bar if rule.limit is None else bar | {"size": math.log(size / rule.limit)}
+    accuracy = wilson_low(val_accuracy, samples, rule.confidence) if rule.confidence else val_accuracy
+    bar = {"accuracy": math.log((1 - accuracy + SLACK) / (1 - rule.accuracy_bar + SLACK))}
+    return bar if rule.limit is None or rule.size == "bytes" else bar | {"size": math.log(size / rule.limit)}
 
 
 def compared(aim: Objective, val_accuracy: float) -> float:
@@ -54,7 +56,12 @@ def compared(aim: Objective, val_accuracy: float) -> float:
 
 
 def needless(aim: Objective, size: int, rule: Selection, smallest: Passing | None) -> str:
-    """Why a student of this size need not be trained, `smallest` being the smallest that passes; or nothing."""
+    """Why a student of this size need not be trained, `smallest` being the smallest that passes; or nothing.
+
+    In bytes there is no reason: rounding its weights may make a larger student the smaller one.
+    """
+    if rule.size == "bytes":
+        return ""
     if aim == "smallest" and rule.limit is not None and size > rule.limit:
         return f"selection.limit is {rule.limit:,}"
     if aim == "smallest" and smallest and size >= smallest.size:

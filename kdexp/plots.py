@@ -8,7 +8,7 @@ from matplotlib.figure import Figure  # the object interface: no display, no glo
 from matplotlib.ticker import LogLocator, NullLocator
 
 from kdexp.config import Selection
-from kdexp.selection import Candidate, passes, size_of
+from kdexp.selection import Candidate, passes, requirement, size_of
 
 __all__ = ["curves", "frontier"]
 
@@ -71,7 +71,7 @@ def frontier(candidates: Sequence[Candidate], rule: Selection, selected: Candida
             color=ORANGE,
             label=f"selected: trial {selected.trial}",
         )
-    axes.axhline(100 * rule.accuracy_bar, color=GREEN, linewidth=1, label=f"bar {rule.accuracy_bar:.2%}")
+    axes.axhline(100 * rule.accuracy_bar, color=GREEN, linewidth=1, label=f"bar: {requirement(rule)}")
     if rule.limit:
         axes.axvline(rule.limit, color=GREY, linewidth=1, linestyle="--", label=f"limit {rule.limit:,}")
     axes.set(xscale="log", xlabel=rule.size.replace("_", "-"), ylabel="validation accuracy, %")

@@ -7,39 +7,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
-from torch import nn
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Selection, Sweep, recorded
-from kdexp.distill.data import Split, load_splits, load_test
+from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
+from kdexp.distill.data import load_splits, load_test
+from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
-from kdexp.distill.models import FromPixels, build
+from kdexp.distill.models import FromPixels
 from kdexp.plots import frontier
-from kdexp.selection import Candidate, select
+from kdexp.records import load_student, recipe_of
+from kdexp.selection import AS_TRAINED, Candidate, requirement, select
 from kdexp.settings import Settings
-from kdexp.tracking import RunRecord, Tracking
+from kdexp.tracking import Kind, RunRecord, Tracking
+from kdexp.variants import contenders, folder_of, load_variant, metrics_of, prefix_of
 
-__all__ = ["Promotion", "candidates", "gain", "promote", "sweep_of"]
+__all__ = [
+    "Promotion",
+    "candidates",
+    "gain",
+    "load_call",
+    "look_at_test",
+    "looks",
+    "one_at_a_time",
+    "promote",
+    "register",
+    "sweep_of",
+    "tell",
+]
 
 
 @dataclass(frozen=True)
 class Promotion:
     """The selected model and its one look at the test split."""
 
+    study: str
     candidate: Candidate
     rule: Selection
     val_interval: tuple[float, float]
     test_accuracy: float
     test_interval: tuple[float, float]
     test_samples: int
+    test_accuracy_tta: float | None
+    """With flip test-time augmentation; None where the recipe does not flip, or a former version looked."""
     new_look: bool
     """False where this model had been looked at before: the number is the one recorded then."""
     looks: int
     """How many models of this study have been looked at on test."""
+    trials: tuple[Candidate, ...]
+    """What it was selected from: the study's trials and, where size is in bytes, such of their variants as came near."""
     model: str
     """Where MLflow loads it from: models:/name@alias; empty where the network cannot be exported."""
 
@@ -49,38 +68,50 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
-    settings.stores.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.stores / ".promote.lock"):  # two workers that finish together look at test once
+    with one_at_a_time(settings):
         return _promote(study, rule, settings, tracking, device)
 
 
+def one_at_a_time(settings: Settings) -> FileLock:
+    """Held around a look at test: of two processes that finish together one looks, the other finds the number."""
+    settings.stores.mkdir(parents=True, exist_ok=True)
+    return FileLock(settings.stores / ".promote.lock")
+
+
 def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:
-    trials = candidates(study, tracking)
-    chosen = select(trials, rule, study.tags["kdexp.study"])
+    trials, name = candidates(study, tracking), study.tags["kdexp.study"]
+    if rule.size == "bytes" and available():
+        trials = contenders(trials, rule, settings, tracking)
+    chosen = select(trials, rule, name)
     run = tracking.read(chosen.run_id)
     recipe = recipe_of(run, tracking)
-    new_look = "test_accuracy" not in run.metrics
+    new_look = "test_accuracy" not in metrics_of(run, chosen.variant)
     if new_look:
-        _look_at_test(run, recipe, study, settings, tracking, device)
+        why = f"**Selected** by study *{name}*{_as(chosen.variant)}."
+        look_at_test(run, recipe, why, settings, tracking, device, chosen.variant)
         run = tracking.read(chosen.run_id)
-    model = _register(run, recipe, study, rule, settings, tracking)
-    for other in tracking.find("trial", {"kdexp.study": study.tags["kdexp.study"], "kdexp.selected": rule.goal}):
+    found = metrics_of(run, chosen.variant)
+    text = f"Validation accuracy {found['val_accuracy']:.2%}, test accuracy {found['test_accuracy']:.2%}"
+    model = register(run, recipe, name, rule.goal.replace("_", "-"), text, settings, tracking, chosen.variant)
+    for other in tracking.find("trial", {"kdexp.study": name, "kdexp.selected": rule.goal}):
         if other.run_id != chosen.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
     tracking.tag(chosen.run_id, {"kdexp.selected": rule.goal})
-    looks = sum("test_accuracy" in trial.metrics for trial in _trials(study, tracking))
     promotion = Promotion(
+        study=name,
         candidate=chosen,
         rule=rule,
-        val_interval=(run.metrics["val_accuracy_low"], run.metrics["val_accuracy_high"]),
-        test_accuracy=run.metrics["test_accuracy"],
-        test_interval=(run.metrics["test_accuracy_low"], run.metrics["test_accuracy_high"]),
-        test_samples=int(run.metrics["test_samples"]),
+        val_interval=(found["val_accuracy_low"], found["val_accuracy_high"]),
+        test_accuracy=found["test_accuracy"],
+        test_interval=(found["test_accuracy_low"], found["test_accuracy_high"]),
+        test_samples=int(found["test_samples"]),
+        test_accuracy_tta=found.get("test_accuracy_tta"),
         new_look=new_look,
-        looks=looks,
+        looks=looks(study, tracking),
+        trials=tuple(trials),
         model=model,
     )
-    _report_on_study(study, trials, promotion, tracking)
+    _report_on_study(study, promotion, tracking)
     return promotion
 
 
@@ -94,6 +125,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
             multiply_adds=int(run.metrics["multiply_adds"]),
             bytes=int(run.metrics["model_bytes"]),
             val_accuracy=run.metrics["val_accuracy"],
+            val_samples=int(run.metrics["val_samples"]) if "val_samples" in run.metrics else None,
         )
         for run in _trials(study, tracking)
         if run.tags.get("kdexp.weights_sha256")
@@ -102,7 +134,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
 
 def gain(trials: Sequence[Candidate]) -> float | None:
     """What distillation gained: validation accuracy of trial 0 (defaults) over trial 1 (labels only)."""
-    accuracy = {trial.trial: trial.val_accuracy for trial in trials}
+    accuracy = {trial.trial: trial.val_accuracy for trial in trials if trial.variant == AS_TRAINED}
     return accuracy[0] - accuracy[1] if 0 in accuracy and 1 in accuracy else None
 
 
@@ -113,18 +145,12 @@ def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
         return recorded(file.read_text(), f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
 
 
-def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:
-    """The student of a finished run, whose recipe this is, with its recorded weights."""
-    module = build(recipe.student, like)
-    with tempfile.TemporaryDirectory() as temporary:
-        module.load_state_dict(load_file(tracking.download(run.run_id, "weights.safetensors", Path(temporary))))
-    return module.eval()
-
-
-def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
-    """The recipe of a run, from its record alone."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return Recipe.model_validate_json(tracking.download(run.run_id, "config.json", Path(temporary)).read_text())
+def looks(study: RunRecord, tracking: Tracking) -> int:
+    """How many of a study's trials have been looked at on test: their own models, those of their fresh seeds, or variants."""
+    kinds: tuple[Kind, ...] = ("trial", "confirmation")
+    runs = [run for kind in kinds for run in tracking.find(kind, {"mlflow.parentRunId": study.run_id})]
+    looked = [(run, name) for run in runs for name in run.metrics if name.rpartition("/")[2] == "test_accuracy"]
+    return len({(run.tags.get("kdexp.confirms", run.run_id), name) for run, name in looked})
 
 
 def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
@@ -133,52 +159,79 @@ def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
     return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
 
 
-def _look_at_test(
-    run: RunRecord, recipe: Recipe, study: RunRecord, settings: Settings, tracking: Tracking, device: torch.device
+def look_at_test(
+    run: RunRecord,
+    recipe: Recipe,
+    why: str,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+    variant: Variant = AS_TRAINED,
 ) -> None:
+    """Evaluate a finished run's student on test and record it there; `why` opens the run's description."""
     test = load_test(recipe.data, settings.data_dir, device)
-    module = load_student(run, recipe, test, tracking).to(device)
+    module = load_variant(run, recipe, variant, test, tracking).to(device)
     result = evaluate(module, test)
     low, high = result.interval
+    found = {
+        "test_accuracy": result.accuracy,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
+        "test_loss": result.loss,
+        "test_samples": result.samples,
+    }
+    if recipe.data.augment.flip:
+        found["test_accuracy_tta"] = evaluate(module, test, mirrored=True).accuracy
     tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
-    tracking.log_metrics(
-        run.run_id,
-        {
-            "test_accuracy": result.accuracy,
-            "test_accuracy_low": low,
-            "test_accuracy_high": high,
-            "test_loss": result.loss,
-            "test_samples": result.samples,
-        },
-    )
+    tracking.log_metrics(run.run_id, {f"{prefix_of(variant)}{name}": value for name, value in found.items()})
     note = (
-        f"**Selected** by study *{study.tags['kdexp.study']}*. Test accuracy **{result.accuracy:.2%}** (95 % interval "
+        f"{why} Test accuracy **{result.accuracy:.2%}** (95 % interval "
         f"{low:.2%} to {high:.2%}, {result.samples:,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
     )
     tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
 
 
-def _register(run: RunRecord, recipe: Recipe, study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
-    """Register the run's student (once) and point the alias to it; the address MLflow loads it from."""
-    name, alias = study.tags["kdexp.study"], rule.goal.replace("_", "-")
-    version = run.tags.get("kdexp.model_version")
+def register(
+    run: RunRecord,
+    recipe: Recipe,
+    name: str,
+    alias: str,
+    measured: str,
+    settings: Settings,
+    tracking: Tracking,
+    variant: Variant = AS_TRAINED,
+) -> str:
+    """Register the run's student (once) under a name and point the alias to it; the address MLflow loads it from.
+
+    Empty where the network cannot be exported.
+    """
+    parameters, takes = int(metrics_of(run, variant)["parameters"]), "float32" if variant == AS_TRAINED else "uint8"
+    text = f"{measured}, {parameters:,} parameters{_as(variant)}. Takes pixels 0 to 255 as {takes}, gives logits."
+    tag = f"{prefix_of(variant)}kdexp.model_version"
+    version = run.tags.get(tag)
     if version:
+        tracking.describe(name, version, text)
         tracking.alias(name, alias, version)
     else:
         try:
-            _log_model(run, recipe, settings, tracking)
+            if variant == AS_TRAINED:
+                _log_model(run, recipe, settings, tracking)
         except KdexpError:
             raise
         except Exception as error:  # torch.export refuses some networks, each in its own way
             tracking.tag(run.run_id, {"kdexp.not_registered": str(error)[:500]})
             return ""
-        text = (
-            f"Validation accuracy {run.metrics['val_accuracy']:.2%}, test accuracy {run.metrics['test_accuracy']:.2%}, "
-            f"{int(run.metrics['parameters']):,} parameters. Takes pixels 0 to 255 as float32, gives logits."
-        )
-        version = tracking.register(run.run_id, name, alias, text)
-        tracking.tag(run.run_id, {"kdexp.model_version": version})
+        version = tracking.register(run.run_id, name, alias, text, folder_of(variant))
+        tracking.tag(run.run_id, {tag: version})
     return f"models:/{name}@{alias}"
+
+
+def tell(study: RunRecord, part: Literal["confirmed", "selected"], text: str, tracking: Tracking) -> None:
+    """Put one part of a study's description; the other stays."""
+    new = {f"kdexp.{part}_note": text[:6000]}
+    known = {**tracking.read(study.run_id).tags, **new}
+    note = "\n\n".join(known[name] for name in ("kdexp.confirmed_note", "kdexp.selected_note") if name in known)
+    tracking.tag(study.run_id, {**new, "mlflow.note.content": note[:8000]})
 
 
 def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> None:
@@ -188,26 +241,41 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
     tracking.log_model(run.run_id, module, example)
 
 
-def _report_on_study(study: RunRecord, trials: Sequence[Candidate], done: Promotion, tracking: Tracking) -> None:
-    chosen, (low, high) = done.candidate, done.test_interval
+def load_call(model: str, variant: Variant = AS_TRAINED) -> str:
+    """How a registered model is loaded in Python."""
+    return f'mlflow.{"pytorch" if variant == AS_TRAINED else "onnx"}.load_model("{model}")'
+
+
+def _as(variant: Variant) -> str:
+    return "" if variant == AS_TRAINED else f" as {variant}"
+
+
+def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
+    trials, chosen, (low, high) = done.trials, done.candidate, done.test_interval
     lines = [
-        f"**Selected: trial {chosen.trial}**, run `{chosen.run_id}`: {chosen.parameters:,} parameters, "
+        f"**Selected: trial {chosen.trial}{_as(chosen.variant)}**, run `{chosen.run_id}`: {chosen.parameters:,} parameters, "
         f"{chosen.val_accuracy:.2%} on validation, **{done.test_accuracy:.2%}** on test (95 % interval {low:.2%} to "
         f"{high:.2%}, {done.test_samples:,} images).",
         "",
-        f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')}, validation accuracy at least "
-        f'{done.rule.accuracy_bar:.2%}. Load it: `mlflow.pytorch.load_model("{done.model}")`. '
+        f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')}, validation accuracy "
+        f"{requirement(done.rule)}. Load it: `{load_call(done.model, chosen.variant)}`. "
         f"Train it again: `kdexp reproduce {chosen.run_id}`.",
         "",
         "| trial | parameters | validation accuracy | run |",
         "|---|---|---|---|",
         *(
-            f"| {c.trial}{' ← selected' if c == chosen else ''} | {c.parameters:,} | {c.val_accuracy:.2%} | `{c.run_id}` |"
+            f"| {c.trial}{_as(c.variant)}{' ← selected' if c == chosen else ''} "
+            f"| {c.parameters:,} | {c.val_accuracy:.2%} | `{c.run_id}` |"
             for c in trials
         ),
     ]
-    tracking.tag(study.run_id, {"mlflow.note.content": "\n".join(lines)[:8000], "kdexp.selected_run": chosen.run_id})
-    metrics = {"trials": len(trials), "selected_parameters": chosen.parameters, "selected_val_accuracy": chosen.val_accuracy}
+    tell(study, "selected", "\n".join(lines), tracking)
+    tracking.tag(study.run_id, {"kdexp.selected_run": chosen.run_id})
+    metrics = {
+        "trials": len({c.trial for c in trials}),
+        "selected_parameters": chosen.parameters,
+        "selected_val_accuracy": chosen.val_accuracy,
+    }
     gained = gain(trials)
     tracking.log_metrics(study.run_id, metrics | ({"distillation_gain": gained} if gained is not None else {}))
     with tempfile.TemporaryDirectory() as temporary:

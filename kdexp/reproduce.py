@@ -19,7 +19,7 @@ from kdexp.distill.execution import compiles
 from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
 from kdexp.environment import differing
-from kdexp.promote import recipe_of
+from kdexp.records import recipe_of
 from kdexp.runner import EPOCH_METRICS, Prepared, TeacherProgress, environment_of, facts, prepare, started
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking, TrackingError
@@ -132,7 +132,7 @@ def _check(run: RunRecord, tracking: Tracking) -> None:
         trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
         example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
         raise KdexpError(f"Run {run.run_id} is a whole study; reproduce one of its trials: kdexp reproduce {example}")
-    if kind not in ("trial", "train", "reproduction"):
+    if kind not in ("trial", "confirmation", "train", "reproduction"):
         raise KdexpError(
             f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only trained students can be reproduced."
         )

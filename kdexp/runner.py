@@ -24,13 +24,13 @@ from kdexp import KdexpError
 from kdexp.config import Data, Recipe, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
-from kdexp.distill.evaluate import wilson_interval
 from kdexp.distill.execution import choose, compiles
 from kdexp.distill.models import Size, build, measure, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
-from kdexp.distill.train import EpochReport, train
+from kdexp.distill.train import EpochReport, Snapshot, train
 from kdexp.environment import record
+from kdexp.intervals import wilson_interval
 from kdexp.plots import curves
 from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import EpochMetrics, Kind, Tracking, TrackingAway
@@ -80,6 +80,7 @@ class Result:
     state: State
     size: Size
     val_accuracy: float
+    val_samples: int
     val_interval: tuple[float, float]
     kept_epoch: int
     epochs: int
@@ -102,6 +103,8 @@ class Running:
     state: State = "complete"
     kept: Kept | None = None
     bad_step: int | None = None
+    begun: Snapshot | None = None
+    """Where `epochs()` goes on from."""
     history: list[dict[str, float]] = field(default_factory=list)
     safe: int = 0
     """So many epochs of the history are in a checkpoint (or need none) ..."""
@@ -113,8 +116,11 @@ class Running:
 
     def epochs(self) -> Iterator[EpochReport]:
         """Train in a pack of its own, whose other lanes are copies, and record each epoch as it comes."""
-        lanes, shared = [Lane.of(self.recipe)] * self.how.lanes, self.prepared
-        for reports in train(lanes, shared.splits, shared.data, shared.teacher.soft, self.how):
+        over = self.state != "complete"  # resumed between its last epoch and its end
+        if over:
+            return
+        lanes, begun, shared = [Lane.of(self.recipe)] * self.how.lanes, [self.begun] * self.how.lanes, self.prepared
+        for reports in train(lanes, shared.splits, shared.data, shared.teacher.soft, self.how, resumed=begun):
             report = reports[self.place]
             assert report is not None
             self.record(report)
@@ -135,6 +141,7 @@ class Running:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from there. What was measured is sent again from the first: what MLflow has, it stores once."""
         self.state, self.kept, self.bad_step = checkpoint.state, checkpoint.kept, checkpoint.bad_step
+        self.begun = checkpoint.snapshot
         self.history = [dict(row) for row in checkpoint.history]
         self.safe = len(self.history)
         tags = {"kdexp.state": "", "kdexp.error": "", "kdexp.resumed_from_epoch": str(checkpoint.snapshot.epoch)}
@@ -180,6 +187,9 @@ def prepare(
     `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
+    if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
+        held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
+        weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights
     teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights, training)
     return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, settings, tracking, experiment_id))
 
@@ -284,6 +294,7 @@ def _log_record(running: Running, summary: str) -> None:
 def _describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
     """A run's description for someone who has never seen kdexp, in Markdown."""
     how, training, teacher = recipe.distillation, recipe.training, prepared.teacher
+    seen = "it was trained on: no measure of it" if recipe.data.train_on_validation else "held out of the training set"
     return "\n".join(
         [
             f"A small network (the *student*, {_named(recipe.student)}) learns {recipe.data.dataset} from the labels and "
@@ -298,7 +309,7 @@ def _describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
             f"| training | {training.epochs} epochs, {training.optimizer}, learning rate {training.learning_rate:.3g} "
             f"({training.schedule}), batch {training.batch_size}, seed {training.seed} |",
             "",
-            "`val_accuracy` is measured on images held out of the training set; `epoch/…` are the curves. "
+            f"`val_accuracy` is measured on images {seen}; `epoch/…` are the curves. "
             "Artifacts: `config.json` is the whole recipe, `weights.safetensors` the student.",
         ]
     )
@@ -311,11 +322,13 @@ def _conclude(running: Running) -> Result:
     correct = kept.val_correct if kept else 0
     low, high = wilson_interval(correct, len(validation))
     sha256 = weights_hash(kept.weights) if kept and kept.weights else ""
+    held_out = not running.recipe.data.train_on_validation
     result = Result(
         run_id=run_id,
         state=running.state,
         size=size,
         val_accuracy=correct / len(validation),
+        val_samples=len(validation),
         val_interval=(low, high),
         kept_epoch=kept.epoch if kept else 0,
         epochs=len(running.history),
@@ -333,9 +346,7 @@ def _conclude(running: Running) -> Result:
             "parameters": size.parameters,
             "multiply_adds": size.multiply_adds,
             "model_bytes": size.bytes,
-            "val_accuracy": result.val_accuracy,
-            "val_accuracy_low": low,
-            "val_accuracy_high": high,
+            **(_measured(result) if held_out else {}),
             "kept_epoch": result.kept_epoch,
             "epochs_trained": result.epochs,
             "train_seconds": sum(row["seconds"] for row in running.history),
@@ -345,8 +356,9 @@ def _conclude(running: Running) -> Result:
     )
     diverged = f"Diverged (loss not finite from step {running.bad_step})"
     how = {"complete": "Trained to the end", "pruned": "Pruned", "diverged": diverged}[running.state]
+    accuracy = f"**{result.val_accuracy:.2%}** validation accuracy (95 % interval {low:.2%} to {high:.2%})"
     note = (
-        f"**{result.val_accuracy:.2%}** validation accuracy (95 % interval {low:.2%} to {high:.2%}) with "
+        f"{accuracy if held_out else 'Trained on train and validation together,'} with "
         f"**{size.parameters:,}** parameters. {how} after {result.epochs} epochs; weights of epoch {result.kept_epoch}.\n\n"
         f"Train it again, bit for bit: `kdexp reproduce {run_id}`"
     )
@@ -360,6 +372,13 @@ def _conclude(running: Running) -> Result:
         },
     )
     return result
+
+
+def _measured(result: Result) -> dict[str, float]:
+    """What is known of its accuracy."""
+    low, high = result.val_interval
+    accuracy, samples = result.val_accuracy, result.val_samples
+    return {"val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high, "val_samples": samples}
 
 
 def _teacher_run(
@@ -432,7 +451,9 @@ def _log_datasets(tracking: Tracking, run_id: str, data: Data, splits: Mapping[s
 
 
 def _named(network: Any) -> str:
-    """A network in a few characters: 'cnn 16-32-64/128'."""
+    """A network in a few characters: 'cnn 16-32-64/128', '3 x resnet18'."""
+    if getattr(network, "members", 1) > 1:
+        return f"{network.members} x {_named(network.model_copy(update={'members': 1}))}"
     if network.architecture == "cnn":
         return f"cnn {'-'.join(map(str, network.channels))}/{network.hidden}"
     return " ".join([network.architecture, *(f"{key}={value}" for key, value in network.options.items())])

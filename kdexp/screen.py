@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -10,14 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdexp.config import Recipe, Selection, Size
+from kdexp.config import Recipe, Selection, Size, Variant
+from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
+from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress
 from kdexp.distill.train import EpochReport
-from kdexp.promote import Promotion, gain
+from kdexp.export import Exported
+from kdexp.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
-from kdexp.selection import Candidate, passes, size_of
+from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
     EpochDone,
     NothingSmaller,
@@ -29,7 +34,17 @@ from kdexp.sweep import (
     TrialStarted,
 )
 
-__all__ = ["Screen", "differences_table", "interval", "percent", "show_promotion", "teacher_line", "trials_table"]
+__all__ = [
+    "Screen",
+    "differences_table",
+    "interval",
+    "percent",
+    "show_confirmation",
+    "show_export",
+    "show_promotion",
+    "teacher_line",
+    "trials_table",
+]
 
 ROWS = 20  # trials shown; the rest are in the UI
 
@@ -100,6 +115,15 @@ class Screen:
             case TrialGivenUp():
                 self.done = max(self.done, event.done)
                 self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
+            case Retraining():
+                self._retraining(event)
+            case SeedDone():
+                self._seed_done(event)
+            case Elsewhere():
+                self.console.print(f"seed {event.number} is left to another command: waiting for it")
+            case Verdict():
+                said = "[green]confirmed[/]" if event.confirmed else "[yellow]not confirmed[/]"
+                self.console.print(f"trial {event.candidate.trial}  val {event}  {said} ({requirement(event.rule)})")
             case Checked(differences=()):
                 self.console.print("checked   code, libraries, machine, data and teacher are as recorded")
             case Checked(differences=found):
@@ -129,7 +153,7 @@ class Screen:
         self.console.print(f"{label}  {result.size.parameters:>9,} parameters  val {percent(result.val_accuracy)}{state}")
         if self.best is None or result.val_accuracy > self.best.val_accuracy:
             self.best = result
-        if self.rule and result.val_accuracy >= self.rule.accuracy_bar:
+        if self.rule and clears(result.val_accuracy, result.val_samples, self.rule):
             size = int(getattr(result.size, self.rule.size))
             if size <= min(self.rule.limit or size, self.smallest or size):
                 self.smallest = size
@@ -137,6 +161,27 @@ class Screen:
         if self.study is not None:
             note = f"best val {percent(self.best.val_accuracy)}{small}"
             self.progress.update(self.study, completed=self.done + sum(self.shares.values()), note=note)
+
+    def _retraining(self, event: Retraining) -> None:
+        """A bar for the seeds of a candidate, in the place of the one before."""
+        if self.study is not None:
+            self.progress.remove_task(self.study)
+        self.done, self.labels = 0, {number + 1: f"seed {number + 1}" for number in range(event.seeds)}
+        self.study = self.progress.add_task(f"trial {event.candidate.trial}", total=event.seeds, note="fresh seeds")
+        self.console.print(
+            f"trial {event.candidate.trial}  {event.candidate.parameters:,} parameters, again with {event.seeds} fresh seeds, "
+            f"trained on {event.images}"
+        )
+
+    def _seed_done(self, event: SeedDone) -> None:
+        assert self.study is not None
+        self.done += 1
+        self._end(None)  # the teacher, where it had to be made ready first
+        self._end(event.number)
+        accuracy = event.run.metrics.get("val_accuracy")
+        val = f"val {percent(accuracy)}" if accuracy is not None else "done"
+        self.console.print(f"seed {event.number}  {val}{'' if event.new else '  (trained before)'}")
+        self.progress.update(self.study, completed=self.done)
 
     def _not_trained(self) -> None:
         """Proposals come in crowds: one line for all since the last."""
@@ -184,23 +229,25 @@ def _nothing_smaller(event: NothingSmaller) -> str:
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
     """The trials, smallest first, those over the bar marked."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    varied = any(c.variant != AS_TRAINED for c in trials)
     units: list[Size] = ["parameters", *([rule.size] if rule.size != "parameters" else [])]
-    for name in ("trial", *(unit.replace("_", "-") for unit in units), "val accuracy"):
+    for name in ("trial", *(["variant"] if varied else []), *(unit.replace("_", "-") for unit in units), "val accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(f"≥ {percent(rule.accuracy_bar)}", no_wrap=True)
+    table.add_column(requirement(rule), no_wrap=True)
     table.add_column("run ID", no_wrap=True)
     shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
-        mark = "selected" if selected and c.run_id == selected.run_id else "yes" if passes(c, rule) else "no"
-        sizes = (f"{size_of(c, unit):,}" for unit in units)
+        mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
+        first = (str(c.trial), *([c.variant] if varied else []), *(f"{size_of(c, unit):,}" for unit in units))
         style = "bold green" if mark == "selected" else None
-        table.add_row(str(c.trial), *sizes, percent(c.val_accuracy), mark, c.run_id, style=style)
+        table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
+    table.width = Console(width=1000).measure(table).maximum  # where a terminal is narrower it breaks lines; no run ID is cut
     return table
 
 
-def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotion) -> None:
+def show_promotion(console: Console, done: Promotion) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
-    chosen = done.candidate
+    trials, chosen = done.trials, done.candidate
     console.print()
     console.print(trials_table(trials, done.rule, chosen))
     if len(trials) > ROWS:
@@ -212,30 +259,77 @@ def show_promotion(console: Console, trials: Sequence[Candidate], done: Promotio
             f"Distillation: trial 0 (documented defaults) over trial 1 (labels only): {100 * gained:+.2f} points on "
             f"validation, one seed each."
         )
+    if done.rule.size == "bytes" and not available():
+        hint = "Smaller variants of the trials do not compete, they need ONNX: pip install 'kdexp[export]'"
+        console.print(hint, markup=False)
+    variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(
-        f"Selected: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
+        f"Selected: trial {chosen.trial}{variant}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
         f"{chosen.bytes:,} bytes\n"
         f"          val accuracy  {percent(chosen.val_accuracy)} (95 % interval {interval(done.val_interval)})\n"
         f"          test accuracy {percent(done.test_accuracy)} (95 % interval {interval(done.test_interval)}, "
         f"{done.test_samples:,} images, {look})\n"
+        f"{_tta_line(done.test_accuracy_tta)}"
         f"Run ID:   {chosen.run_id}",
         style="bold",
     )
-    if done.looks > 1:
-        console.print(
-            f"Note: {done.looks} models of this study have now been looked at on test; choosing between them by those "
-            f"numbers would make the test set a validation set.",
-            style="yellow",
-        )
+    _note_looks(console, done.looks)
     console.print(
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
-        + (
-            f'          mlflow.pytorch.load_model("{done.model}")   in Python'
-            if done.model
-            else "(not registered: torch.export cannot export this network; its weights are in the run)"
+        f"{_load_line(done.model, done.candidate.variant)}\n"
+        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
+    )
+
+
+def show_confirmation(console: Console, done: Confirmation) -> None:
+    """The confirmed recipe, its models' look at test, and the next commands."""
+    chosen, runs = done.verdict.candidate, ", ".join(run.run_id for run in done.runs)
+    tta = f"\n          flip TTA      {done.tta}" if done.tta else ""
+    console.print(
+        f"\nConfirmed: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
+        f"{chosen.bytes:,} bytes\n"
+        f"          val accuracy  {done.verdict}\n"
+        f"          test accuracy {done.test} ({done.test.samples:,} images, each model looked at once, trained on "
+        f"{done.images}){tta}\n"
+        f"Run IDs:  {runs}",
+        style="bold",
+    )
+    _note_looks(console, done.looks)
+    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(done.model)}")
+
+
+def _tta_line(accuracy: float | None) -> str:
+    return f"          flip TTA      {percent(accuracy)} on test, never used in choosing\n" if accuracy is not None else ""
+
+
+def _load_line(model: str, variant: Variant = AS_TRAINED) -> str:
+    if model:
+        return f"          {load_call(model, variant)}   in Python"
+    return "(not registered: torch.export cannot export this network; its weights are in the run)"
+
+
+def _note_looks(console: Console, looks: int) -> None:
+    if looks > 1:
+        console.print(
+            f"Note: {looks} models of this study have now been looked at on test; choosing between them by those "
+            f"numbers would make the test set a validation set.",
+            style="yellow",
         )
+
+
+def show_export(console: Console, done: Exported) -> None:
+    """The file, its sizes, and its accuracy beside that of the student as it was trained."""
+    size, found, seen = done.size, done.validation, "" if done.held_out else " on images that it was trained on"
+    console.print(
+        f"Written:  {done.file}, {done.file_bytes:,} bytes\n"
+        f"          {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes of weights\n"
+        f"          val accuracy {percent(found.accuracy)} (95 % interval {interval(found.interval)}){seen}, measured by "
+        f"running the file; as trained {percent(done.trained_accuracy)}\n\n"
+        f'Next:     onnxruntime.InferenceSession("{done.file}").run(None, {{"pixels": images}})   in Python\n'
+        f"          images: uint8, 0 to 255, of shape (any number, {', '.join(map(str, done.shape))})",
+        markup=False,
     )
 
 

@@ -1,18 +1,34 @@
 """The selection rule: the smallest trial that meets the accuracy bar, or the most accurate within a size limit.
 
-Pure: no store, no network, no test split.
+And the verdict on a recipe that was trained again with fresh seeds. Pure: no store, no network, no test split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from statistics import stdev
+from typing import Final, Protocol
 
 from kdexp import KdexpError
-from kdexp.config import Selection, Size
+from kdexp.config import Selection, Size, Variant
+from kdexp.intervals import mean_low, wilson_low
 
-__all__ = ["Candidate", "NothingPasses", "passes", "select", "size_of"]
+__all__ = [
+    "AS_TRAINED",
+    "Candidate",
+    "FreshSeeds",
+    "NothingPasses",
+    "clears",
+    "confirms",
+    "passes",
+    "rank",
+    "requirement",
+    "select",
+    "size_of",
+]
+
+AS_TRAINED: Final = "as trained"
 
 
 class NothingPasses(KdexpError):
@@ -40,6 +56,40 @@ class Candidate:
     multiply_adds: int
     bytes: int
     val_accuracy: float
+    val_samples: int | None = None
+    """How many images that was measured on; None where the run does not say (recorded by a former version)."""
+    variant: Variant = AS_TRAINED
+    """Or in which precision it is stored, once folded: see kdexp/variants.py."""
+
+
+@dataclass(frozen=True)
+class FreshSeeds:
+    """What a recipe came to with seeds that no choice has seen: correct predictions of each on the same validation images."""
+
+    correct: tuple[int, ...]
+    samples: int
+
+    @property
+    def mean(self) -> float:
+        """Validation accuracy over all seeds."""
+        return sum(self.correct) / (len(self.correct) * self.samples)
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation from seed to seed (n - 1)."""
+        return stdev(self.accuracies)
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Of each seed."""
+        return tuple(correct / self.samples for correct in self.correct)
+
+    def held_against(self, rule: Selection) -> float:
+        """What is compared with the bar: the mean, or with `confidence` the lower end of its interval."""
+        return mean_low(self.accuracies, self.samples, rule.confidence) if rule.confidence else self.mean
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} % ± {100 * self.sd:.2f} over {len(self.correct)} fresh seeds"
 
 
 def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") -> Candidate:
@@ -50,14 +100,41 @@ def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") ->
     passing = [candidate for candidate in candidates if passes(candidate, rule)]
     if not passing:
         raise NothingPasses(_nearest_miss(candidates, rule, study))
-    if rule.goal == "smallest":
-        return min(passing, key=lambda c: (size_of(c, rule.size), -c.val_accuracy, c.trial))
-    return min(passing, key=lambda c: (-c.val_accuracy, size_of(c, rule.size), c.trial))
+    return min(passing, key=lambda candidate: rank(candidate, rule))
+
+
+def rank(candidate: Candidate, rule: Selection) -> tuple[float, float, int, str]:
+    """What `rule` orders candidates by, best first."""
+    size, accuracy = size_of(candidate, rule.size), -candidate.val_accuracy
+    first, second = (size, accuracy) if rule.goal == "smallest" else (accuracy, size)
+    return first, second, candidate.trial, candidate.variant
 
 
 def passes(candidate: Candidate, rule: Selection) -> bool:
-    """Whether a candidate meets both bar and limit."""
-    return candidate.val_accuracy >= rule.accuracy_bar and _within(candidate, rule)
+    """Whether a candidate meets both bar and limit. Raises KdexpError where its record is too old for a confidence."""
+    if rule.confidence and candidate.val_samples is None:
+        raise KdexpError(
+            f"Trial {candidate.trial} (run {candidate.run_id}) was recorded by a former version of kdexp, without the number "
+            f"of its validation images: it can only be selected without confidence (selection.confidence: null)."
+        )
+    return clears(candidate.val_accuracy, candidate.val_samples or 0, rule) and _within(candidate, rule)
+
+
+def clears(val_accuracy: float, val_samples: int, rule: Selection) -> bool:
+    """Whether a validation accuracy meets the bar: itself, or with `confidence` the lower end of its Wilson interval."""
+    if rule.confidence is None:
+        return val_accuracy >= rule.accuracy_bar
+    return wilson_low(val_accuracy, val_samples, rule.confidence) >= rule.accuracy_bar
+
+
+def confirms(seeds: FreshSeeds, rule: Selection) -> bool:
+    """Whether fresh seeds confirm that a recipe meets the bar."""
+    return seeds.held_against(rule) >= rule.accuracy_bar
+
+
+def requirement(rule: Selection) -> str:
+    """What validation accuracy must be, in a few characters: '≥ 92.40 % at 95 %'."""
+    return f"≥ {100 * rule.accuracy_bar:.2f} %" + (f" at {100 * rule.confidence:g} %" if rule.confidence else "")
 
 
 def size_of(candidate: Sized, size: Size) -> int:
@@ -84,8 +161,12 @@ def _nearest_miss(candidates: Sequence[Candidate], rule: Selection, study: str) 
             f"students to 'search'."
         )
     best = max(within, key=lambda c: (c.val_accuracy, -size_of(c, rule.size), -c.trial))
+    sure, low = "", ""
+    if rule.confidence and best.val_samples:
+        sure = f" at {100 * rule.confidence:g} % confidence"
+        low = f", lower end {wilson_low(best.val_accuracy, best.val_samples, rule.confidence):.4f}"
     return (
-        f"No student{of} reaches validation accuracy {rule.accuracy_bar:.4g}{limit}. Best: {best.val_accuracy:.4f} "
+        f"No student{of} reaches validation accuracy {rule.accuracy_bar:.4g}{sure}{limit}. Best: {best.val_accuracy:.4f}{low} "
         f"({size_of(best, rule.size):,} {unit}, trial {best.trial}, run {best.run_id}). Lower the bar "
         f"(kdexp select --bar), train longer (training.epochs), or add larger students to 'search'."
     )

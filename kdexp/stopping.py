@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from kdexp.config import Selection
+from kdexp.selection import clears
 
 __all__ = ["hopeless"]
 
@@ -32,4 +33,4 @@ def hopeless(curve: Sequence[float], rule: Selection, finished: Sequence[Sequenc
     error = (1 - best) * min((1 - end) / max(1 - then, 1e-9) for then, end in ends)
     bar = rule.accuracy_bar
     margin = STANDARD_ERRORS * math.sqrt(bar * (1 - bar) / samples)
-    return max(points, 1 - error) + margin < bar
+    return not clears(min(max(points, 1 - error) + margin, 1.0), samples, rule)

@@ -28,7 +28,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
-from kdexp.config import Choices, Objective, Recipe, Selection, Sweep, differences, recorded
+from kdexp.config import CONTROLS, Choices, Objective, Recipe, Selection, Sweep, differences, recorded
 from kdexp.distill.checkpoints import Checkpoints, State
 from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
@@ -44,7 +44,6 @@ __all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_stud
 STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
-CONTROLS = 2  # trials 0 and 1: never pruned, or there is nothing to compare with
 SET_UP_SECONDS = 30.0
 UNSIGNED_SECONDS = 60.0
 BEAT_SECONDS = 10.0
@@ -61,10 +60,11 @@ HandedBack = Literal["released", "failed"]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial's training ended, its validation accuracy, and the student's size."""
+    """How a trial's training ended, its validation accuracy over so many images, and the student's size."""
 
     state: State
     val_accuracy: float
+    val_samples: int
     size: Size
 
 
@@ -260,7 +260,7 @@ class OpenStudy:
     def tell(self, number: int, ended: Ended) -> None:
         """A trial has ended. Where size is minimised, one that has met the bar is complete, however it ended."""
         size = size_of(ended.size, self.sweep.selection.size)
-        limits = constraints(self._aim, size, ended.val_accuracy, self.sweep.selection)
+        limits = constraints(self._aim, size, ended.val_accuracy, self.sweep.selection, ended.val_samples)
         if ended.state == "complete" or (limits and max(limits.values()) <= 0):
             self._tell(number, values(self._aim, size, ended.val_accuracy), TrialState.COMPLETE, limits)
         else:
@@ -416,6 +416,8 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
             if "mlflow_run_id" not in study.user_attrs:
                 study.set_user_attr("mlflow_run_id", new_parent_run())
             _enqueue_controls(study, sweep)
+            if sweep.study.sampler == "grid":
+                _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
     return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
@@ -528,6 +530,13 @@ def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
             study.enqueue_trial(start, user_attrs={"control": control, "overrides": overrides})
 
 
+def _enqueue_grid(study: optuna.Study, sweep: Sweep) -> None:
+    """Every other point of the grid once, also where another process died in the middle of this."""
+    there = len(study.get_trials(deepcopy=False)) - CONTROLS
+    for point in sweep.beyond_controls[there:]:
+        study.enqueue_trial({path: _stored(sweep, path, value) for path, value in point.items()})
+
+
 def _heard(epoch: int, epochs: int) -> bool:
     """Whether Optuna hears of this epoch: 1, 2, 3, 4, 6, 8, 11, 16, 23, … (powers of √2), and the last.
 
@@ -565,7 +574,7 @@ def _sampler(sweep: Sweep, number: int, untrained: int, path: str = "") -> optun
     After so many proposals in a row that were not worth training, a sampler that chooses would choose the like again.
     """
     seed = seed_of(sweep.study.seed, f"sampler {path}", number) % 2**32
-    if sweep.study.sampler == "random" or untrained >= STUBBORN:
+    if sweep.study.sampler in ("random", "grid") or untrained >= STUBBORN:  # of a grid every trial is enqueued
         return optuna.samplers.RandomSampler(seed=seed)
     if sweep.study.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False)

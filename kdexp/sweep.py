@@ -105,7 +105,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
 def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of their own."""
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
-    return sweep.shared_training if alone or not (sweep.study.early_stop or sweep.study.pruner != "none") else None
+    together = alone or not (sweep.study.early_stop or sweep.study.pruner != "none") or sweep.training.random_erasing
+    return sweep.shared_training if together else None
 
 
 def _facts(prepared: Prepared) -> dict[str, str]:

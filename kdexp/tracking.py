@@ -1,7 +1,7 @@
 """MLflow, through a client that is handed around: no global run, no global tracking URI.
 
-One experiment per sweep name. In it: one parent run per study, one child run per trial, one run per teacher,
-and the runs of `train` and `reproduce`. `kdexp.kind` tells them apart.
+One experiment per sweep name. In it: one parent run per study, one child run per trial and per fresh seed of a
+confirmation, one run per teacher, and the runs of `train` and `reproduce`. `kdexp.kind` tells them apart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mlflow.tracking import MlflowClient
 
 __all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError"]
 
-Kind = Literal["study", "trial", "train", "teacher", "reproduction"]
+Kind = Literal["study", "trial", "confirmation", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
 R = TypeVar("R")
 RACES = 5
@@ -192,6 +192,22 @@ class Tracking:
             )
             self.log_files(run_id, folder, "model")
 
+    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str) -> None:
+        """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what MLflow keeps with it."""
+        import mlflow.onnx
+        from mlflow.models import infer_signature
+
+        with tempfile.TemporaryDirectory() as temporary:
+            mlflow.onnx.save_model(
+                model,
+                Path(temporary) / "model",
+                signature=infer_signature(example, gives),
+                pip_requirements=[f"{name}=={version(name)}" for name in ("onnx", "onnxruntime")],
+                onnx_execution_providers=["CPUExecutionProvider"],
+                save_as_external_data=False,
+            )
+            self.log_files(run_id, Path(temporary) / "model", folder)
+
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """A text as an artifact."""
         self._do(self.client.log_text, run_id, text, name)
@@ -222,17 +238,21 @@ class Tracking:
         else:
             self._do(self.client.set_terminated, run_id, status=status)
 
-    def register(self, run_id: str, name: str, alias: str, description: str) -> str:
-        """The run's artifact folder `model` as a new version of a registered model, under an alias; its version."""
+    def register(self, run_id: str, name: str, alias: str, description: str, folder: str = "model") -> str:
+        """An artifact folder of the run as a new version of a registered model, under an alias; its version."""
         try:
             self._do(self.client.create_registered_model, name)
         except TrackingError as error:
             if _code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = self._do(self.client.get_run, run_id).info.artifact_uri + "/model"
+        source = self._do(self.client.get_run, run_id).info.artifact_uri + f"/{folder}"
         registered = self._do(self.client.create_model_version, name, source, run_id=run_id, description=description)
         self.alias(name, alias, str(registered.version))
         return str(registered.version)
+
+    def describe(self, name: str, version: str, description: str) -> None:
+        """Describe a version of a registered model anew."""
+        self._do(self.client.update_model_version, name, version, description)
 
     def alias(self, name: str, alias: str, version: str) -> None:
         """Let an alias point to a version."""

@@ -314,11 +314,11 @@ class _Seat:
     def leave(self) -> TrialFinished:
         """Close the run, then tell Optuna."""
         self.stack.close()
-        result = self.running.result
+        result, samples = self.running.result, len(self.here.prepared.splits.validation)
         assert result is not None
         if self.here.study.sweep.study.early_stop and result.state == "complete":
             self.trial.remember(self._curve())
-        self.here.study.tell(self.trial.number, Ended(result.state, result.val_accuracy, result.size))
+        self.here.study.tell(self.trial.number, Ended(result.state, result.val_accuracy, samples, result.size))
         self.here.checkpoints.remove(_name(self.trial))
         self.left = True
         return TrialFinished(self.trial.number, result, self.here.study.done)
@@ -356,11 +356,12 @@ def _train_pack(
     samples = len(prepared.splits.train)
     for begun in group:
         yield _started(begun)
-    refill = len(group) > 1 and here.study.prunes and whole_epochs(first.lane.training, samples)
+    free = here.study.prunes and whole_epochs(first.lane.training, samples) and prepared.teacher.soft.per == "view"
+    refill = len(group) > 1 and free
     if first.checkpoint:
         how = Execution.recorded(first.checkpoint.environment)[0]
         everyone.enter_context(_threads(int(first.checkpoint.environment["threads"])))
-        refill = not how.shared and here.study.prunes and whole_epochs(first.lane.training, samples)
+        refill = not how.shared and free
     else:
         how = choose([begun.lane for begun in group], prepared.splits.train, refill)
     lanes: list[Lane | None] = [None] * how.lanes
@@ -428,7 +429,8 @@ def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
     for run in tracking.find("trial", _tags(number, study)):
         if run.status == "FINISHED":
             size = Size(*(int(run.metrics[name]) for name in ("parameters", "multiply_adds", "model_bytes")))
-            return Ended(run.tags["kdexp.state"], run.metrics["val_accuracy"], size)  # type: ignore[arg-type]
+            accuracy, samples = run.metrics["val_accuracy"], int(run.metrics.get("val_samples", 0))
+            return Ended(run.tags["kdexp.state"], accuracy, samples, size)  # type: ignore[arg-type]
         if run.status == "RUNNING":
             tracking.tag(run.run_id, {"kdexp.state": "interrupted", "kdexp.error": "its worker is gone"})
             tracking.finish(run.run_id, "KILLED")

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import contenders
+from benchmarks import contenders, honesty
 from kdexp.config import Recipe
 from kdexp.distill.losses import distillation_loss
 
@@ -45,6 +46,27 @@ def test_the_contenders_images_are_ours(digits) -> None:
     floats = torch.stack([contenders._Images(split, contenders.TEST)[number][0] for number in range(5)])
     assert torch.allclose(floats, pixels(split, torch.arange(5)).expand(-1, 3, -1, -1), atol=1e-6)
     assert torch.allclose(floats, contenders._floats(split.images), atol=1e-6)
+
+
+def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlated() -> None:
+    options = honesty._options(["--candidates", "2", "--images", "500", "--shared", "0.4", "--seed-sd", "0"])
+    generator = np.random.default_rng(1)
+    off = []
+    for _ in range(4000):
+        study = honesty.draw(options, generator)
+        found = np.array([candidate.val_accuracy for candidate in study.candidates])
+        off.append((found - study.true) / np.sqrt(study.true * (1 - study.true) / 500))
+    assert np.cov(np.array(off).T) == pytest.approx(np.array([[1, 0.4], [0.4, 1]]), abs=0.06)
+    assert np.mean(off) == pytest.approx(0, abs=0.04)
+
+
+def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_cost_of_size(capsys) -> None:
+    honesty.main(["--repetitions", "60"])
+    plain, confirmed, sure, both = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    for better, worse in ((confirmed, plain), (sure, plain), (both, confirmed), (both, sure)):
+        assert better["under_bar_%"] < worse["under_bar_%"]
+        assert better["size_ratio"] > worse["size_ratio"]
+    assert both["under_bar_%"] <= 10
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_the_quick_sweep_keeps_alpha_temperature_and_learning_rate() -> None:
 
 
 def test_every_shipped_sweep_is_valid_and_round_trips_exactly() -> None:
-    assert len(SWEEPS) == 3
+    assert len(SWEEPS) == 4
     for path in SWEEPS:
         sweep = load(path)
         assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep
@@ -87,11 +87,23 @@ MISTAKES = {  # override → what the message must hold
     "data.validation_fraction=1": ["below 1"],
     "data.path=x": ["image_folder"],
     "data=5": ["a section of keys"],
-    "student.channels=[]": ["at least one block"],
+    "student.channels=[]": ["at least one stage"],
     "student.channels=[1, x]": ["student.channels.1", "integer"],
     "student.channels=[0]": ["student.channels.0", "0"],
     "student.architecture=resnet18": [],
     "teacher.architecture=resnet18": ["belong to architecture cnn"],
+    "teacher.epoch=1000": ["epoch must be one of the", "got 1000"],
+    "teacher.members=17": ["teacher.members", "17", "at most 16"],
+    "student.stem=small": ["stem small belongs to torchvision's networks, not to cnn"],
+    "student.blocks=0": ["student.blocks", "0"],
+    "student.stride=3": ["student.stride", "3", "1 or 2"],
+    "student={architecture: residul}": [],
+    "training.ema=1": ["training.ema", "at least 0, below 1"],
+    "training.label_smoothing=1": ["training.label_smoothing", "below 1"],
+    "distillation.loss=dkd": ["'kl', 'standardized', 'decoupled' or 'correlation'"],
+    "search.training.random_erasing={low: 0.0, high: 0.5}": ["neither it nor training.seed"],
+    "study.sampler=grid": ["a grid has choices only; search.distillation.alpha is a range"],
+    "student.stem=smal": ["did you mean small?"],
     "name=a/b": ["name", "a/b"],
     "study.sampler=tpee": ["did you mean tpe?"],
     "study.trials=0": ["study.trials", "at least 1"],

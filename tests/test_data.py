@@ -16,7 +16,7 @@ from PIL import Image
 
 from kdexp.config import Augment, Data
 from kdexp.distill import data as data_module
-from kdexp.distill.data import DataError, Split, load_splits, load_test, pixels, stratified, views
+from kdexp.distill.data import DataError, Split, load_splits, load_test, pixels, rectangles, stratified, views
 
 
 def split(images: torch.Tensor, channels: int = 1, mean: float = 0.5, std: float = 0.5) -> Split:
@@ -271,3 +271,28 @@ def test_a_flipped_bit_in_fashion_mnist_is_noticed(tmp_path, fashion) -> None:
     file.write_bytes(gzip.compress(bytes(content)))
     with pytest.raises(DataError, match=f"corrupt: MD5 {hashlib.md5(content).hexdigest()}"):
         load_splits(Data(), tmp_path)
+
+
+def test_random_erasing_takes_rectangles_of_the_published_sizes_from_its_share_of_the_images() -> None:
+    taken = rectangles(0.3, 20_000, (28, 28), torch.Generator().manual_seed(1))
+    top, bottom, left, right = taken.unbind(1)
+    area = (bottom - top) * (right - left)
+    assert taken.min() >= 0
+    assert taken.max() <= 28
+    some = area > 0
+    assert some.double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert area[some].min().item() >= 0.01 * 784
+    assert area[some].max().item() <= 0.42 * 784
+    assert area[some].double().mean().item() / 784 == pytest.approx(0.2, abs=0.02)
+    assert not rectangles(0.0, 100, (28, 28), torch.Generator()).any()
+
+
+def test_what_is_erased_is_grey_and_nothing_else_changes(digits) -> None:
+    samples, erased = torch.arange(3), torch.tensor([[1, 4, 2, 7], [0, 0, 0, 0], [0, 8, 0, 8]])
+    before, after = pixels(digits.train, samples), pixels(digits.train, samples, None, erased)
+    assert torch.equal(after[1], before[1])
+    assert not after[2].any()
+    assert not after[0, :, 1:4, 2:7].any()
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[1:4, 2:7] = False
+    assert torch.equal(after[0, 0][outside], before[0, 0][outside])

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from kdexp.distill.data import pixels
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 
 
@@ -55,3 +56,14 @@ def test_evaluation_leaves_the_network_as_it_was(digits) -> None:
     assert torch.equal(first, second)
     assert module.training
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_flip_augmentation_averages_the_probabilities_of_an_image_and_its_mirror_image(digits) -> None:
+    split = digits.validation
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    result = evaluate(module, split, mirrored=True)
+    images = pixels(split, torch.arange(len(split)))
+    mean = (module(images).softmax(1) + module(images.flip(3)).softmax(1)) / 2
+    assert result.correct == int((mean.argmax(1) == split.labels).sum())
+    assert result.loss == pytest.approx(nn.functional.nll_loss(mean.log(), split.labels).item(), rel=1e-5)
+    assert result.loss != pytest.approx(evaluate(module, split).loss, rel=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from kdexp.distill.losses import distillation_loss
+from kdexp.distill.losses import Term, distillation_loss, label_loss
 
 
 def batch(seed: int, samples: int = 6, classes: int = 10, spread: float = 3.0):
@@ -39,7 +39,7 @@ def reference(student, teacher, labels, alpha, temperature, scale) -> float:
 )
 def test_it_equals_the_float64_reference(seed, alpha, temperature, scale, samples, classes) -> None:
     student, teacher, labels = batch(seed, samples, classes)
-    loss = distillation_loss(student, teacher, labels, alpha, temperature, scale)
+    loss = distillation_loss(student, teacher, labels, alpha, temperature, Term("kl", scale))
     assert loss.total.item() == pytest.approx(
         reference(student, teacher, labels, alpha, temperature, scale), rel=1e-9, abs=1e-9
     )
@@ -69,7 +69,7 @@ def test_it_is_continuous_at_both_ends_of_alpha(alpha: float) -> None:
 
 def test_at_temperature_1_the_soft_term_is_the_plain_divergence() -> None:
     student, teacher, labels = batch(4)
-    scaled, plain = (distillation_loss(student, teacher, labels, 1.0, 1.0, scale) for scale in (True, False))
+    scaled, plain = (distillation_loss(student, teacher, labels, 1.0, 1.0, Term("kl", scale)) for scale in (True, False))
     assert scaled.total == plain.total
 
 
@@ -89,7 +89,7 @@ def test_at_large_temperature_it_matches_logits() -> None:
 def gradient(temperature: float, scale: bool) -> float:
     student, teacher, labels = batch(7, samples=64, spread=1.0)
     student.requires_grad_()
-    distillation_loss(student, teacher, labels, 1.0, temperature, scale).total.backward()
+    distillation_loss(student, teacher, labels, 1.0, temperature, Term("kl", scale)).total.backward()
     return student.grad.norm().item()
 
 
@@ -106,3 +106,72 @@ def test_a_mean_over_samples_not_over_classes() -> None:
     twice = distillation_loss(student.repeat(2, 1), teacher.repeat(2, 1), labels.repeat(2), 0.3, 5.0).total
     assert twice.item() == pytest.approx(once.item())
     assert once.item() == pytest.approx(reference(student, teacher, labels, 0.3, 5.0, True))
+
+
+# --- other divergences in KL's place ---
+
+KINDS = ["kl", "standardized", "decoupled", "correlation"]
+
+
+def other_reference(kind: str, student, teacher, labels, temperature: float, beta: float) -> float:
+    """Each as its paper writes it, in numpy, float64, sample by sample."""
+    s, t, y = student.numpy(), teacher.numpy(), labels.numpy()
+
+    def soft(x: np.ndarray) -> np.ndarray:
+        return np.exp(log_softmax(x, axis=-1))
+
+    def kl(p: np.ndarray, q: np.ndarray) -> float:
+        return float(np.sum(p * (np.log(p) - np.log(q))))
+
+    if kind == "standardized":
+        s, t = ((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in (s, t))
+    p, q = soft(t / temperature), soft(s / temperature)
+    if kind == "correlation":
+        rows = [1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)]
+        columns = [1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T, strict=True)]
+        return float(np.mean(rows) + np.mean(columns))
+    total = 0.0
+    for a, b, label in zip(p, q, y, strict=True):
+        if kind != "decoupled":
+            total += kl(a, b)
+            continue
+        wrong = np.arange(len(a)) != label
+        binary = kl(np.array([a[label], a[wrong].sum()]), np.array([b[label], b[wrong].sum()]))
+        total += binary + beta * kl(a[wrong] / a[wrong].sum(), b[wrong] / b[wrong].sum())
+    return total / len(y)
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 10_000), st.floats(0.5, 20), st.floats(0, 4), st.integers(2, 9))
+def test_every_divergence_equals_its_papers_formula(kind, seed, temperature, beta, samples) -> None:
+    student, teacher, labels = batch(seed, samples)
+    loss = distillation_loss(student, teacher, labels, 1.0, temperature, Term(kind, False, beta))
+    expected = other_reference(kind, student, teacher, labels, temperature, beta)
+    near = 1e-3 if kind == "correlation" else 1e-6  # of a class that hardly varies, a correlation is anybody's guess
+    assert loss.distillation.item() == pytest.approx(expected, rel=near, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_has_nothing_to_say_to_its_equal_whatever_the_divergence(kind) -> None:
+    student, _, labels = batch(3)
+    student.requires_grad_()
+    loss = distillation_loss(student, student.detach(), labels, 1.0, 4.0, Term(kind))
+    loss.total.backward()
+    assert loss.total.item() == pytest.approx(0, abs=1e-9)
+    assert student.grad.abs().max().item() == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanes_have_each_their_own_loss(kind) -> None:
+    student, teacher, labels = batch(4)
+    alpha, temperature = torch.tensor([0.2, 0.9]).double(), torch.tensor([1.5, 6.0]).double()
+    both = distillation_loss(torch.stack([student, 2 * student]), teacher, labels, alpha, temperature, Term(kind))
+    for lane, own in enumerate((student, 2 * student)):
+        alone = distillation_loss(own, teacher, labels, alpha[lane].item(), temperature[lane].item(), Term(kind))
+        assert both.total[lane].item() == pytest.approx(alone.total.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_torchs(smoothing) -> None:
+    student, _, labels = batch(5)
+    expected = torch.nn.functional.cross_entropy(student, labels, label_smoothing=smoothing)
+    assert label_loss(student, labels, smoothing).item() == pytest.approx(expected.item(), rel=1e-12)

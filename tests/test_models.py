@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from kdexp.config import Network, Student, Teacher
@@ -73,6 +74,25 @@ def test_the_documented_teacher_is_resnet50_with_10_outputs() -> None:
     assert measure(build(Teacher(), images()), images()).parameters == 23_528_522
 
 
+@pytest.mark.parametrize(
+    ("architecture", "channels", "parameters"),
+    [("resnet18", 3, 11_173_962), ("resnet18", 1, 11_172_810), ("resnet50", 3, 23_520_842), ("resnet50", 1, 23_519_690)],
+)
+def test_a_small_stem_is_a_3x3_convolution_of_as_many_channels_as_there_are(architecture, channels, parameters) -> None:
+    module = build(Teacher(architecture=architecture, stem="small"), images(channels))
+    assert measure(module, images(channels)).parameters == parameters
+    assert module.maxpool(module.conv1(torch.zeros(1, channels, 28, 28))).shape == (1, 64, 28, 28)
+
+
+def test_imagenets_stem_is_torchvisions_network_to_the_bit() -> None:
+    def seeded(make):
+        torch.manual_seed(0)
+        return weights_hash(make().state_dict())
+
+    network = Teacher(architecture="resnet18")
+    assert seeded(lambda: build(network, images())) == seeded(lambda: torchvision.models.resnet18(num_classes=10))
+
+
 @pytest.mark.parametrize(("channels", "hidden", "parameters"), [((4, 8, 16), 32, 6_602), ((8, 16, 32), 128, 44_426)])
 def test_the_student_generalises_by_channels_and_hidden_width(channels, hidden, parameters) -> None:
     assert measure(build(Student(channels=channels, hidden=hidden), images()), images()).parameters == parameters
@@ -103,7 +123,9 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch) -> None:
     ("network", "like", "says"),
     [
         (Network(architecture="resnet5"), images(), "no network named 'resnet5'; did you mean resnet50?"),
-        (Network(architecture="resnet18"), images(channels=1), "take 3 channels"),
+        (Network(architecture="resnet18"), images(channels=1), "take 3 channels, data.channels is 1; set it to 3, or"),
+        (Network(architecture="shufflenet_v2_x1_0", stem="small"), images(), "has no stem that could be small"),
+        (Network(architecture="mobilenet_v2", stem="small"), images(channels=1), "set stem to imagenet"),
         (Network(architecture="cnn", channels=(1,) * 5), images(), "halvings leave nothing"),
         (Network(architecture="alexnet"), images(), "cannot be built"),
         (Network(architecture="torch.nn:Identity"), images(), r"gives \(2, 3, 28, 28\) for 2 images, expected logits"),
@@ -130,3 +152,35 @@ def test_the_registered_form_takes_pixels() -> None:
     student = build(Student(), like).eval()
     pixels = torch.randint(256, (4, 3, 28, 28)).float()
     assert torch.equal(FromPixels(student, like)(pixels), student((pixels / 255 - 0.5) / 0.5))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "blocks", "parameters"),
+    [("residual", (2, 4, 8), 3, 4_520), ("residual", (4, 8, 16), 3, 17_462), ("residual", (16, 32, 64), 3, 272_186)],
+)
+def test_the_residual_family_is_cifars_resnet_20(architecture, channels, blocks, parameters) -> None:
+    """20 layers, a projection where a stage begins, grey images as one channel."""
+    network = Student(architecture=architecture, channels=channels, blocks=blocks)
+    assert measure(build(network, images(channels=1)), images(channels=1)).parameters == parameters
+
+
+def test_pooling_globally_leaves_out_the_hidden_layer() -> None:
+    assert measure(build(Student(hidden=0), images()), images()).parameters == 448 + 32 + 4_640 + 64 + 18_496 + 128 + 650
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "residual", "separable"])
+def test_a_stride_of_two_keeps_the_parameters_and_spares_multiply_adds(architecture) -> None:
+    one, two = (
+        measure(build(Student(architecture=architecture, channels=(4, 8), hidden=0, stride=stride), images()), images())
+        for stride in (1, 2)
+    )
+    assert one.parameters == two.parameters
+    assert two.multiply_adds < 0.3 * one.multiply_adds
+
+
+def test_separable_convolutions_cost_a_fraction_of_whole_ones() -> None:
+    whole, apart = (
+        measure(build(Student(architecture=a, channels=(16, 32)), images()), images()).parameters
+        for a in ("residual", "separable")
+    )
+    assert apart < 0.2 * whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from kdexp.distill.evaluate import evaluate
 from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build
 from kdexp.distill.optimizers import Optimizer
-from kdexp.distill.packs import Execution, Lane, Separate, Source, Stacked, convolve, gather
+from kdexp.distill.packs import Drawn, Execution, Lane, Separate, Source, Stacked, gather, pack_of, plan_for
 from kdexp.distill.randomness import dropout_mask, uniform_bits
+from kdexp.distill.stacked import convolve
 from kdexp.distill.train import train
 
 LOWERINGS = ["grouped", "unfold", "vmap", "separate"]
@@ -36,6 +38,44 @@ def lane(place: int = 0, optimizer: str = "adam", seed: int | None = None, dropo
     )
 
 
+def lane_of(network: dict, place: int = 0, **training) -> Lane:
+    """A lane of another kind of network."""
+    settings = {"learning_rate": 0.01 / (1 + place), "seed": place, **training}
+    return Lane(Student(**network), Training(**settings), Distillation(alpha=0.1 + 0.3 * place))
+
+
+NETWORKS = {
+    "residual": {"architecture": "residual", "channels": (4, 6), "dropout": 0.1},
+    "residual, deep and strided": {"architecture": "residual", "channels": (4, 4), "blocks": 2, "stride": 2},
+    "separable": {"architecture": "separable", "channels": (4, 6)},
+    "cnn, pooled globally": {"channels": (4, 6), "blocks": 2, "hidden": 0},
+    "one of a user's own": {"architecture": "user_nets:mlp", "options": {"width": 12}},
+}
+
+
+@pytest.fixture(autouse=True)
+def user_nets(tmp_path, monkeypatch):
+    """A file of a user's own networks."""
+    (tmp_path / "user_nets.py").write_text(
+        "from torch import nn\n"
+        "def mlp(channels, image_size, classes, width):\n"
+        "    pixels = channels * image_size[0] * image_size[1]\n"
+        "    hidden = nn.Linear(pixels, width), nn.ReLU(), nn.Dropout(0.2)\n"
+        "    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))\n"
+        "class Odd(nn.Module):\n"
+        "    def __init__(self, pixels, classes):\n"
+        "        super().__init__()\n"
+        "        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))\n"
+        "    def forward(self, x):\n"
+        "        return self.inner(x).sigmoid()\n"
+        "def odd(channels, image_size, classes):\n"
+        "    return Odd(channels * image_size[0] * image_size[1], classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("user_nets", None)
+
+
 def source(splits: Splits) -> Source:
     generator = torch.Generator().manual_seed(3)
     at = views(DATA.augment)
@@ -53,12 +93,12 @@ def steps_of(pack: Stacked | Separate, data: list[tuple[torch.Tensor, torch.Tens
     """Train on these batches; the losses, [steps, 3, lanes]."""
     rate = torch.tensor(rates, dtype=torch.float64)
     return torch.stack(
-        [torch.stack(pack.step(*batch, rate, torch.full((len(rates),), step))) for step, batch in enumerate(data)]
+        [torch.stack(pack.step(Drawn(*batch), rate, torch.full((len(rates),), step))) for step, batch in enumerate(data)]
     )
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+    return float(((one - other).norm() / other.norm()).detach())
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -83,6 +123,79 @@ def test_fused_equals_separate_to_1e_10_after_50_steps(digits, optimizer, loweri
         assert difference(logits[0][place], logits[1][0]) <= 1e-10
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_network_of_plain_layers_is_fused_and_equals_its_modules(digits, name, shared) -> None:
+    """Also where it is a user's own; dropout off, since a module's own draws its masks otherwise."""
+    network = {**NETWORKS[name], **({"dropout": 0.0} if "dropout" in NETWORKS[name] else {})}
+    lanes = [lane_of(network, place, ema=0.9, label_smoothing=0.1) for place in range(3)]
+    rates, data = [one.training.learning_rate for one in lanes], draws(digits, None if shared else 3)
+    packs = [kind(lanes, source(digits), Execution(3, shared), torch.float64) for kind in (Stacked, Separate)]
+    if "own" in name:
+        for pack in packs[1:]:
+            for module in pack.modules:
+                module[3].p = 0.0
+        packs[0].drop.zero_()
+    fused, apart = (steps_of(pack, data, rates) for pack in packs)
+    assert difference(fused, apart) <= 1e-10
+    images = pixels(digits.validation, torch.arange(50))
+    assert difference(packs[0].logits(images), packs[1].logits(images)) <= 1e-10
+    for place in range(3):
+        one, other = (pack.state(place) for pack in packs)
+        assert one.keys() == other.keys()
+        assert all(difference(one[name].double(), other[name].double()) <= 1e-9 for name in one if other[name].double().norm())
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_other_networks_too_are_the_same_fused_and_alone(digits, name, lowering) -> None:
+    lanes = [lane_of(NETWORKS[name], place) for place in range(2)]
+    rates, data = [one.training.learning_rate for one in lanes], draws(digits, None, 10)
+    fused = steps_of(Stacked(lanes, source(digits), Execution(2, lowering=lowering), torch.float64), data, rates)
+    for place, one in enumerate(lanes):
+        alone = steps_of(Stacked([one], source(digits), Execution(), torch.float64), data, rates[place : place + 1])
+        assert difference(fused[:, :, place], alone[:, :, 0]) <= 1e-10
+
+
+def test_what_has_no_stacked_form_steps_side_by_side(digits) -> None:
+    odd, plain = lane_of({"architecture": "user_nets:odd"}), lane_of({"architecture": "user_nets:mlp", "options": {"width": 4}})
+    assert isinstance(pack_of([odd], source(digits), Execution()), Separate)
+    assert isinstance(pack_of([plain], source(digits), Execution()), Stacked)
+    assert plan_for(odd, digits.train) is None
+
+
+@pytest.mark.parametrize("kind", [Stacked, Separate])
+def test_the_moving_average_is_what_is_kept_evaluated_and_resumed(digits, kind) -> None:
+    """Against its own definition, step by step; from a snapshot it goes on as if unbroken."""
+    one, data = lane_of(NETWORKS["residual"], ema=0.99), draws(digits, None, 30)
+    pack = kind([one], source(digits), Execution(), torch.float64)
+    plain = kind([lane_of(NETWORKS["residual"])], source(digits), Execution(), torch.float64)
+    expected = {name: tensor.double() for name, tensor in plain.state(0).items()}
+    rate = torch.tensor([0.01], dtype=torch.float64)
+    for step, batch in enumerate(data):
+        for each in (pack, plain):
+            each.step(Drawn(*batch), rate, torch.tensor([step]))
+        decay = min(0.99, (2 + step) / (11 + step))
+        live = plain.state(0)
+        expected = {name: decay * tensor + (1 - decay) * live[name] for name, tensor in expected.items()}
+        if step == 15:
+            half = pack.save(0)
+    found = pack.state(0)
+    floats = [name for name, tensor in found.items() if tensor.is_floating_point()]
+    assert len(floats) > 10
+    for name in floats:
+        assert difference(found[name], expected[name]) <= 1e-10
+    module = build(one.network, digits.train).double()
+    module.load_state_dict(found)
+    images = pixels(digits.validation, torch.arange(50)).double()
+    assert difference(pack.logits(images)[0], module.eval()(images)) <= 1e-10
+    again = kind([one], source(digits), Execution(), torch.float64)
+    again.load(0, half)
+    for step, batch in list(enumerate(data))[16:]:
+        again.step(Drawn(*batch), rate, torch.tensor([step]))
+    assert all(torch.equal(again.state(0)[name], found[name]) for name in found)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_one_lane_equals_the_plain_module_under_torchs_own_optimizer(digits, optimizer) -> None:
     one, data = lane(1, optimizer, dropout=0.0), draws(digits, None)
@@ -96,7 +209,7 @@ def test_one_lane_equals_the_plain_module_under_torchs_own_optimizer(digits, opt
         module.parameters(), lr=one.training.learning_rate, weight_decay=one.training.weight_decay, **extra
     )
     for step, drawn in enumerate(data):
-        how, batch = one.distillation, gather(source(digits), *drawn, torch.float64)
+        how, batch = one.distillation, gather(source(digits), Drawn(*drawn), torch.float64)
         loss = distillation_loss(module(batch.images), batch.soft, batch.labels, how.alpha, how.temperature)
         assert losses[step, 0, 0].item() == pytest.approx(loss.total.item(), rel=1e-10)
         reference.zero_grad()
@@ -160,21 +273,21 @@ def test_every_lowering_is_the_same_convolution(lowering) -> None:
 
 def test_dropout_keeps_its_share_scales_it_and_repeats_itself() -> None:
     p, keys, steps = torch.tensor([0.2, 0.5]), torch.tensor([11, 12]), torch.tensor([4, 4])
-    one = dropout_mask(200, 100, p, keys, steps, 0)
-    assert torch.equal(one, dropout_mask(200, 100, p, keys, steps, 0))
+    one = dropout_mask(200, 100, p, keys, steps)
+    assert torch.equal(one, dropout_mask(200, 100, p, keys, steps))
     for lane in range(2):
         kept = (one[lane] != 0).double().mean().item()
         assert kept == pytest.approx(1 - p[lane].item(), abs=4 * 0.5 / 20_000**0.5)
         assert one[lane].max().item() == pytest.approx(1 / (1 - p[lane].item()), rel=1e-6)
-    assert torch.equal(dropout_mask(200, 100, torch.zeros(2), keys, steps, 0), torch.ones(2, 200, 100))
+    assert torch.equal(dropout_mask(200, 100, torch.zeros(2), keys, steps), torch.ones(2, 200, 100))
 
 
-def test_masks_of_other_keys_steps_and_layers_are_independent() -> None:
-    def mask(key: int, step: int, layer: int) -> torch.Tensor:
-        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([step]), layer)
+def test_masks_of_other_keys_and_draws_are_independent() -> None:
+    def mask(key: int, draw: int) -> torch.Tensor:
+        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([draw]))
         return (drawn != 0).double().flatten() - 0.5
 
-    masks = [mask(*each) for each in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 2, 0), (2**32 - 1, 10**6, 1))]
+    masks = [mask(*each) for each in ((1, 0), (2, 0), (1, 1), (1, 2), (1, 4), (2**32 - 1, 2 * 10**6 + 1))]
     for number, one in enumerate(masks):
         for other in masks[:number]:
             assert abs(float((one * other).mean()) * 4) < 5 / len(one) ** 0.5

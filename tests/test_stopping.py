@@ -18,6 +18,7 @@ def test_it_is_hopeless_only_beyond_the_greatest_gain_and_the_noise() -> None:
     assert not hopeless([0.64], RULE, done, 3, 5000), "0.64 + 0.26 reaches the bar"
     assert hopeless([0.60], RULE, done, 3, 5000)
     assert not hopeless([0.60], RULE, done, 3, 50), "a validation set this small cannot tell"
+    assert hopeless([0.64], RULE.model_copy(update={"confidence": 0.999999}), done, 3, 5000), "it must clear more than the bar"
     assert not hopeless([0.10], RULE, done[:3], 3, 5000), "too few to judge by"
     assert not hopeless([0.1, 0.1, 0.1], RULE, done, 3, 5000), "at its end there is nothing to save"
 

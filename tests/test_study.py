@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import optuna
 import pytest
 from conftest import CPU
 
+from kdexp.config import Sweep
 from kdexp.study import _heard
 from kdexp.sweep import run_sweep
 
@@ -28,3 +31,21 @@ def test_only_a_pruner_needs_reports(tiny, settings, tracking, pruner, epochs) -
         pass
     trials = optuna.load_study(study_name="tiny", storage=settings.storage_url).trials
     assert [sorted(trial.intermediate_values) for trial in trials] == [[e for e in epochs if e in heard_of(5)]] * 2
+
+
+def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settings, tracking) -> None:
+    search = {"training.seed": {"choices": (8787, 1, 2)}, "distillation.alpha": {"choices": (0.0, 0.3)}}
+    grid = {"study": {"sampler": "grid", "trials": 6}, "search": search}
+    sweep = Sweep.model_validate(tiny.model_dump() | grid)
+    for _ in run_sweep(sweep, settings, tracking, CPU):
+        pass
+    runs = tracking.find("trial", {"kdexp.study": "tiny"})
+    trained = [(int(run.params["training.seed"]), float(run.params["distillation.alpha"])) for run in runs]
+    assert trained[:2] == [(8787, 0.3), (8787, 0.0)]
+    assert sorted(trained) == sorted(product((8787, 1, 2), (0.0, 0.3)))
+
+
+def test_a_grid_ends_where_its_points_do(tiny) -> None:
+    grid = {"study": {"sampler": "grid", "trials": 4}, "search": {"training.seed": {"choices": (8787, 1)}}}
+    with pytest.raises(ValueError, match=r"got 4, but the grid has 3 trials, controls included"):
+        Sweep.model_validate(tiny.model_dump() | grid)

@@ -21,7 +21,7 @@ from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.randomness import seed_of
-from kdexp.distill.train import train
+from kdexp.distill.train import EpochReport, train
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.reproduce import reproduce
 from kdexp.runner import EPOCH_METRICS, prepare, started
@@ -249,6 +249,18 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_own_record(finished, tmp_path)
     assert comparison.again.tags["kdexp.reproduces"] == run.run_id
     assert tracking.read(comparison.again.run_id).tags["kdexp.reproduction"] == "identical"
     assert len(candidates(tracking.study(sweep.name), tracking)) == 4, "a reproduction is no trial"
+
+
+def test_a_run_under_an_ensemble_is_reproduced_from_its_own_record(tiny: Sweep, settings, tracking) -> None:
+    drain(run_sweep(tiny.replace({"teacher.members": 2, "study.trials": 1}), settings, tracking, CPU))
+    (teacher,) = tracking.find("teacher", {})
+    assert teacher.name == "teacher · 2 x cnn 8-16/16"
+    (run,) = tracking.find("trial", {"kdexp.study": "tiny"})
+    shutil.rmtree(settings.teachers)
+    events, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
+    assert sum(isinstance(event, EpochReport) for event in events) == tiny.training.epochs, "the teacher is not trained again"
+    assert comparison.identical
+    assert run.tags["kdexp.teacher_sha256"] == teacher.tags["kdexp.weights_sha256"]
 
 
 def test_what_differs_is_named(finished, monkeypatch) -> None:

@@ -10,19 +10,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdexp.config import Augment, Data, Teacher
+from kdexp.config import Augment, Data, Distillation, Teacher, Training
 from kdexp.distill import teacher as module_under_test
-from kdexp.distill.data import pixels, views
+from kdexp.distill.data import Splits, pixels, views
+from kdexp.distill.evaluate import logits_of
+from kdexp.distill.execution import choose
 from kdexp.distill.models import build, weights_hash
-from kdexp.distill.teacher import CacheProgress, TeacherError, prepare_teacher, read_weights, write_atomically
-from kdexp.distill.train import EpochReport
+from kdexp.distill.packs import Lane
+from kdexp.distill.teacher import CacheProgress, Ensemble, TeacherError, prepare_teacher, read_weights, write_atomically
+from kdexp.distill.train import EpochReport, draw, draw_erased, train
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 TEACHER = Teacher(architecture="cnn", channels=(8, 16), hidden=16, epochs=2, learning_rate=0.01)
 
 
-def prepared(folder: Path, digits, teacher: Teacher = TEACHER, data: Data = DATA, weights: Path | None = None):
-    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights)
+def prepared(
+    folder: Path,
+    digits,
+    teacher: Teacher = TEACHER,
+    data: Data = DATA,
+    weights: Path | None = None,
+    training: Training | None = None,
+):
+    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights, training)
     while True:
         try:
             events.append(next(steps))
@@ -205,3 +215,163 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_pat
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- several as one ---
+
+
+def several(members: int, **changes: object) -> Teacher:
+    return TEACHER.model_copy(update={"members": members, **changes})
+
+
+def epochs(events: list) -> int:
+    return sum(isinstance(event, EpochReport) for event in events)
+
+
+def alone(seed: int, folder: Path, digits):
+    return prepared(folder, digits, several(1, seed=TEACHER.seed + seed))[0]
+
+
+def test_an_ensembles_logits_are_the_mean_of_its_members_raw_logits(tmp_path, digits) -> None:
+    ensemble, events = prepared(tmp_path / "together", digits, several(3))
+    assert epochs(events) == 3 * TEACHER.epochs
+    members = [build(TEACHER, digits.train) for _ in range(3)]
+    for seed, member in enumerate(members):
+        member.load_state_dict(load_file(alone(seed, tmp_path / "alone", digits).weights))
+    for view, at in enumerate(views(DATA.augment)):
+        chosen = at.expand(len(digits.train), 3)
+        mean = torch.stack([logits_of(member, digits.train, chosen) for member in members]).mean(0)
+        assert torch.equal(ensemble.soft.logits[view], mean.half())
+    correct = torch.stack([logits_of(member, digits.validation) for member in members]).mean(0).argmax(1)
+    assert ensemble.val_correct == int((correct == digits.validation.labels).sum())
+
+
+def test_an_ensembles_parameters_are_the_sum_and_its_history_the_mean(tmp_path, digits) -> None:
+    ensemble, _ = prepared(tmp_path, digits, several(2))
+    first, second = (alone(seed, tmp_path, digits) for seed in range(2))
+    assert ensemble.parameters == first.parameters + second.parameters
+    assert [row["epoch"] for row in ensemble.history] == [1, 2]
+    for row, *rows in zip(ensemble.history, first.history, second.history, strict=True):
+        assert row["val_loss"] == pytest.approx(sum(own["val_loss"] for own in rows) / 2, rel=1e-12)
+
+
+def test_going_from_one_member_to_two_trains_only_the_second(tmp_path, digits) -> None:
+    first, _ = prepared(tmp_path, digits)
+    two, events = prepared(tmp_path, digits, several(2))
+    assert epochs(events) == TEACHER.epochs
+    again, events = prepared(tmp_path, digits, several(2))
+    assert events == []
+    assert first.sha256 != two.sha256 == again.sha256
+    back, events = prepared(tmp_path, digits)
+    assert events == []
+    assert back.sha256 == first.sha256
+
+
+def test_an_ensemble_that_breaks_off_in_its_second_member_goes_on_there(tmp_path, digits, monkeypatch) -> None:
+    monkeypatch.setattr(module_under_test, "CHECKPOINT_SECONDS", 0)
+    steps = prepare_teacher(several(2), DATA, digits, tmp_path / "broken")
+    for _ in range(TEACHER.epochs + 1):
+        next(steps)
+    steps.close()
+    broken, events = prepared(tmp_path / "broken", digits, several(2))
+    assert [event.epoch for event in events if isinstance(event, EpochReport)] == [2]
+    unbroken, _ = prepared(tmp_path / "unbroken", digits, several(2))
+    assert broken.sha256 == unbroken.sha256
+    assert torch.equal(broken.soft.logits, unbroken.soft.logits)
+
+
+def test_a_cache_of_an_ensemble_with_another_member_is_noticed(tmp_path, digits) -> None:
+    here, _ = prepared(tmp_path / "here", digits, several(2))
+    other, _ = prepared(tmp_path / "other", digits, several(2, seed=TEACHER.seed + 1))
+    other.cache.replace(here.cache)
+    with pytest.raises(TeacherError, match="disagrees with the live teacher"):
+        prepared(tmp_path / "here", digits, several(2))
+
+
+def test_an_ensembles_own_file_gives_it_again(tmp_path, digits) -> None:
+    trained, _ = prepared(tmp_path / "a", digits, several(2))
+    given, events = prepared(tmp_path / "b", digits, several(2, weights=str(trained.weights)))
+    assert epochs(events) == 0
+    assert (given.sha256, given.logits_sha256) == (trained.sha256, trained.logits_sha256)
+    assert {name.split(".")[1] for name in load_file(trained.weights)} == {"0", "1"}
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(1, 2), (2, 1), (2, 3)])
+def test_a_checkpoint_of_more_or_fewer_members_is_said(tmp_path, held: int, wanted: int) -> None:
+    def made(members: int) -> nn.Module:
+        return network() if members == 1 else Ensemble([network() for _ in range(members)])
+
+    save_file(made(held).state_dict(), tmp_path / "t.safetensors")
+    says = f"holds the weights of {held} networks?, teacher.members is {wanted}; .* set members to {held}"
+    with pytest.raises(TeacherError, match=says):
+        read_weights(tmp_path / "t.safetensors", made(wanted))
+
+
+# --- stopped early ---
+
+LONG = TEACHER.model_copy(update={"epochs": 4, "seed": 3})
+
+
+def after_each_epoch(digits) -> list[str]:
+    """SHA-256 of the weights after each epoch of the full training."""
+    recipe = LONG.model_copy(update={"keep": "last"})
+    lane = Lane(recipe, recipe, Distillation(alpha=0.0))
+    reports = train([lane], digits, DATA, how=choose([lane], digits.train))
+    return [weights_hash(report.weights) for (report,) in reports]
+
+
+def test_the_weights_of_an_epoch_are_those_of_the_full_training_then(tmp_path, digits) -> None:
+    expected = after_each_epoch(digits)
+    for epoch in (1, 3, 4):
+        teacher, events = prepared(tmp_path, digits, LONG.model_copy(update={"epoch": epoch}))
+        assert teacher.sha256 == expected[epoch - 1]
+        assert [(e.epoch, e.epochs) for e in events if isinstance(e, EpochReport)] == [(n, epoch) for n in range(1, epoch + 1)]
+        assert len(teacher.history) == epoch
+
+
+def test_a_teacher_stopped_early_and_broken_off_before_its_weights_are_written_trains_no_further(
+    tmp_path, digits, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    early = LONG.model_copy(update={"epoch": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(module_under_test, "_write", full)
+        with pytest.raises(OSError, match="disk full"):
+            prepared(tmp_path, digits, early)
+    teacher, events = prepared(tmp_path, digits, early)
+    assert epochs(events) == 0
+    assert teacher.sha256 == after_each_epoch(digits)[1]
+
+
+def test_an_epoch_that_max_steps_never_reaches_is_said(tmp_path, digits) -> None:
+    with pytest.raises(TeacherError, match=r"teacher.epoch: 2 is never reached, max_steps ends the training in epoch 1"):
+        prepared(tmp_path, digits, LONG.model_copy(update={"epoch": 2, "max_steps": 3}))
+
+
+def test_a_resnet_with_a_small_stem_teaches_from_grey_images(tmp_path, digits) -> None:
+    grey = Teacher(architecture="resnet18", stem="small", epochs=1, max_steps=2, batch_size=16)
+    some = torch.arange(32)
+    few = Splits(digits.train.take(some), digits.validation.take(some))
+    teacher, _ = prepared(tmp_path, few, grey)
+    assert teacher.parameters == 11_172_810
+
+
+def test_what_is_erased_of_an_image_its_teacher_does_not_see_either(tmp_path, digits) -> None:
+    """A row for each epoch, also where there are fewer views: rectangles are drawn anew in each."""
+    training = Training(epochs=12, seed=5, random_erasing=0.6)
+    cached, _ = prepared(tmp_path, digits, training=training)
+    assert cached.soft.per == "epoch"
+    assert len(cached.soft.logits) == 12 > len(views(DATA.augment))
+    module, samples = build(TEACHER, digits.train), len(digits.train)
+    module.load_state_dict(load_file(cached.weights))
+    chosen = views(DATA.augment)[draw(5, 3, samples, 9)[1]]
+    erased = draw_erased(training, 3, samples, digits.train.image_size)
+    assert 0.5 < (erased[:, 1] > erased[:, 0]).double().mean() < 0.7
+    live = logits_of(module, digits.train, chosen, erased)
+    assert torch.allclose(cached.soft.logits[2].float(), live, rtol=4e-3, atol=2e-2)
+    whole = logits_of(module, digits.train, chosen)
+    assert not torch.allclose(whole, live, rtol=4e-3, atol=2e-2)
+    other, _ = prepared(tmp_path, digits, training=Training(epochs=12, seed=5, random_erasing=0.5))
+    assert other.logits_sha256 != cached.logits_sha256

@@ -193,3 +193,27 @@ def test_a_constant_schedule_is_constant_and_the_cosine_never_rises_above_its_pe
 def test_seeds_for_different_purposes_differ_and_never_change() -> None:
     assert seed_of(8787, "order", 1) == 32_063_668_250_047_303
     assert len({seed_of(s, p, e) for s in range(5) for p in ("order", "dropout") for e in range(5)}) == 50
+
+
+def test_random_erasing_needs_the_logits_of_what_is_left(digits) -> None:
+    with pytest.raises(ValueError, match="soft labels must be by epoch"):
+        run([lane(random_erasing=0.5)], digits, logits(digits))
+    rows = SoftLabels(logits(digits).logits[:2], "epoch")
+    one, same, whole = (facts([r for (r,) in run([lane(random_erasing=share)], digits, rows)]) for share in (0.5, 0.5, 0.0))
+    assert one == same != whole
+
+
+def test_lanes_of_other_seeds_erase_other_rectangles(digits) -> None:
+    """Each as it would alone, in a pack of the same form."""
+    lanes = [lane(random_erasing=0.5, seed=seed) for seed in (1, 2)]
+    how = Execution(2, shared=False)
+    together = list(train(lanes, digits, DATA, None, how))
+    for place, one in enumerate(lanes):
+        alone = list(train([one] * 2, digits, DATA, None, how))
+        assert facts([epoch[place] for epoch in together]) == facts([epoch[place] for epoch in alone])
+
+
+def test_a_moving_average_is_kept_and_the_training_itself_goes_its_way(digits) -> None:
+    plain, averaged = (run([lane(ema=ema, epochs=3, keep="last")], digits, None) for ema in (0.0, 0.95))
+    assert [r.loss for (r,) in plain] == [r.loss for (r,) in averaged]
+    assert [r.val_loss for (r,) in plain] != [r.val_loss for (r,) in averaged]

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from kdexp import KdexpError
 from kdexp.config import Augment, Data
 
-__all__ = ["DataError", "Split", "Splits", "load_splits", "load_test", "pixels", "stratified", "views"]
+__all__ = ["DataError", "Split", "Splits", "load_splits", "load_test", "pixels", "rectangles", "stratified", "views"]
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 # MD5 of the unpacked files: archives of the same content differ in their gzip headers.
@@ -84,10 +84,10 @@ class Splits:
 
 
 def load_splits(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Splits:
-    """The training set, cut into train and validation. Raises DataError."""
+    """The training set, cut into train and validation (or, with `train_on_validation`, whole). Raises DataError."""
     whole, _ = _train_and_test(data, data_dir, test=False)
     kept, held = stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes))
-    splits = Splits(whole.take(kept), whole.take(held))
+    splits = Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
     return Splits(splits.train.to(device), splits.validation.to(device)) if device else splits
 
 
@@ -124,11 +124,15 @@ def views(augment: Augment) -> Int64[Tensor, "views 3"]:
 
 
 def pixels(
-    split: Split, samples: Int64[Tensor, " batch"], chosen: Int64[Tensor, "batch 3"] | None = None
+    split: Split,
+    samples: Int64[Tensor, " batch"],
+    chosen: Int64[Tensor, "batch 3"] | None = None,
+    erased: Int64[Tensor, "batch 4"] | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """One batch as normalised floats, each sample in its chosen view; pixels shifted in are black.
 
-    A view moves the image `down` and `right` pixels, then flips it left to right. One gather, channels last.
+    A view moves the image `down` and `right` pixels, then flips it left to right. One gather, channels last. Of the
+    result, the rectangle `erased` (top, bottom, left, right; none where it is empty) becomes 0: grey by `split.mean`.
     """
     if chosen is None:
         batch = split.images[samples].permute(0, 2, 3, 1)
@@ -142,9 +146,36 @@ def pixels(
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
         batch = split.images[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]] * inside[..., None]
     floats = (batch.float() / 255 - split.mean) / split.std
+    if erased is not None:
+        floats = floats * ~_inside(erased, split.image_size)[..., None]
     if split.channels > floats.shape[-1]:
         floats = floats.expand(-1, -1, -1, split.channels).contiguous()
     return floats.permute(0, 3, 1, 2)
+
+
+def rectangles(
+    share: float, samples: int, image_size: tuple[int, int], generator: torch.Generator
+) -> Int64[Tensor, "samples 4"]:
+    """What random erasing (arXiv:1708.04896, algorithm 1) takes of each sample: top, bottom, left, right.
+
+    A `share` of the samples loses 2 to 40 % of its area at an aspect ratio of 0.3 to 3.3, cut to the image; the others nothing.
+    """
+    height, width = image_size
+    drawn = torch.rand(5, samples, generator=generator, dtype=torch.float64)
+    area = (0.02 + 0.38 * drawn[0]) * height * width
+    ratio = torch.exp((2 * drawn[1] - 1) * math.log(1 / 0.3))
+    tall, wide = ((area * ratio).sqrt().round().clamp(1, height), (area / ratio).sqrt().round().clamp(1, width))
+    top, left = (drawn[2] * (height - tall + 1)).floor(), (drawn[3] * (width - wide + 1)).floor()
+    chosen = drawn[4] < share
+    return (torch.stack([top, top + tall, left, left + wide], 1) * chosen[:, None]).long()
+
+
+def _inside(rectangles: Int64[Tensor, "batch 4"], image_size: tuple[int, int]) -> Bool[Tensor, "batch height width"]:
+    (rows, columns), (top, bottom, left, right) = (
+        [torch.arange(side, device=rectangles.device) for side in image_size],
+        rectangles[:, :, None].unbind(1),
+    )
+    return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from kdexp.distill.data import Split, pixels
+from kdexp.intervals import wilson_interval
 
 __all__ = ["Evaluation", "evaluate", "logits_of", "wilson_interval"]
 
@@ -36,33 +37,33 @@ class Evaluation:
         return wilson_interval(self.correct, self.samples)
 
 
-def evaluate(module: nn.Module, split: Split) -> Evaluation:
-    """Accuracy and loss on the images as they are, dropout off, running statistics in BatchNorm."""
+def evaluate(module: nn.Module, split: Split, mirrored: bool = False) -> Evaluation:
+    """Accuracy and loss on the images as they are, dropout off, running statistics in BatchNorm.
+
+    `mirrored`: of the mean of the probabilities for an image and for its mirror image, the flip test-time
+    augmentation (Krizhevsky et al. 2012, section 4.1, without the crops).
+    """
     logits = logits_of(module, split)
+    if mirrored:
+        flipped = logits_of(module, split, torch.tensor([[1, 0, 0]]).expand(len(split), 3))
+        logits = torch.stack([logits, flipped]).log_softmax(-1).logsumexp(0) - math.log(2)
     correct = (logits.argmax(1) == split.labels).sum()
     return Evaluation(int(correct), len(split), float(F.cross_entropy(logits, split.labels)))
 
 
 @torch.no_grad()
 def logits_of(
-    module: nn.Module, split: Split, chosen: Int64[Tensor, "samples 3"] | None = None
+    module: nn.Module,
+    split: Split,
+    chosen: Int64[Tensor, "samples 3"] | None = None,
+    erased: Int64[Tensor, "samples 4"] | None = None,
 ) -> Float[Tensor, "samples classes"]:
-    """The logits of every sample, each in its chosen view."""
+    """The logits of every sample, each in its chosen view, with what is erased of it."""
     training = module.training
     module.eval()
     batches = torch.arange(len(split), device=split.labels.device).split(BATCH)
-    at = None if chosen is None else chosen.to(split.labels.device)
-    logits = torch.cat([module(pixels(split, batch, None if at is None else at[batch])) for batch in batches])
+    drawn = [None if part is None else part.to(split.labels.device) for part in (chosen, erased)]
+    parts = ([None if part is None else part[batch] for part in drawn] for batch in batches)
+    logits = torch.cat([module(pixels(split, batch, *own)) for batch, own in zip(batches, parts, strict=True)])
     module.train(training)
     return logits
-
-
-def wilson_interval(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, z standard errors wide each way (default 95 %).
-
-    Wilson 1927, J. Am. Stat. Assoc. 22:209. Within [0, 1] and never empty, also at 0 and at all correct.
-    """
-    share, spread = correct / samples, z * z / samples
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from kdexp.distill.data import Split
 from kdexp.distill.models import build, measure
-from kdexp.distill.packs import Execution, Lane, Lowering, Precision, Source, convolve, pack_of
+from kdexp.distill.packs import Drawn, Execution, Lane, Precision, Source, pack_of, plan_for
+from kdexp.distill.stacked import Lowering, convolve, inner_convolutions
 from kdexp.distill.train import steps_of
 
 __all__ = ["best_pack", "choose", "compiles", "fastest_lowering", "flop_of", "multiplies_bf16"]
@@ -34,9 +34,8 @@ PACK_SIZES = (1, 8, 16, 32, 64, 128)
 def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Execution:
     """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
     device, one = like.labels.device, lanes[0]
-    stacked = one.network.architecture == "cnn"
+    stacked = plan_for(one, like) is not None
     bf16 = one.training.precision == "auto" and multiplies_bf16(device)
-    # To count FLOP a network is built: only where something follows from it.
     long = (stacked or bf16) and flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
     best: Precision = "bf16" if long and bf16 else "fp32"
     return Execution(
@@ -61,7 +60,7 @@ def best_pack(lane: Lane, source: Source, most: int) -> int:
     On two CPU cores packs of 8 and more were slower than one (see docs/performance.md).
     """
     sizes = [size for size in PACK_SIZES if size <= most]
-    if source.split.labels.device.type == "cpu" or lane.network.architecture != "cnn" or len(sizes) < 2:
+    if source.split.labels.device.type == "cpu" or len(sizes) < 2 or plan_for(lane, source.split) is None:
         return 1
     return max(sizes, key=lambda size: size / step_seconds([lane] * size, source))
 
@@ -77,7 +76,7 @@ def step_seconds(lanes: Sequence[Lane], source: Source, how: Execution | None = 
     for repeat in range(WARM_UP + REPEATS):
         started = time.perf_counter()
         steps = torch.full((len(lanes),), repeat, device=device)
-        pack.step(samples, torch.zeros_like(samples), rates, steps).total.sum().item()  # waits for a GPU
+        pack.step(Drawn(samples, torch.zeros_like(samples)), rates, steps).total.sum().item()  # waits for a GPU
         best = min(best, time.perf_counter() - started) if repeat >= WARM_UP else best
     return best
 
@@ -100,8 +99,8 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 def fastest_lowering(lane: Lane, lanes: int, like: Split) -> Lowering:
     """The quickest form of the student's inner convolutions for so many lanes, forward and backward, measured now."""
-    channels, (height, width) = lane.network.channels or (), like.image_size
-    shapes = tuple((inner, out, height >> depth, width >> depth) for depth, (inner, out) in enumerate(pairwise(channels), 1))
+    plan = plan_for(lane, like) or ()
+    shapes = tuple((layer.shape[1], layer.shape[0], layer.side[0], layer.side[1]) for layer in inner_convolutions(plan))
     return _fastest(shapes, lanes, lane.training.batch_size, str(like.labels.device)) if shapes else "grouped"
 
 

@@ -1,4 +1,4 @@
-"""Adam, AdamW and SGD for K networks at once: every lane its own learning rate, weight decay and step count.
+"""Adam, AdamW and SGD for K networks at once: every lane its own learning rate, weight decay and step count. And EMA.
 
 torch.optim takes one learning rate for a whole tensor. Here the parameters of a pack are one [lanes, parameters]
 tensor, so a step is a few operations on it whatever K is. The formulas and constants are torch.optim's (Adam:
@@ -7,13 +7,14 @@ arXiv:1412.6980, algorithm 1; AdamW: arXiv:1711.05101, algorithm 2; SGD: Nestero
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
-__all__ = ["Optimizer"]
+__all__ = ["Average", "Optimizer"]
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 MOMENTUM = 0.9
@@ -63,3 +64,21 @@ class Optimizer:
         size = (rate / (1 - BETA1**self.steps)).to(rate.dtype)
         root = (1 - BETA2**self.steps).sqrt().to(rate.dtype)
         self.parameters.sub_(size * self.first / (self.second.sqrt().div_(root).add_(EPS)))
+
+
+class Average:
+    """The exponential moving average of some tensors over training steps (EMA).
+
+    After step t its decay is min(decay, (1 + t) / (10 + t)): what was drawn at the start is soon forgotten.
+    """
+
+    def __init__(self, decay: float, like: Sequence[Tensor]) -> None:
+        self.decay, self.tensors = decay, [tensor.detach().clone() for tensor in like]
+
+    @torch.no_grad()
+    def update(self, tensors: Sequence[Tensor], steps: Real[Tensor, "*lanes"]) -> None:
+        """Take in what the tensors are after so many steps, of each lane where they have a lanes axis."""
+        weight = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay)
+        for average, tensor in zip(self.tensors, tensors, strict=True):
+            own = weight.to(tensor.dtype)
+            average.lerp_(tensor.detach(), own.view(-1, *[1] * (tensor.ndim - 1)) if own.ndim else own)

@@ -1,8 +1,6 @@
 """A pack: K networks of one fuse key that take their steps together.
 
-`Stacked` trains K `cnn` networks as one: activations are [batch, lanes * channels, height, width], so that ReLU,
-pooling and BatchNorm are the ordinary ones, a convolution has one group for each lane, and a linear layer is one
-batched matrix product. With one lane it is the plain network. `Separate` steps any modules side by side.
+`Stacked` trains K networks as one (see stacked.py), `Separate` steps any modules side by side.
 
 Nothing of a lane reaches another: its result depends on K and on its place, not on its neighbours.
 """
@@ -15,25 +13,22 @@ from functools import cache
 from typing import Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from kdexp.config import Distillation, Network, Recipe, Training
 from kdexp.distill.data import Split, pixels
-from kdexp.distill.losses import Loss, distillation_loss, label_loss
+from kdexp.distill.losses import Loss, Term, distillation_loss, label_loss
 from kdexp.distill.models import build
-from kdexp.distill.optimizers import Optimizer
+from kdexp.distill.optimizers import Average, Optimizer
 from kdexp.distill.randomness import dropout_mask, seed_of
+from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward, plan_of
 
-__all__ = ["Batch", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked", "gather", "pack_of"]
-
-BN_MOMENTUM, BN_EPS = 0.1, 1e-5  # nn.BatchNorm2d's
+__all__ = ["Batch", "Drawn", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked", "gather", "pack_of", "plan_for"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Lowering = Literal["grouped", "unfold", "vmap", "separate"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -49,6 +44,12 @@ class Lane:
     def of(cls, recipe: Recipe) -> Lane:
         """The student of a recipe."""
         return cls(recipe.student, recipe.training, recipe.distillation)
+
+    @property
+    def term(self) -> Term:
+        """How it listens to its teacher."""
+        how = self.distillation
+        return Term(how.loss, how.scale_by_t_squared, how.beta)
 
     @property
     def fuse_key(self) -> str:
@@ -113,12 +114,19 @@ class Batch(NamedTuple):
     """The teacher's raw logits for these images as they are seen here."""
 
 
-def gather(
-    source: Source, samples: Int64[Tensor, "*lanes batch"], chosen: Int64[Tensor, "*lanes batch"], dtype: torch.dtype
-) -> Batch:
+class Drawn(NamedTuple):
+    """What a step trains on: samples, the view of each, and what is erased of each, if anything."""
+
+    samples: Int64[Tensor, "*lanes batch"]
+    views: Int64[Tensor, "*lanes batch"]
+    erased: Int64[Tensor, "*lanes batch 4"] | None = None
+
+
+def gather(source: Source, drawn: Drawn, dtype: torch.dtype) -> Batch:
     """These samples, each in its chosen view."""
+    samples, chosen, erased = drawn
     views = source.views[chosen.flatten()] if len(source.views) > 1 else None
-    images = pixels(source.split, samples.flatten(), views).to(dtype)
+    images = pixels(source.split, samples.flatten(), views, None if erased is None else erased.reshape(-1, 4)).to(dtype)
     soft = None if source.logits is None else source.logits[chosen, samples].to(dtype)
     return Batch(images.unflatten(0, samples.shape) if samples.ndim > 1 else images, source.split.labels[samples], soft)
 
@@ -129,51 +137,41 @@ class Variables(NamedTuple):
     alpha: Float[Tensor, " lanes"]
     temperature: Float[Tensor, " lanes"]
     masks: list[Float[Tensor, "lanes batch features"]]
-    """Of the two dropouts, each of its own width."""
-
-
-class Form(NamedTuple):
-    """What is the same for all lanes, and compiled in."""
-
-    blocks: int
-    scale_by_t_squared: bool
-    lowering: Lowering
-    dtype: torch.dtype
-    narrow: torch.dtype
-    """Of activations and products in training."""
+    """One for each dropout, of its own width."""
 
 
 class Stacked:
-    """K `cnn` networks as one. Parameters are one [lanes, parameters] tensor, of which each layer sees its columns."""
+    """K networks of one plan as one. Parameters are one [lanes, parameters] tensor, of which each layer sees its columns."""
 
     def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.how, self.dtype = source, how, dtype
         self.device = source.split.labels.device
-        blocks = len(lanes[0].network.channels or ())
-        self.form = Form(
-            blocks,
-            lanes[0].distillation.scale_by_t_squared,
-            how.lowering,
-            dtype,
-            torch.bfloat16 if how.precision == "bf16" else dtype,
-        )
+        one, first = lanes[0], _fresh(lanes[0], source.split)
+        plan = _plan(first, source.split)
+        assert plan is not None
+        self.form = Form(plan, how.lowering, dtype, torch.bfloat16 if how.precision == "bf16" else dtype)
+        self.term, self.smoothing = one.term, one.training.label_smoothing
         self._losses = _compiled(_losses) if how.compiled else _losses
         self._masks = _compiled(_masks) if how.compiled else _masks
-        first = _fresh(lanes[0], source.split)
-        self.shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
-        self.widths = [self.shapes[f"{4 * blocks + layer}.weight"][1] for layer in (2, 5)]
-        count = sum(shape.numel() for shape in self.shapes.values())
+        self.widths = [layer.width for layer in dropouts(plan)]
+        shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
+        count = sum(shape.numel() for shape in shapes.values())
         self.parameters = torch.zeros(len(lanes), count, dtype=dtype, device=self.device)
-        self.leaves = _columns(self.parameters, self.shapes)
-        self.running = {
+        running = {
             name: torch.zeros(len(lanes), *buffer.shape, dtype=dtype, device=self.device)
             for name, buffer in first.named_buffers()
             if "running" in name
         }
-        self.hyper = torch.zeros(3, len(lanes), dtype=dtype, device=self.device)  # alpha, temperature, dropout
+        self.live = Stack(_columns(self.parameters, shapes), running)
+        self.average = Average(one.training.ema, [self.parameters, *running.values()]) if one.training.ema else None
+        """Of the parameters and running statistics."""
+        self.kept = self._averaged(shapes) if self.average else self.live
+        """What is evaluated and handed out."""
+        self.hyper = torch.zeros(2, len(lanes), dtype=dtype, device=self.device)  # alpha, temperature
+        self.drop = torch.zeros(len(self.widths), len(lanes), dtype=dtype, device=self.device)
         self.keys = torch.zeros(len(lanes), dtype=torch.int64, device=self.device)
         decay = torch.zeros(len(lanes), dtype=dtype, device=self.device)
-        self.optimizer = Optimizer(lanes[0].training.optimizer, self.parameters, decay)
+        self.optimizer = Optimizer(one.training.optimizer, self.parameters, decay)
         self.steps = [0] * len(lanes)
         for place, lane in enumerate(lanes):
             self.put(place, lane)
@@ -181,12 +179,14 @@ class Stacked:
     def put(self, place: int, lane: Lane) -> None:
         """A fresh network in a lane's place."""
         module = _fresh(lane, self.source.split)
-        for name, parameter in module.named_parameters():
-            self.leaves[name].data[place] = parameter.detach()
-        for name in self.running:
-            self.running[name][place] = module.get_buffer(name)
-        values = [lane.distillation.alpha, lane.distillation.temperature, lane.network.dropout or 0.0]
-        self.hyper[:, place] = torch.tensor(values, dtype=self.dtype)
+        for stack in (self.live, self.kept):
+            for name, parameter in module.named_parameters():
+                stack.leaves[name].data[place] = parameter.detach()
+            for name in stack.running:
+                stack.running[name][place] = module.get_buffer(name)
+        self.hyper[:, place] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
+        shares = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
+        self.drop[:, place] = torch.tensor(shares, dtype=self.dtype)
         self.keys[place] = seed_of(lane.training.seed, "dropout") % 2**32
         self.optimizer.reset(place, lane.training.weight_decay)
         self.steps[place] = 0
@@ -203,41 +203,45 @@ class Stacked:
 
     def _progress(self, place: int) -> dict[str, Tensor]:
         optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(place).items()}
-        running = {name: tensor[place] for name, tensor in self.running.items()}
-        return {"parameters": self.parameters[place], **running, **optimizer}
+        running = {name: tensor[place] for name, tensor in self.live.running.items()}
+        average = enumerate(self.average.tensors if self.average else ())
+        averages = {f"average/{number}": tensor[place] for number, tensor in average}
+        return {"parameters": self.parameters[place], **running, **optimizer, **averages}
 
-    def step(
-        self,
-        samples: Int64[Tensor, "*lanes batch"],
-        chosen: Int64[Tensor, "*lanes batch"],
-        rates: Float[Tensor, " places"],
-        steps: Int64[Tensor, " places"],
-    ) -> Loss:
-        """One optimiser step of every lane on these samples, each in its chosen view. Returns each lane's loss.
+    def _averaged(self, shapes: Mapping[str, torch.Size]) -> Stack:
+        assert self.average is not None
+        parameters, *running = self.average.tensors
+        return Stack(_columns(parameters, shapes), dict(zip(self.live.running, running, strict=True)))
+
+    def step(self, drawn: Drawn, rates: Float[Tensor, " places"], steps: Int64[Tensor, " places"]) -> Loss:
+        """One optimiser step of every lane on what is drawn for it. Returns each lane's loss.
 
         `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different ones.
         """
-        alpha, temperature, drop = self.hyper.unbind()
         # Masks are drawn by themselves: within the network, their integers keep its last block from being vectorised.
-        masks = self._masks(samples.shape[-1], self.widths, drop, self.keys, steps)
+        masks = self._masks(drawn.samples.shape[-1], self.widths, self.drop, self.keys, steps)
+        (alpha, temperature), live = self.hyper.unbind(), self.live
         variables = Variables(alpha, temperature, masks)
-        loss, running = self._losses(self.leaves, self.running, variables, self.source, samples, chosen, self.form)
+        fixed = self.source, self.form, self.term, self.smoothing
+        loss, running = self._losses(live.leaves, live.running, variables, drawn, *fixed)
         # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
-        gradients = torch.autograd.grad(loss.total.sum(), list(self.leaves.values()), materialize_grads=True)
-        self.running = running
+        gradients = torch.autograd.grad(loss.total.sum(), list(live.leaves.values()), materialize_grads=True)
+        live.running.update(running)
         self.optimizer.step(torch.cat([gradient.flatten(1) for gradient in gradients], 1), rates)
+        if self.average:
+            self.average.update([self.parameters, *live.running.values()], self.optimizer.steps[:, 0])
         self.steps = [step + 1 for step in self.steps]
         return Loss(*(part.detach() for part in loss))
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
         """Every lane's logits of the same images, as in evaluation."""
-        return _logits(self.leaves, self.running, images.to(self.dtype), self.form, None)[0]
+        return forward(self.kept, images.to(self.dtype), self.form, None)[0]
 
     def state(self, place: int) -> dict[str, Tensor]:
         """A lane's state, as its own module would name it, on the CPU."""
-        state = {name: leaf[place] for name, leaf in self.leaves.items()}
-        for name, running in self.running.items():
+        state = {name: leaf[place] for name, leaf in self.kept.leaves.items()}
+        for name, running in self.kept.running.items():
             state[name] = running[place]
             if name.endswith("running_var"):
                 state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(self.steps[place])
@@ -252,6 +256,7 @@ class Separate:
         self.lanes = list(lanes)
         self.modules = [nn.Module() for _ in lanes]
         self.optimizers: list[torch.optim.Optimizer] = [None] * len(lanes)  # type: ignore[list-item]
+        self.averages: list[Average | None] = [None] * len(lanes)
         for place, lane in enumerate(lanes):
             self.put(place, lane)
 
@@ -262,17 +267,25 @@ class Separate:
         module.to(self.source.split.labels.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.lanes[place], self.modules[place] = lane, module
         self.optimizers[place] = _torch_optimizer(module, lane.training)
+        self.averages[place] = Average(lane.training.ema, _floats(module)) if lane.training.ema else None
 
     def save(self, place: int) -> dict[str, Tensor]:
         """All that a lane's training goes on from, on the CPU."""
         optimizer = self.optimizers[place].state_dict()["state"]
         flat = {f"optimizer/{index}/{name}": value for index, slots in optimizer.items() for name, value in slots.items()}
-        return _copies({f"module/{name}": tensor for name, tensor in self.modules[place].state_dict().items()} | flat)
+        average = self.averages[place]
+        averages = {f"average/{number}": tensor for number, tensor in enumerate(average.tensors if average else ())}
+        return _copies(
+            {f"module/{name}": tensor for name, tensor in self.modules[place].state_dict().items()} | flat | averages
+        )
 
     def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
         """Go on from what `save` gave; the lane is already in this place."""
         module, optimizer = self.modules[place], self.optimizers[place]
         module.load_state_dict({name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")})
+        average = self.averages[place]
+        for number, tensor in enumerate(average.tensors if average else ()):
+            tensor.copy_(progress[f"average/{number}"])
         for index, parameter in enumerate(module.parameters()):
             prefix = f"optimizer/{index}/"
             for name, value in progress.items():
@@ -281,47 +294,47 @@ class Separate:
                     like = parameter.detach() if value.shape == parameter.shape else value.to(parameter.device)
                     optimizer.state[parameter][name.removeprefix(prefix)] = torch.empty_like(like).copy_(value)
 
-    def step(
-        self,
-        samples: Int64[Tensor, "*lanes batch"],
-        chosen: Int64[Tensor, "*lanes batch"],
-        rates: Float[Tensor, " places"],
-        steps: Int64[Tensor, " places"],
-    ) -> Loss:
-        """One optimiser step of every lane on these samples, each in its chosen view. Returns each lane's loss."""
-        batch, losses = gather(self.source, samples, chosen, self.dtype), []
+    def step(self, drawn: Drawn, rates: Float[Tensor, " places"], steps: Int64[Tensor, " places"]) -> Loss:
+        """One optimiser step of every lane on what is drawn for it. Returns each lane's loss."""
+        batch, losses = gather(self.source, drawn, self.dtype), []
         for place, (step, rate) in enumerate(zip(steps.tolist(), rates.tolist(), strict=True)):
             own = Batch(*(None if t is None else t[place] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
             with torch.random.fork_rng(_cuda_devices(rates.device)):
                 torch.manual_seed(seed_of(self.lanes[place].training.seed, "dropout", step))
                 losses.append(self._step(place, own, rate))
+            average = self.averages[place]
+            if average:
+                average.update(_floats(self.modules[place]), steps[place] + 1)
         return Loss(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
         """Every lane's logits of the same images, as in evaluation."""
         each = []
-        for module in self.modules:
+        for place, module in enumerate(self.modules):
             module.eval()
-            each.append(module(images.to(self.dtype)))
+            each.append(torch.func.functional_call(module, self._kept(place), (images.to(self.dtype),)))
             module.train()
         return torch.stack(each)
 
     def state(self, place: int) -> dict[str, Tensor]:
         """A lane's state, as its own module names it, on the CPU."""
-        return _copies(self.modules[place].state_dict())
+        return _copies(self._kept(place))
+
+    def _kept(self, place: int) -> dict[str, Tensor]:
+        """The module's state, with its average in the place of what is averaged."""
+        state, average = self.modules[place].state_dict(), self.averages[place]
+        names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        return {**state, **dict(zip(names, average.tensors, strict=True))} if average else state
 
     def _step(self, place: int, batch: Batch, rate: float) -> Loss:
-        module, optimizer, how = self.modules[place], self.optimizers[place], self.lanes[place].distillation
+        module, optimizer, lane = self.modules[place], self.optimizers[place], self.lanes[place]
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = module(batch.images).to(self.dtype)
-        if batch.soft is None:
-            student = label_loss(logits, batch.labels)
-            loss = Loss(student, torch.zeros_like(student), student)
-        else:
-            loss = distillation_loss(logits, batch.soft, batch.labels, how.alpha, how.temperature, how.scale_by_t_squared)
+        how = lane.distillation
+        loss = _loss(logits, batch, how.alpha, how.temperature, lane.term, lane.training.label_smoothing)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -333,158 +346,62 @@ Pack = Stacked | Separate
 
 def pack_of(lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> Pack:
     """The pack for these lanes: one stacked network of them where there is such a form, else side by side."""
-    kind = Stacked if lanes[0].network.architecture == "cnn" else Separate
+    kind = Separate if plan_for(lanes[0], source.split) is None else Stacked
     return kind(lanes, source, how, dtype)
+
+
+def plan_for(lane: Lane, like: Split) -> Plan | None:
+    """The plan of a lane's network; None where it has no stacked form."""
+    return _plan(_fresh(lane, like), like)
+
+
+def _plan(module: nn.Module, like: Split) -> Plan | None:
+    return plan_of(module, (like.channels, *like.image_size))
 
 
 def _masks(
     batch: int,
     widths: Sequence[int],
-    drop: Float[Tensor, " lanes"],
+    drop: Float[Tensor, "dropouts lanes"],
     keys: Int64[Tensor, " lanes"],
     steps: Int64[Tensor, " lanes"],
 ) -> list[Tensor]:
-    """The masks of both dropouts for one step of every lane."""
-    return [dropout_mask(batch, width, drop, keys, steps, layer) for layer, width in enumerate(widths)]
+    """The masks of every dropout for one step of every lane."""
+    return [
+        dropout_mask(batch, width, share, keys, steps * len(widths) + number)
+        for number, (width, share) in enumerate(zip(widths, drop, strict=True))
+    ]
 
 
 def _losses(
     leaves: dict[str, Tensor],
     running: dict[str, Tensor],
     variables: Variables,
+    drawn: Drawn,
     source: Source,
-    samples: Int64[Tensor, "*some batch"],
-    chosen: Int64[Tensor, "*some batch"],
     form: Form,
+    term: Term,
+    smoothing: float,
 ) -> tuple[Loss, dict[str, Tensor]]:
     """Each lane's loss, and the running statistics after it. A function of its arguments alone: compiled once a form."""
-    batch = gather(source, samples, chosen, form.dtype)
-    images = batch.images
-    if images.ndim == 5:  # lanes with images of their own: side by side, as channels
-        images = images.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
-    logits, after = _logits(leaves, running, images, form, variables)
+    batch = gather(source, drawn, form.dtype)
+    logits, after = forward(Stack(leaves, running), batch.images, form, variables.masks)
+    return _loss(logits, batch, variables.alpha, variables.temperature, term, smoothing), after
+
+
+def _loss(
+    logits: Float[Tensor, "*lanes batch classes"],
+    batch: Batch,
+    alpha: float | Float[Tensor, "*lanes"],
+    temperature: float | Float[Tensor, "*lanes"],
+    term: Term,
+    smoothing: float,
+) -> Loss:
+    """With a teacher's logits or on the labels alone."""
     if batch.soft is None:
-        student = label_loss(logits, batch.labels)
-        return Loss(student, torch.zeros_like(student), student), after
-    alpha, temperature = variables.alpha, variables.temperature
-    return distillation_loss(logits, batch.soft, batch.labels, alpha, temperature, form.scale_by_t_squared), after
-
-
-def _logits(
-    leaves: dict[str, Tensor],
-    running: dict[str, Tensor],
-    x: Float[Tensor, "batch channels height width"],
-    form: Form,
-    training: Variables | None,
-) -> tuple[Float[Tensor, "lanes batch classes"], dict[str, Tensor]]:
-    """The pack's forward pass, in training where variables are given; names are those of `models.cnn`'s layers."""
-    after, dtype = {}, form.dtype if training is None else form.narrow
-    for block in range(form.blocks):
-        convolution, norm = f"{4 * block}", f"{4 * block + 1}"
-        weight, bias = (leaves[f"{convolution}.{name}"].to(dtype) for name in ("weight", "bias"))
-        # BatchNorm subtracts what a bias adds: its gradient is 0 but for rounding, which Adam would turn into full steps.
-        x = convolve(x.to(dtype), weight, bias.detach(), form.lowering)
-        mean, var = f"{norm}.running_mean", f"{norm}.running_var"
-        scale, shift = leaves[f"{norm}.weight"], leaves[f"{norm}.bias"]
-        if training is None:
-            known = running[mean].flatten(), running[var].flatten()
-            x = F.batch_norm(x, *known, scale.flatten(), shift.flatten(), eps=BN_EPS)
-        else:
-            x, after[mean], after[var] = normalise(_windows(x).to(form.dtype), scale, shift, running[mean], running[var])
-        x = _halve(F.relu(x.to(dtype)))
-    lanes = len(leaves["0.weight"])
-    if training is not None:  # before the values change their order: the mask's is that of channels last
-        batch, _, height, width = x.shape
-        mask = training.masks[0].view(lanes, batch, height, width, -1).permute(1, 0, 4, 2, 3)
-        x = (x.unflatten(1, (lanes, -1)) * mask).flatten(1, 2)
-    x = x.reshape(len(x), lanes, -1).transpose(0, 1)
-    for number, layer in enumerate((4 * form.blocks + 2, 4 * form.blocks + 5)):
-        if training is not None and number == 1:
-            x = x * training.masks[1]
-        dtype = form.dtype if number == 1 else dtype  # the logits are not rounded
-        bias, weight = (leaves[f"{layer}.{name}"].to(dtype) for name in ("bias", "weight"))
-        x = torch.baddbmm(bias[:, None], x.to(dtype), weight.transpose(1, 2))
-        x = F.relu(x) if number == 0 else x
-    return x, after
-
-
-def convolve(
-    x: Float[Tensor, "batch channels height width"],
-    weight: Float[Tensor, "lanes out in 3 3"],
-    bias: Float[Tensor, "lanes out"],
-    lowering: Lowering,
-) -> Float[Tensor, "batch lanes*out height width"]:
-    """A 3x3 convolution in every lane. Images that all lanes share take one ordinary convolution."""
-    lanes, out, inner = weight.shape[:3]
-    if x.shape[1] == inner or lowering == "grouped":
-        groups = x.shape[1] // inner
-        return F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=1, groups=groups)
-    apart = x.unflatten(1, (lanes, inner))
-    if lowering == "separate":
-        return torch.cat([F.conv2d(apart[:, lane], weight[lane], bias[lane], padding=1) for lane in range(lanes)], 1)
-    if lowering == "vmap":
-        each = torch.vmap(lambda x, w, b: F.conv2d(x, w, b, padding=1), in_dims=(1, 0, 0), out_dims=1)
-        return each(apart, weight, bias).flatten(1, 2)
-    batch, _, height, width = x.shape
-    padded = F.pad(apart.permute(1, 0, 3, 4, 2), (0, 0, 1, 1, 1, 1))  # [lanes, batch, height + 2, width + 2, in]
-    nine = [padded[:, :, down : down + height, right : right + width] for down in range(3) for right in range(3)]
-    patches = torch.cat(nine, -1).flatten(1, 3)  # [lanes, batch * height * width, 9 * in]
-    columns = weight.permute(0, 3, 4, 2, 1).reshape(lanes, 9 * inner, out)
-    product = torch.baddbmm(bias[:, None], patches, columns)
-    return product.view(lanes, batch, height, width, out).permute(1, 0, 4, 2, 3).flatten(1, 2)
-
-
-def _windows(x: Float[Tensor, "batch channels height width"]) -> Tensor:
-    """Pixels by their 2x2 windows: [batch, channels, height / 2, 2, width / 2, 2]; compiled, and where all are whole.
-
-    Normalised and pooled in this form, no pixel has to find its window by divisions, in backward above all.
-    """
-    height, width = x.shape[2:]
-    if not torch.compiler.is_compiling() or height % 2 or width % 2:
-        return x
-    return x.unflatten(3, (width // 2, 2)).unflatten(2, (height // 2, 2))
-
-
-def _halve(x: Tensor) -> Float[Tensor, "batch channels half_height half_width"]:
-    """Average pooling over 2x2 pixels. Compiled, as a mean over views: the compiler's own pooling is not vectorised."""
-    if not torch.compiler.is_compiling():
-        return F.avg_pool2d(x, 2)
-    if x.ndim == 4:
-        x = _windows(x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2])
-    return x.sum((3, 5)) * 0.25
-
-
-def normalise(
-    x: Float[Tensor, "batch stacked *pixels"],
-    scale: Float[Tensor, "lanes channels"],
-    shift: Float[Tensor, "lanes channels"],
-    mean: Float[Tensor, "lanes channels"],
-    var: Float[Tensor, "lanes channels"],
-) -> tuple[Float[Tensor, "batch stacked *pixels"], Float[Tensor, "lanes channels"], Float[Tensor, "lanes channels"]]:
-    """BatchNorm in training (arXiv:1502.03167, algorithm 1) and its new running statistics.
-
-    Compiled, mean and variance come out of one pass over values shifted by the running mean, without which
-    E[x^2] - E[x]^2 would cancel: 33 ms a step of the documented student, 42 ms by the compiler's own (Welford).
-    """
-    if not torch.compiler.is_compiling():
-        new_mean, new_var = mean.flatten().clone(), var.flatten().clone()
-        y = F.batch_norm(x, new_mean, new_var, scale.flatten(), shift.flatten(), True, BN_MOMENTUM, BN_EPS)
-        return y, new_mean.view_as(mean), new_var.view_as(var)
-    count, inner = x.numel() // x.shape[1], tuple(range(2, x.ndim))
-
-    def in_each_image(values: Tensor) -> Tensor:  # so that backward, too, sums within each image first
-        return values.flatten().expand(len(x), -1).unflatten(1, (-1, *[1] * len(inner)))
-
-    shifted = x - in_each_image(mean)
-    # Products in place of quotients, which backward would repeat for every pixel.
-    offset = shifted.sum(inner).sum(0) * (1 / count)
-    variance = (shifted * shifted).sum(inner).sum(0) * (1 / count) - offset * offset
-    factor = torch.rsqrt(variance + BN_EPS) * scale.flatten()
-    y = shifted * in_each_image(factor) + in_each_image(shift.flatten() - offset * factor)
-    with torch.no_grad():
-        new_mean = mean + BN_MOMENTUM * offset.view_as(mean)
-        new_var = var + BN_MOMENTUM * (variance.view_as(var) * (count / max(count - 1, 1)) - var)
-    return y, new_mean, new_var
+        student = label_loss(logits, batch.labels, smoothing)
+        return Loss(student, torch.zeros_like(student), student)
+    return distillation_loss(logits, batch.soft, batch.labels, alpha, temperature, term, smoothing)
 
 
 @cache
@@ -508,6 +425,11 @@ def _fresh(lane: Lane, like: Split) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(lane.training.seed)
         return build(lane.network, like)
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    """What of a module can be averaged: parameters and running statistics."""
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

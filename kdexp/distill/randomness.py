@@ -29,14 +29,13 @@ def dropout_mask(
     features: int,
     probability: Float[Tensor, " lanes"],
     keys: Int64[Tensor, " lanes"],
-    steps: Int64[Tensor, " lanes"],
-    layer: int,
+    draws: Int64[Tensor, " lanes"],
 ) -> Float[Tensor, "lanes batch features"]:
     """What dropout (arXiv:1207.0580, inverted) multiplies with: 0, or 1 / (1 - probability).
 
-    A function of (key, step, layer, position) alone.
+    A function of (key, number of the draw, position) alone.
     """
-    stream = _mix(_wrapped(keys + (steps * 2 + layer) * GOLDEN))[:, None]
+    stream = _mix(_wrapped(keys + draws * GOLDEN))[:, None]
     threshold = (probability.double() * 2**32 - 2**31).to(torch.int32)[:, None]
     # Compiled, the positions are mixed on the way: cheaper than to read them, and a cache cannot be compiled.
     positions = _positions if torch.compiler.is_compiling() else _cached_positions

@@ -1,4 +1,4 @@
-"""The teacher: trained once, or read from a checkpoint; and its logits cache.
+"""The teacher: trained once, or read from a checkpoint; alone or several as one; and its logits cache.
 
 The cache holds raw logits in half precision for every (view, training sample), so that one file serves every
 temperature and every loss on logits. Where a training has fewer epochs than there are views, it holds just what
@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -32,17 +34,31 @@ from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
 from kdexp.distill.models import build, measure, weights_hash
 from kdexp.distill.packs import Lane
-from kdexp.distill.train import EpochReport, SoftLabels, draw, epochs_of, train
+from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
 from kdexp.files import write_atomically
 
-__all__ = ["CacheProgress", "CachedTeacher", "TeacherError", "prepare_teacher", "read_weights"]
+__all__ = ["CacheProgress", "CachedTeacher", "Ensemble", "TeacherError", "prepare_teacher", "read_weights"]
 
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
 NESTS = ("model_state_dict", "state_dict", "model", "weights")
+WEIGHTS, HISTORY = "weights.safetensors", "history.json"
+MEMBERS = "members"  # how the names in an ensemble's state begin: its attribute
 
 
 class TeacherError(KdexpError):
     """A teacher that is missing, does not fit, or disagrees with its cache."""
+
+
+class Ensemble(nn.Module):
+    """Several networks as one: the mean of their raw logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits of a batch."""
+        return torch.stack([member(images) for member in self.members]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -102,33 +118,24 @@ def prepare_teacher(
     `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given the one
     `training` that all students share in seed and epochs, the cache may hold its draws only. Raises TeacherError.
     """
-    module = build(teacher, splits.train)
+    module = _built(teacher, splits.train)
     given = weights or (Path(teacher.weights) if teacher.weights else None)
     if given is None:
-        name = _digest(teacher.model_dump_json(), data.model_dump_json(), *_fingerprints(splits))[:16]
+        home = yield from _trained(teacher, data, splits, folder)
+        module.load_state_dict(read_weights(home / WEIGHTS, module))
     else:
         module.load_state_dict(read_weights(given, module))
-        name = f"given-{weights_hash(module.state_dict())[:16]}"
-    home = folder / name
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / "lock"):  # N processes that start together train it once
-        own = home / "weights.safetensors"
-        if given is None:
-            if not own.exists():
-                yield from _train(teacher, data, splits, home)
-            module.load_state_dict(read_weights(own, module))
-        elif not own.exists():
-            state = {key: value.contiguous() for key, value in module.state_dict().items()}
-            write_atomically(own, lambda path: path.write_bytes(save(state)))
-        module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        sha256 = weights_hash(module.state_dict())
-        rows = _rows(data, splits, training)
-        cache = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
+        home = _stored(module, folder)
+    module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    sha256 = weights_hash(module.state_dict())
+    rows = _rows(data, splits, training)
+    cache = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
+    with FileLock(home / "lock"):  # N processes that start together fill it once
         if not cache.exists():
             yield from _fill(module, splits, rows, cache)
         logits, facts = _open(cache)
     _spot_check(module, splits.train, rows, logits, cache)
-    history = tuple(json.loads((home / "history.json").read_text())) if (home / "history.json").exists() else ()
+    history = tuple(json.loads((home / HISTORY).read_text())) if (home / HISTORY).exists() else ()
     return CachedTeacher(
         sha256=sha256,
         logits_sha256=weights_hash({"logits": logits}),
@@ -136,7 +143,7 @@ def prepare_teacher(
         parameters=int(facts["parameters"]),
         val_correct=int(facts["val_correct"]),
         val_samples=int(facts["val_samples"]),
-        weights=own,
+        weights=home / WEIGHTS,
         history=history,
         cache=cache,
     )
@@ -168,6 +175,11 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
         raise TeacherError(f"{path}: holds no weights by name; save the network's state_dict()")
     expected = module.state_dict()
     state = _without_prefix({str(name): value for name, value in state.items()}, set(expected))
+    if (held := _members(state)) != (wanted := _members(expected)):
+        raise TeacherError(
+            f"{path}: holds the weights of {held} network{'s' if held > 1 else ''}, teacher.members is {wanted}; give the "
+            f"weights.safetensors of an ensemble of so many (kdexp keeps it in the teacher's run), or set members to {held}"
+        )
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         example = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the network has not"
@@ -186,14 +198,58 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in expected}
 
 
+def _built(teacher: Teacher, like: Split) -> nn.Module:
+    """The teacher's network; of several members one that holds them all."""
+    if teacher.members == 1:
+        return build(teacher, like)
+    return Ensemble([build(teacher, like) for _ in range(teacher.members)])
+
+
+def _trained(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Generator[EpochReport, None, Path]:
+    """The home of a recipe's weights and history; trained now where they are not there."""
+    home = folder / _digest(teacher.model_dump_json(), data.model_dump_json(), *_fingerprints(splits))[:16]
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):  # N processes that start together train it once
+        if not (home / WEIGHTS).exists() and teacher.members == 1:
+            yield from _train(teacher, data, splits, home)
+        elif not (home / WEIGHTS).exists():
+            homes = []
+            for number in range(teacher.members):  # each at home where it would be alone: more members train only the new
+                alone = teacher.model_copy(update={"members": 1, "seed": teacher.seed + number})
+                homes.append((yield from _trained(alone, data, splits, folder)))
+            _unite(homes, Ensemble([build(teacher, splits.train) for _ in homes]), home)
+    return home
+
+
+def _unite(homes: Sequence[Path], ensemble: Ensemble, home: Path) -> None:
+    """The weights of all members in one file; their mean history."""
+    for member, own in zip(ensemble.members, homes, strict=True):
+        member.load_state_dict(read_weights(own / WEIGHTS, member))
+    epochs = zip(*(json.loads((own / HISTORY).read_text()) for own in homes), strict=True)
+    _write(home, ensemble.state_dict(), [{name: fmean(row[name] for row in rows) for name in rows[0]} for rows in epochs])
+
+
+def _stored(module: nn.Module, folder: Path) -> Path:
+    """The home of weights that were given."""
+    home = folder / f"given-{weights_hash(module.state_dict())[:16]}"
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):
+        if not (home / WEIGHTS).exists():
+            _write(home, module.state_dict())
+    return home
+
+
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
-    lane, checkpoints = Lane(teacher, teacher, Distillation(alpha=0.0)), Checkpoints(home)
+    last = _last_epoch(teacher, len(splits.train))
+    recipe = teacher.model_copy(update={"keep": "last"}) if teacher.epoch else teacher
+    lane, checkpoints = Lane(recipe, recipe, Distillation(alpha=0.0)), Checkpoints(home)
     how = choose([lane], splits.train)
     begun, made_by = checkpoints.load("teacher"), {"kdexp": __version__, "torch": torch.__version__, **how.record(0)}
     begun = begun if begun and begun.environment == made_by else None
     kept, history = (begun.kept, list(begun.history)) if begun else (None, [])
     saved = time.monotonic()
-    for (report,) in train([lane], splits, data, how=how, resumed=[begun.snapshot if begun else None]):
+    reports = train([lane], splits, data, how=how, resumed=[begun.snapshot if begun else None])
+    for (report,) in islice(reports, last - (begun.snapshot.epoch if begun else 0)):
         assert report is not None
         assert report.snapshot is not None
         if not report.finite:
@@ -205,47 +261,65 @@ def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generato
         history.append(
             {name: getattr(report, name) for name in ("epoch", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")}
         )
-        if time.monotonic() - saved >= CHECKPOINT_SECONDS or report.epoch == report.epochs:
+        if time.monotonic() - saved >= CHECKPOINT_SECONDS or report.epoch == last:
             checkpoints.save("teacher", Checkpoint("", made_by, "complete", None, history, kept, report.snapshot()))
             saved = time.monotonic()
-        yield report
+        yield replace(report, epochs=last)
     assert kept is not None
-    weights = dict(kept.weights)
-    write_atomically(home / "history.json", lambda path: path.write_text(json.dumps(history)))
-    write_atomically(home / "weights.safetensors", lambda path: path.write_bytes(save(weights)))
+    _write(home, kept.weights, history)
     checkpoints.remove("teacher")
+
+
+def _last_epoch(teacher: Teacher, samples: int) -> int:
+    epochs = epochs_of(teacher, samples)
+    if teacher.epoch and teacher.epoch > epochs:
+        raise TeacherError(f"teacher.epoch: {teacher.epoch} is never reached, max_steps ends the training in epoch {epochs}")
+    return teacher.epoch or epochs
+
+
+def _write(home: Path, state: Mapping[str, Tensor], history: Sequence[Mapping[str, int | float]] | None = None) -> None:
+    """The history, where there is one, and then the weights: where they are, all is."""
+    if history is not None:
+        write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history)))
+    content = save({name: value.contiguous() for name, value in state.items()})
+    write_atomically(home / WEIGHTS, lambda path: path.write_bytes(content))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What each row of a cache holds: all samples in one view, or in the views drawn for them in one epoch."""
+    """What each row of a cache holds: all samples in one view; or, of one training, as they are drawn in one epoch."""
 
     views: Int64[Tensor, "views 3"]
     samples: int
+    image_size: tuple[int, int]
     count: int
-    per: Literal["view", "epoch"]
-    seed: int
+    drawn_by: Training | None = None
 
-    def chosen(self, row: int) -> Int64[Tensor, "samples 3"]:
-        """Every sample's view in a row."""
-        if self.per == "view":
-            return self.views[row].expand(self.samples, 3)
-        return self.views[draw(self.seed, row + 1, self.samples, len(self.views))[1]]
+    @property
+    def per(self) -> Literal["view", "epoch"]:
+        return "epoch" if self.drawn_by else "view"
+
+    def chosen(self, row: int) -> tuple[Int64[Tensor, "samples 3"], Int64[Tensor, "samples 4"] | None]:
+        """Every sample's view in a row, and what is erased of it."""
+        if self.drawn_by is None:
+            return self.views[row].expand(self.samples, 3), None
+        views = self.views[draw(self.drawn_by.seed, row + 1, self.samples, len(self.views))[1]]
+        return views, draw_erased(self.drawn_by, row + 1, self.samples, self.image_size)
 
 
 def _rows(data: Data, splits: Splits, training: Training | None) -> _Rows:
-    """Whichever rows are fewer: one for each view, or one for each epoch of the training."""
-    at, samples = views(data.augment), len(splits.train)
+    """Whichever rows are fewer: one for each view, or one for each epoch of the training; with erasing, epochs only."""
+    at, samples, size = views(data.augment), len(splits.train), splits.train.image_size
     epochs = epochs_of(training, samples) if training else len(at)
-    if training is None or epochs >= len(at):
-        return _Rows(at, samples, len(at), "view", 0)
-    return _Rows(at, samples, epochs, "epoch", training.seed)
+    if training is None or (epochs >= len(at) and not training.random_erasing):
+        return _Rows(at, samples, size, len(at))
+    return _Rows(at, samples, size, epochs, training)
 
 
 def _fill(module: nn.Module, splits: Splits, rows: _Rows, cache: Path) -> Generator[CacheProgress, None, None]:
     filled = []
     for row in range(rows.count):
-        logits = logits_of(module, splits.train, rows.chosen(row))
+        logits = logits_of(module, splits.train, *rows.chosen(row))
         half = logits.to(torch.float16).cpu()
         if not torch.isfinite(half).all():
             raise TeacherError(
@@ -278,11 +352,11 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
     generator.seed()  # other pairs at every start
     sample = torch.randint(len(split), (SPOT_CHECKS,), generator=generator)
     row = torch.randint(rows.count, (SPOT_CHECKS,), generator=generator)
-    chosen = torch.empty(SPOT_CHECKS, 3, dtype=torch.int64)
+    device, live = split.labels.device, torch.empty(SPOT_CHECKS, logits.shape[-1])
     for number in row.unique().tolist():
-        chosen[row == number] = rows.chosen(number)[sample[row == number]]
-    device = split.labels.device
-    live = module(pixels(split, sample.to(device), chosen.to(device))).float().cpu()
+        at = row == number
+        drawn = [None if part is None else part[sample[at]].to(device) for part in rows.chosen(number)]
+        live[at] = module(pixels(split, sample[at].to(device), *drawn)).float().cpu()
     cached = logits[row, sample].float()
     if live.shape != cached.shape or not torch.allclose(live, cached, rtol=4e-3, atol=2e-2):
         raise TeacherError(
@@ -292,7 +366,9 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
 
 def _cache_key(sha256: str, data: Data, splits: Splits, rows: _Rows) -> str:
     how = data.model_dump_json(include={"channels", "mean", "std", "augment"})
-    drawn = [f"seed {rows.seed}, epochs 1 to {rows.count}"] if rows.per == "epoch" else []
+    by = rows.drawn_by
+    drawn = [f"seed {by.seed}, epochs 1 to {rows.count}"] if by else []
+    drawn += [f"random erasing {by.random_erasing}"] if by and by.random_erasing else []
     return _digest(sha256, how, *drawn, *_fingerprints(splits))
 
 
@@ -304,11 +380,16 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _members(state: Mapping[str, Tensor]) -> int:
+    """How many networks an ensemble's state holds; 1 for any other."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{MEMBERS}.")}) or 1
+
+
 def _without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
     """Names without the wrapper's, such as 'module.' or 'model.', where all of them carry it."""
     while not expected & state.keys():
         prefixes = {name.split(".", 1)[0] for name in state if "." in name}
-        if len(prefixes) != 1 or not all("." in name for name in state):
+        if len(prefixes) != 1 or prefixes == {MEMBERS} or not all("." in name for name in state):
             break
         state = {name.split(".", 1)[1]: value for name, value in state.items()}
     return state

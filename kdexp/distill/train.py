@@ -20,12 +20,23 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdexp.config import Data, Training
-from kdexp.distill.data import Split, Splits, pixels, views
+from kdexp.distill.data import Split, Splits, pixels, rectangles, views
 from kdexp.distill.evaluate import BATCH
-from kdexp.distill.packs import Execution, Lane, Source, pack_of
+from kdexp.distill.packs import Drawn, Execution, Lane, Source, pack_of
 from kdexp.distill.randomness import seed_of
 
-__all__ = ["EpochReport", "Snapshot", "SoftLabels", "draw", "epochs_of", "learning_rate", "steps_of", "train", "whole_epochs"]
+__all__ = [
+    "EpochReport",
+    "Snapshot",
+    "SoftLabels",
+    "draw",
+    "draw_erased",
+    "epochs_of",
+    "learning_rate",
+    "steps_of",
+    "train",
+    "whole_epochs",
+]
 
 ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4: torch's OneCycleLR
 
@@ -122,6 +133,14 @@ def draw(seed: int, epoch: int, samples: int, views: int) -> tuple[Int64[Tensor,
     return torch.randperm(samples, generator=generator), torch.randint(views, (samples,), generator=generator)
 
 
+def draw_erased(training: Training, epoch: int, samples: int, image_size: tuple[int, int]) -> Int64[Tensor, "samples 4"] | None:
+    """What random erasing takes of each sample in an epoch; None without it."""
+    if not training.random_erasing:
+        return None
+    generator = torch.Generator().manual_seed(seed_of(training.seed, "erased", epoch))
+    return rectangles(training.random_erasing, samples, image_size, generator)
+
+
 @dataclass
 class _Place:
     """A lane in its place: which epoch it is in, and its best so far. Without a lane its network idles along."""
@@ -150,6 +169,8 @@ class _Crew:
         self.device = splits.train.labels.device
         if soft and soft.per == "epoch" and not how.shared:
             raise ValueError("soft labels by epoch serve lanes that share their mini-batches")
+        if soft and soft.per == "view" and anyone.training.random_erasing:
+            raise ValueError("what is erased differs from epoch to epoch: soft labels must be by epoch")
         logits = soft.logits if soft and soft.per == "view" else None
         self.source = Source(splits.train, views.to(self.device), logits)
         self.pack = pack_of([place.lane for place in self.places], self.source, how, dtype)
@@ -240,7 +261,7 @@ class _Crew:
         size, total = min(training.batch_size, samples), steps_of(training, samples)
         first = [(place.epoch - 1) * _steps_per_epoch(training, samples) for place in self.places]
         count = min(_steps_per_epoch(training, samples), total - max(first))
-        order, drawn = self._draw()
+        drawn = self._draw()
         rates = [
             [learning_rate(place.lane.training, start + step, total) for start, place in zip(first, self.places, strict=True)]
             for step in range(count)
@@ -249,19 +270,21 @@ class _Crew:
         steps = torch.tensor(first, device=self.device)
         losses = torch.zeros(count, 3, len(self.places), dtype=self.dtype, device=self.device)
         for step in range(count):
-            batch = order[..., step * size : (step + 1) * size]
-            loss = self.pack.step(batch, drawn.gather(-1, batch), on_device[step], steps + step)
+            loss = self.pack.step(_batch(drawn, step * size, size), on_device[step], steps + step)
             torch.stack(loss, out=losses[step])  # on the device: no .item() in the loop
         bad = [_first(column, at) for column, at in zip(~losses[:, 0].isfinite().T.cpu(), first, strict=True)]
         return losses.double().mean(0), rates[-1], bad
 
-    def _draw(self) -> tuple[Int64[Tensor, "*lanes samples"], Int64[Tensor, "*lanes samples"]]:
-        """This epoch's order of the samples, and each sample's view; once for all where lanes share them."""
-        places = self.places[:1] if self.how.shared else self.places
-        counts = len(self.splits.train), len(self.source.views)
+    def _draw(self) -> Drawn:
+        """This epoch's order of the samples, and each one's view and erased part; once for all where lanes share them."""
+        places, train = self.places[:1] if self.how.shared else self.places, self.splits.train
+        counts = len(train), len(self.source.views)
         each = [draw(place.lane.training.seed, place.epoch, *counts) for place in places]
-        order, drawn = (torch.stack(parts).to(self.device) for parts in zip(*each, strict=True))
-        return (order[0], drawn[0]) if self.how.shared else (order, drawn)
+        order, chosen = (torch.stack(parts).to(self.device) for parts in zip(*each, strict=True))
+        parts = [draw_erased(place.lane.training, place.epoch, len(train), train.image_size) for place in places]
+        erased = None if parts[0] is None else torch.stack(parts).to(self.device)  # type: ignore[arg-type]
+        drawn = Drawn(order, chosen, erased)
+        return Drawn(*(None if part is None else part[0] for part in drawn)) if self.how.shared else drawn  # type: ignore[arg-type]
 
     def _evaluate(self) -> tuple[list[int], list[float]]:
         """Each lane's correct predictions and mean cross-entropy on validation."""
@@ -300,6 +323,15 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     if step <= turn:
         return _anneal(start, peak, step / turn)
     return _anneal(peak, start / 1e4, (step - turn) / max(steps - 1 - turn, 1e-9))
+
+
+def _batch(drawn: Drawn, start: int, size: int) -> Drawn:
+    """So many samples of an epoch's order, from the place `start` on, with what is drawn for each of them."""
+    samples = drawn.samples[..., start : start + size]
+    erased = drawn.erased
+    if erased is not None:
+        erased = erased.gather(-2, samples[..., None].expand(*samples.shape, 4))
+    return Drawn(samples, drawn.views.gather(-1, samples), erased)
 
 
 def _first(bad: Bool[Tensor, " steps"], begun: int) -> int | None:

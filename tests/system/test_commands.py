@@ -36,6 +36,22 @@ def test_sweep_select_and_reproduce_from_a_second_process(kdexp, tiny_file: Path
     assert runs(tmp_path, "reproduction") == {"FINISHED": 2}
 
 
+def test_confirm_finds_in_a_second_process_what_a_first_has_trained(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+    swept = kdexp("sweep", "tiny.yaml", "--trials", "2")
+    assert "kdexp confirm tiny" in swept.stdout, swept.stderr
+    first, second = (kdexp("confirm", "tiny", "--bar", "0.01", "--seeds", "2", "--confidence", "0.6") for _ in range(2))
+    for done in (first, second):
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"confirmed \(≥ 1\.00 % at 60 %\)", done.stdout)
+        assert re.search(r"test accuracy \d+\.\d\d % ± \d+\.\d\d over 2 fresh seeds \(359 images", done.stdout)
+    assert "trained before" not in first.stdout
+    assert second.stdout.count("trained before") == 2
+    assert runs(tmp_path, "confirmation") == {"FINISHED": 2}
+    none = kdexp("confirm", "tiny", "--bar", "1")
+    assert none.returncode == 1
+    assert none.stderr.startswith("kdexp: No student of study 'tiny' reaches validation accuracy 1. Best:")
+
+
 def test_train_and_teacher(kdexp_here, tiny_file: Path, tmp_path: Path) -> None:
     teacher = kdexp_here("teacher", "tiny.yaml")
     assert teacher.returncode == 0, teacher.stderr
@@ -58,7 +74,7 @@ def test_nothing_that_a_command_writes_lies_outside_its_stores(kdexp_here, tiny_
 
 def test_every_command_has_help(kdexp) -> None:
     root = kdexp("--help").stdout
-    for name in ("sweep", "train", "teacher", "select", "reproduce", "ui"):
+    for name in ("sweep", "train", "teacher", "select", "confirm", "reproduce", "ui"):
         assert f"\n  {name} " in root
         helped = kdexp(name, "--help")
         assert helped.returncode == 0

@@ -1,0 +1,206 @@
+"""The fresh seeds of a trial: each found where a former command has trained it, or trained now.
+
+A seed follows from the study's and the trial's number. Commands that run at the same time share the work: a lock for
+each seed says who is at it. One that was interrupted goes on from its last checkpoint, in the run that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from kdexp import KdexpError
+from kdexp.config import Recipe, Sweep, Training
+from kdexp.distill.checkpoints import Checkpoint, Checkpoints
+from kdexp.distill.packs import Execution
+from kdexp.distill.randomness import seed_of
+from kdexp.records import recipe_of
+from kdexp.runner import Prepared, TeacherProgress, facts, goes_on_here, prepare, started
+from kdexp.selection import Candidate
+from kdexp.settings import Settings
+from kdexp.tracking import RunRecord, Tracking
+from kdexp.trials import EpochDone
+
+__all__ = ["TRAIN_AND_VALIDATION", "TRAIN_ONLY", "Elsewhere", "Retrainer", "Retraining", "SeedDone", "SeedEvent"]
+
+TRAIN_ONLY, TRAIN_AND_VALIDATION = "train", "train and validation"
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A candidate's turn to be trained with so many fresh seeds, on these images."""
+
+    candidate: Candidate
+    seeds: int
+    images: str
+
+
+@dataclass(frozen=True)
+class SeedDone:
+    """A fresh seed (from 1) is trained; not `new` where a former command had done it."""
+
+    number: int
+    run: RunRecord
+    new: bool
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Another command trains this seed: it is waited for."""
+
+    number: int
+
+
+SeedEvent = TeacherProgress | EpochDone | Retraining | SeedDone | Elsewhere
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One fresh seed of a candidate on these images."""
+
+    number: int
+    candidate: Candidate
+    recipe: Recipe
+    images: str
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint and its lock."""
+        return f"{self.candidate.run_id}-{self.recipe.training.seed}-{self.images.replace(' ', '-')}"
+
+    def tags(self, study: RunRecord) -> dict[str, str]:
+        """What finds its run."""
+        return {
+            "mlflow.parentRunId": study.run_id,
+            "kdexp.confirms": self.candidate.run_id,
+            "kdexp.seed": str(self.recipe.training.seed),
+            "kdexp.trained_on": self.images,
+        }
+
+
+@dataclass(frozen=True)
+class Retrainer:
+    """What all trainings of one command share."""
+
+    study: RunRecord
+    sweep: Sweep
+    settings: Settings
+    tracking: Tracking
+    device: torch.device
+    ready: dict[tuple[str, Training | None], Prepared] = field(default_factory=dict)
+    """Data and teacher, the last that were needed: by the images, and by the draws that the teacher's cache is for."""
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and locks are."""
+        return self.settings.stores / "checkpoints" / f"confirm-{self.study.run_id}"
+
+    def train(self, candidate: Candidate, seeds: int, images: str) -> Generator[SeedEvent, None, list[RunRecord]]:
+        """The runs of a candidate's first fresh seeds, those that are missing trained one after another."""
+        yield Retraining(candidate, seeds, images)
+        trial = self.tracking.read(candidate.run_id)
+        recipe = _on(images, recipe_of(trial, self.tracking))
+        every = [self._seed(number + 1, candidate, recipe, images) for number in range(seeds)]
+        runs: dict[int, RunRecord] = {}
+        for patient in (False, True):  # first what no other command is at
+            for seed in (seed for seed in every if seed.number not in runs):
+                if patient:
+                    yield Elsewhere(seed.number)
+                with _turn(self.folder / f"{seed.name}.lock", patient) as ours:
+                    if ours:
+                        runs[seed.number] = yield from self._find_or_train(seed, trial)
+        return [runs[seed.number] for seed in every]
+
+    def _seed(self, number: int, candidate: Candidate, recipe: Recipe, images: str) -> _Seed:
+        value = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)
+        return _Seed(number, candidate, recipe.replace({"training.seed": value}), images)
+
+    def _find_or_train(self, seed: _Seed, trial: RunRecord) -> Generator[SeedEvent, None, RunRecord]:
+        known = self.tracking.find("confirmation", seed.tags(self.study))
+        run = next((run for run in known if run.status == "FINISHED"), None)
+        if run is None:
+            prepared = yield from self._prepared(seed, trial)
+            run_id = yield from self._train(seed, prepared, known)
+            yield SeedDone(seed.number, run := self.tracking.read(run_id), new=True)
+        else:
+            yield SeedDone(seed.number, run, new=False)
+        return run
+
+    def _prepared(self, seed: _Seed, trial: RunRecord) -> Generator[TeacherProgress, None, Prepared]:
+        """Data and teacher, which must be the trial's."""
+        training = seed.recipe.training if seed.recipe.training.random_erasing else None  # erased anew by each seed
+        key = seed.images, training
+        if key not in self.ready:
+            self.ready.clear()
+            where = self.settings, self.tracking, self.study.experiment_id, self.device
+            self.ready[key] = yield from prepare(_on(seed.images, self.sweep.recipe), *where, training=training)
+        here = facts(self.ready[key])
+        for tag, what in (("kdexp.teacher_sha256", "teacher"), ("kdexp.validation_sha256", "validation data")):
+            if (then := trial.tags.get(tag, here[tag])) != here[tag]:
+                raise KdexpError(
+                    f"Study '{self.sweep.name}' was run with another {what} (SHA-256 {then[:12]}…, here "
+                    f"{here[tag][:12]}…): put the former {what} back, fresh seeds would not compare with its trials."
+                )
+        return self.ready[key]
+
+    def _train(self, seed: _Seed, prepared: Prepared, known: Sequence[RunRecord]) -> Generator[EpochDone, None, str]:
+        checkpoints = Checkpoints(self.folder)
+        begun = _going_on(checkpoints.load(seed.name), seed.recipe, prepared)
+        for run in known:  # ours is the lock: whoever trained there is gone
+            if run.status == "RUNNING" and not (begun and run.run_id == begun.run_id):
+                self.tracking.finish(run.run_id, "KILLED")
+        how, place = Execution.recorded(begun.environment) if begun else (None, 0)
+        images = "" if seed.images == TRAIN_ONLY else f" · {seed.images}"
+        with started(
+            seed.recipe,
+            prepared,
+            self.tracking,
+            self.study.experiment_id,
+            "confirmation",
+            f"trial {seed.candidate.trial} · fresh seed {seed.number}{images}",
+            parent=self.study.run_id,
+            tags=seed.tags(self.study) | {"kdexp.study": self.sweep.name},
+            how=how,
+            place=place,
+            keep=partial(checkpoints.save, seed.name),
+            resumed=begun,
+        ) as running:
+            for report in running.epochs():
+                yield EpochDone(seed.number, report.numbers)
+        checkpoints.remove(seed.name)
+        return running.run_id
+
+
+def _on(images: str, recipe: Recipe) -> Recipe:
+    """The recipe on these images; without images held out there is no best epoch, so the last one is kept."""
+    if images == TRAIN_ONLY:
+        return recipe
+    return recipe.replace({"data.train_on_validation": True, "training.keep": "last"})
+
+
+def _going_on(found: Checkpoint | None, recipe: Recipe, prepared: Prepared) -> Checkpoint | None:
+    """The checkpoint, if a training goes on from it here in the same bits."""
+    same = found and found.environment["threads"] == str(torch.get_num_threads()) and goes_on_here(found, recipe, prepared)
+    return found if same else None
+
+
+@contextmanager
+def _turn(lock: Path, patient: bool) -> Iterator[bool]:
+    """Whether what the lock stands for is ours in here; patiently, it will be."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
+    try:
+        file.acquire(blocking=patient)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        file.release()
