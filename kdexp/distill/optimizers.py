@@ -78,7 +78,8 @@ class Average:
     @torch.no_grad()
     def update(self, tensors: Sequence[Tensor], steps: Real[Tensor, "*lanes"]) -> None:
         """Take in what the tensors are after so many steps, of each lane where they have a lanes axis."""
-        weight = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay)
+        passed = steps.double()
+        weight = 1 - ((1 + passed) / (10 + passed)).clamp(max=self.decay)
         for average, tensor in zip(self.tensors, tensors, strict=True):
             own = weight.to(tensor.dtype)
             average.lerp_(tensor.detach(), own.view(-1, *[1] * (tensor.ndim - 1)) if own.ndim else own)

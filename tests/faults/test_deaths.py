@@ -41,8 +41,8 @@ MOMENTS = {
     "after a run is closed, before Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2),
     "after Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2, after=True),
     "after the last trial": Dies("kdexp.trials:leave", call=1),
-    "before the look at test": Dies("kdexp.promote:_look_at_test", call=1),
-    "after the look at test": Dies("kdexp.promote:_look_at_test", call=1, after=True),
+    "before the look at test": Dies("kdexp.promote:look_at_test", call=1),
+    "after the look at test": Dies("kdexp.promote:look_at_test", call=1, after=True),
     "before the model is registered": Dies("kdexp.tracking:Tracking.register", call=1),
     "after the model is registered": Dies("kdexp.tracking:Tracking.register", call=1, after=True),
 }

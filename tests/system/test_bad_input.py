@@ -9,7 +9,7 @@ import pytest
 import torch
 
 CASES = {
-    "unknown key": (["sweep", "tiny.yaml", "--set", "distillation.beta=1"], "distillation.beta: unknown key"),
+    "unknown key": (["sweep", "tiny.yaml", "--set", "distillation.gamma=1"], "distillation.gamma: unknown key"),
     "misspelt key": (["sweep", "tiny.yaml", "--set", "training.epoch=1"], "did you mean epochs?"),
     "wrong type": (["train", "tiny.yaml", "--set", "training.epochs=ten"], 'got "ten"; allowed: a whole number, at least 1'),
     "alpha 1.5": (
