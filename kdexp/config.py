@@ -364,13 +364,13 @@ class Sweep(Recipe):
     def _a_grid_is_of_choices(self) -> Self:
         if self.study.sampler != "grid":
             return self
-        if self.study.objective == "smallest":
-            raise ValueError("study.sampler: a grid is trained whole, it aims at nothing; set study.objective to accuracy")
         ranges = [path for path, dimension in self.search.items() if isinstance(dimension, Range)]
         if ranges:
             raise ValueError(
                 f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its values as choices"
             )
+        if self.study.objective == "smallest":
+            raise ValueError("study.sampler: a grid is trained whole, it aims at nothing; set study.objective to accuracy")
         if self.study.trials > (most := CONTROLS + len(self.beyond_controls)):
             raise ValueError(
                 f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls included; set it to that"

@@ -42,7 +42,7 @@ def values(aim: Objective, size: int, val_accuracy: float) -> tuple[float, ...]:
 
 
 def constraints(aim: Objective, size: int, val_accuracy: float, rule: Selection, samples: int) -> dict[str, float]:
-    """By name, each met where it is at most 0. With `confidence` the lower end of the accuracy's interval is to meet the bar."""
+    """By name, each met where it is at most 0. With `confidence` the lower end of the accuracy's interval must meet the bar."""
     if aim != "smallest":
         return {}
     accuracy = wilson_low(val_accuracy, samples, rule.confidence) if rule.confidence else val_accuracy

@@ -66,17 +66,17 @@ def sizes(sweep: Sweep, events: list, like) -> dict[int, int]:
 # --- pure ---
 
 
-@given(accuracies, accuracies, st.integers(1, 10**6), st.none() | st.integers(1, 10**6))
-def test_a_trial_is_feasible_where_the_selector_would_let_it_pass(accuracy, bar, size, limit) -> None:
-    rule = Selection(accuracy_bar=bar, limit=limit)
-    told = constraints("smallest", size, accuracy, rule)
+@given(accuracies, accuracies, st.integers(1, 10**6), st.none() | st.integers(1, 10**6), st.none() | st.floats(0.51, 0.99))
+def test_a_trial_is_feasible_where_the_selector_would_let_it_pass(accuracy, bar, size, limit, confidence) -> None:
+    rule = Selection(accuracy_bar=bar, limit=limit, confidence=confidence)
+    told = constraints("smallest", size, accuracy, rule, 287)
     assert all(map(math.isfinite, told.values()))
-    assert (max(told.values()) <= 0) == passes(Candidate("run", 0, size, size, size, accuracy), rule)
+    assert (max(told.values()) <= 0) == passes(Candidate("run", 0, size, size, size, accuracy, 287), rule)
 
 
 @given(accuracies, accuracies)
 def test_the_more_errors_the_further_from_feasible(one, other) -> None:
-    first, second = (constraints("smallest", 1, accuracy, RULE)["accuracy"] for accuracy in (one, other))
+    first, second = (constraints("smallest", 1, accuracy, RULE, 287)["accuracy"] for accuracy in (one, other))
     assert (first < second) == (one > other)
 
 
@@ -94,7 +94,7 @@ def test_each_aim_has_a_value_for_each_direction() -> None:
         "pareto": (70.0, 0.8),
     }
     assert all(len(values(aim, 70, 0.8)) == len(DIRECTIONS[aim]) for aim in DIRECTIONS)
-    assert constraints("accuracy", 70, 0.8, RULE) == constraints("pareto", 70, 0.8, RULE) == {}
+    assert constraints("accuracy", 70, 0.8, RULE, 9) == constraints("pareto", 70, 0.8, RULE, 9) == {}
 
 
 def test_only_what_is_smaller_than_the_smallest_that_passes_is_worth_training() -> None:
@@ -105,6 +105,8 @@ def test_only_what_is_smaller_than_the_smallest_that_passes_is_worth_training() 
     limited = Selection(accuracy_bar=0.9, limit=50)
     assert needless("smallest", 51, limited, None) == "selection.limit is 50"
     assert needless("smallest", 50, limited, best) == ""
+    rounded = Selection(accuracy_bar=0.9, size="bytes", limit=50)
+    assert needless("smallest", 500, rounded, best) == "", "rounded it may be the smaller one"
     assert needless("accuracy", 500, limited, best) == needless("pareto", 500, limited, best) == ""
 
 
@@ -210,7 +212,7 @@ def test_direction_value_and_constraint_are_stored(finished, digits) -> None:
     for trial in trained:
         accuracy = tracking.read(trial.user_attrs["run_id"]).metrics["val_accuracy"]
         assert trial.value == size[trial.number]
-        assert trial.constraints == constraints("smallest", size[trial.number], accuracy, sweep.selection)
+        assert trial.constraints == constraints("smallest", size[trial.number], accuracy, sweep.selection, 287)
     chosen = select(candidates(tracking.study("small"), tracking), sweep.selection)
     assert study.best_trial.value == chosen.parameters
     assert "minimising parameters" in tracking.study("small").tags["mlflow.note.content"]

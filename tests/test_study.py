@@ -35,7 +35,7 @@ def test_only_a_pruner_needs_reports(tiny, settings, tracking, pruner, epochs) -
 
 def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settings, tracking) -> None:
     search = {"training.seed": {"choices": (8787, 1, 2)}, "distillation.alpha": {"choices": (0.0, 0.3)}}
-    grid = {"study": {"sampler": "grid", "trials": 6}, "search": search}
+    grid = {"study": {"objective": "accuracy", "sampler": "grid", "trials": 6}, "search": search}
     sweep = Sweep.model_validate(tiny.model_dump() | grid)
     for _ in run_sweep(sweep, settings, tracking, CPU):
         pass
@@ -46,6 +46,9 @@ def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settin
 
 
 def test_a_grid_ends_where_its_points_do(tiny) -> None:
-    grid = {"study": {"sampler": "grid", "trials": 4}, "search": {"training.seed": {"choices": (8787, 1)}}}
+    grid = {
+        "study": {"objective": "accuracy", "sampler": "grid", "trials": 4},
+        "search": {"training.seed": {"choices": (8787, 1)}},
+    }
     with pytest.raises(ValueError, match=r"got 4, but the grid has 3 trials, controls included"):
         Sweep.model_validate(tiny.model_dump() | grid)
