@@ -342,9 +342,8 @@ class Sweep(Recipe):
         changing fastest."""
         axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
         points = [dict(zip(self.search, point, strict=True)) for point in product(*axes)]
-        recipes = {point: self.recipe.replace(values) for point, values in enumerate(points)}
         controls = self.recipe, self.recipe.replace({"distillation.alpha": 0.0})
-        return [points[point] for point, recipe in recipes.items() if recipe not in controls]
+        return [point for point in points if self.recipe.replace(point) not in controls]
 
     @model_validator(mode="after")
     def _a_grid_is_of_choices(self) -> Self:

@@ -101,10 +101,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path, empty_store: Path) -> Settings:
     """Fresh embedded stores."""
-    stores = tmp_path / "mlruns"
-    stores.mkdir()
-    shutil.copy(empty_store, stores / "mlflow.db")
-    return Settings(stores=stores)
+    (tmp_path / "mlruns").mkdir()
+    return stores_in(tmp_path / "mlruns", empty_store)
+
+
+def stores_in(folder: Path, empty_store: Path) -> Settings:
+    """The same in a folder, for fixtures that outlive a test."""
+    shutil.copy(empty_store, folder / "mlflow.db")
+    return Settings(stores=folder)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import CPU, tiny_sweep
+from conftest import CPU, stores_in, tiny_sweep
 from filelock import FileLock
 from test_sweep import drain, interrupt_at, statuses
 
@@ -42,9 +42,7 @@ def sweep_with_a_student_too_small() -> Sweep:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, empty_store) -> Settings:
     """A finished study, whose smallest student (of no use) had luck: 99 % on validation, says its record."""
-    stores = tmp_path_factory.mktemp("confirm")
-    shutil.copy(empty_store, stores / "mlflow.db")
-    settings = Settings(stores=stores)
+    settings = stores_in(tmp_path_factory.mktemp("confirm"), empty_store)
     tracking = Tracking(settings)
     sweep = sweep_with_a_student_too_small()
     drain(run_sweep(sweep, settings, tracking, CPU))

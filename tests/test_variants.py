@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import mlflow
 import onnxruntime
 import pytest
 import torch
-from conftest import CPU, ROOT, tiny_sweep
+from conftest import CPU, ROOT, stores_in, tiny_sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -103,12 +102,10 @@ def test_where_the_first_one_measured_passes_no_other_is() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, empty_store) -> Path:
     """The store of a study of grey digits on three channels."""
-    stores = tmp_path_factory.mktemp("variants")
-    shutil.copy(empty_store, stores / "mlflow.db")
-    settings = Settings(stores=stores)
+    settings = stores_in(tmp_path_factory.mktemp("variants"), empty_store)
     tracking = Tracking(settings)
     list(run_sweep(tiny_sweep().replace({"data.channels": 3, "training.epochs": 5}), settings, tracking, CPU))
-    return stores / "mlflow.db"
+    return settings.stores / "mlflow.db"
 
 
 @pytest.fixture

@@ -313,7 +313,8 @@ class Separate:
         each = []
         for place, module in enumerate(self.modules):
             module.eval()
-            each.append(torch.func.functional_call(module, self._kept(place), (images.to(self.dtype),)))
+            kept = self._kept(place) if self.averages[place] else {}
+            each.append(torch.func.functional_call(module, kept, (images.to(self.dtype),)))
             module.train()
         return torch.stack(each)
 

@@ -113,6 +113,20 @@ class Stack:
         return len(next(iter(self.leaves.values())))
 
 
+LIFTED = (
+    Residual,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.Dropout,
+    nn.Linear,
+    nn.ReLU,
+    nn.Flatten,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+"""What a plan may be read off, besides nn.Sequential and nn.Identity."""
+
+
 class _NoForm(Exception):
     """The network holds something that has no stacked form."""
 
@@ -176,28 +190,29 @@ def _plan(layers: list[tuple[str, nn.Module]], x: Tensor, numbers: Iterator[int]
 
 
 def _layer(name: str, module: nn.Module, x: Tensor, following: list[type], numbers: Iterator[int]) -> Layer:
-    kind = type(module)
-    if kind is Residual:
-        body, _ = _plan(list(_flat(f"{name}.body", module.body)), x, numbers)  # type: ignore[arg-type]
-        return Sum(body, _plan(list(_flat(f"{name}.shortcut", module.shortcut)), x, numbers)[0])  # type: ignore[arg-type]
-    if kind is nn.Conv2d:
-        return _convolution(name, module, x, following[:1] == [nn.BatchNorm2d])  # type: ignore[arg-type]
-    if kind is nn.BatchNorm2d:
-        return _norm(name, module, following == [nn.ReLU, nn.AvgPool2d])  # type: ignore[arg-type]
-    if kind is nn.Dropout:
-        return Dropout(next(numbers), x[0].numel())
-    if kind is nn.Linear and x.ndim == 2 and module.bias is not None:
-        return Linear(name, last=False)
-    fits: dict[type, tuple[bool, Layer]] = {
-        nn.ReLU: (True, Relu()),
-        nn.Flatten: (module.__dict__.get("start_dim") == 1 and module.__dict__.get("end_dim") == -1, Flatten()),
-        nn.AvgPool2d: (repr(module) == repr(nn.AvgPool2d(2)), Halve()),
-        nn.AdaptiveAvgPool2d: (module.__dict__.get("output_size") in (1, (1, 1)), Mean()),
-    }
-    fit, layer = fits.get(kind, (False, Relu()))
-    if not fit:
+    if type(module) not in LIFTED:  # a subclass may do anything
         raise _NoForm
-    return layer
+    match module:
+        case Residual():
+            body, _ = _plan(list(_flat(f"{name}.body", module.body)), x, numbers)
+            return Sum(body, _plan(list(_flat(f"{name}.shortcut", module.shortcut)), x, numbers)[0])
+        case nn.Conv2d():
+            return _convolution(name, module, x, following[:1] == [nn.BatchNorm2d])
+        case nn.BatchNorm2d():
+            return _norm(name, module, following == [nn.ReLU, nn.AvgPool2d])
+        case nn.Dropout():
+            return Dropout(next(numbers), x[0].numel())
+        case nn.Linear() if x.ndim == 2 and module.bias is not None:
+            return Linear(name, last=False)
+        case nn.ReLU():
+            return Relu()
+        case nn.Flatten(start_dim=1, end_dim=-1):
+            return Flatten()
+        case nn.AvgPool2d() if repr(module) == repr(nn.AvgPool2d(2)):
+            return Halve()
+        case nn.AdaptiveAvgPool2d(output_size=1 | (1, 1)):
+            return Mean()
+    raise _NoForm
 
 
 def _convolution(name: str, module: nn.Conv2d, x: Tensor, held_bias: bool) -> Convolution:
