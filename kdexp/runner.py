@@ -451,9 +451,10 @@ def _log_datasets(tracking: Tracking, run_id: str, data: Data, splits: Mapping[s
 
 
 def _named(network: Any) -> str:
-    """A network in a few characters: 'cnn 16-32-64/128', '3 x resnet18'."""
+    """A network in a few characters: 'cnn 16-32-64/128', 'residual 4-8-16', '3 x resnet18'."""
     if getattr(network, "members", 1) > 1:
         return f"{network.members} x {_named(network.model_copy(update={'members': 1}))}"
-    if network.architecture == "cnn":
-        return f"cnn {'-'.join(map(str, network.channels))}/{network.hidden}"
+    if network.channels:
+        hidden = f"/{network.hidden}" if network.hidden else ""
+        return f"{network.architecture} {'-'.join(map(str, network.channels))}{hidden}"
     return " ".join([network.architecture, *(f"{key}={value}" for key, value in network.options.items())])

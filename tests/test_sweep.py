@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Selection, Sweep, flatten
+from kdexp.config import Recipe, Selection, Student, Sweep, flatten
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
@@ -24,7 +24,7 @@ from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport, train
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.reproduce import reproduce
-from kdexp.runner import EPOCH_METRICS, prepare, started
+from kdexp.runner import EPOCH_METRICS, _named, prepare, started
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
 from kdexp.study import OpenStudy, StudyError
@@ -501,3 +501,16 @@ def test_no_store_of_a_study_holds_a_test_figure_before_selection(tiny: Sweep, s
     drain(run_sweep(tiny, settings, tracking, CPU))
     assert not rows(settings, "select * from metrics where key like 'test%'")
     assert not list(Path(settings.stores).rglob("*test*"))
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        ({"channels": (4, 8), "hidden": 16}, "cnn 4-8/16"),
+        ({"channels": (4, 8), "hidden": 0}, "cnn 4-8"),
+        ({"architecture": "residual", "channels": (4, 8)}, "residual 4-8"),
+        ({"architecture": "resnet18"}, "resnet18"),
+    ],
+)
+def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str) -> None:
+    assert _named(Student(**network)) == name
