@@ -3,8 +3,9 @@
     python -m benchmarks.early_stopping [SWEEP.yaml] [--trials 40] [--seeds 1 2 3]
 
 Each study (sampler, seed) runs twice, without and with `early_stop`, side by side in one run, on a teacher made
-once. A random search proposes the same trials both times, so what is selected can be compared trial by trial; TPE
-learns from what it is told and may go another way. Trials run one after another: who is stopped depends on who was
+once. A random search proposes the same trials both times, so what is selected can be compared trial by trial; others
+learn from what they are told and may go another way. Where the objective is `smallest`, proposals that are no smaller
+than one that passes are begun neither way. Trials run one after another: who is stopped depends on who was
 first, and so the counts can be repeated.
 """
 

@@ -178,7 +178,7 @@ def _sweep(pruner: str, trials: int) -> Sweep:
                 "training.learning_rate": {"low": 3e-4, "high": 3e-2, "log": True},
                 "student.channels": {"choices": ((2, 4), (4, 8))},
             },
-            "study": {"trials": trials, "pruner": pruner},
+            "study": {"objective": "accuracy", "trials": trials, "sampler": "tpe", "pruner": pruner},
             "selection": {"accuracy_bar": 0.9},
         }
     )

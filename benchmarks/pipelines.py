@@ -143,7 +143,7 @@ def _sweep(name: str, epochs: int, trials: int, weights: str | None) -> dict[str
             "distillation.temperature": {"low": 1.0, "high": 20.0, "log": True},
             "training.learning_rate": {"low": 1e-4, "high": 1e-3, "log": True},
         },
-        "study": {"trials": trials, "sampler": "random"},
+        "study": {"objective": "accuracy", "trials": trials, "sampler": "random"},
         "selection": {"accuracy_bar": 0.5},
     }
 

@@ -92,7 +92,7 @@ def _write(folder: Path, name: str, options: argparse.Namespace) -> Path:
         "teacher": {"architecture": "cnn", "channels": [8, 16], "hidden": 32, "epochs": 1, "learning_rate": 1e-3},
         "training": {"epochs": options.epochs},
         "search": {"distillation.alpha": {"low": 0.0, "high": 1.0}},
-        "study": {"trials": options.trials, "sampler": "random"},
+        "study": {"objective": "accuracy", "trials": options.trials, "sampler": "random"},
         "selection": {"accuracy_bar": 0.1},
     }
     file = folder / f"{name}.yaml"

@@ -10,7 +10,8 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
     tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
-    selection, intervals, stopping   the selection rule · how sure it is · what it can no longer select
+    objective, stopping              what a study aims at · what it can no longer select
+    selection, intervals             the selection rule · how sure it is
     plots, environment               pictures · what a result depends on besides its recipe
     distill.{train, packs, optimizers, losses, randomness}      the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)

@@ -7,6 +7,7 @@ Everything here is frozen; unknown keys, wrong types and values out of range fai
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -32,6 +33,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Network",
+    "Objective",
     "Precision",
     "Range",
     "Recipe",
@@ -46,6 +48,7 @@ __all__ = [
     "differences",
     "flatten",
     "load",
+    "recorded",
     "select_rule",
 ]
 
@@ -57,6 +60,7 @@ DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "
 Size = Literal["parameters", "multiply_adds", "bytes"]
 Precision = Literal["float32", "float16", "int8"]
 Variant = Literal["as trained", "float32", "float16", "int8"]
+Objective = Literal["smallest", "accuracy", "pareto"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = bool | int | float | str
 
@@ -298,12 +302,22 @@ Dimension = Annotated[
 class Study(Frozen):
     """How the search space is searched."""
 
-    trials: int = Field(50, ge=1)
-    sampler: Literal["tpe", "random", "gp", "grid"] = Field("tpe", description="grid: every combination of choices once")
+    objective: Objective = Field("smallest", description="what the search aims at: see kdexp/objective.py")
+    trials: int = Field(50, ge=1, description="trained ones; a proposal that is not trained is none")
+    sampler: Literal["tpe", "random", "gp", "grid"] = Field("gp", description="grid: every combination of choices once")
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
-    early_stop: bool = Field(False, description="leave out what can no longer be selected: see kdexp/stopping.py")
+    early_stop: bool = Field(False, description="end a trial that can no longer be selected: see kdexp/stopping.py")
     retries: int = Field(3, ge=0, description="how often a trial that broke off without getting on is tried again")
     seed: int = Field(8787, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _a_frontier_is_trained_to_its_end(self) -> Self:
+        if self.objective == "pareto":
+            if self.pruner != "none":
+                raise ValueError(f"pruner {self.pruner} ranks by one objective and pareto has two; set study.pruner to none")
+            if self.early_stop:
+                raise ValueError("early_stop ends what is below the bar and pareto wants it; set study.early_stop to false")
+        return self
 
 
 class Selection(Frozen):
@@ -338,12 +352,17 @@ class Sweep(Recipe):
 
     @property
     def beyond_controls(self) -> list[dict[str, Any]]:
-        """A grid's points, by path: every combination of choices but those that trials 0 and 1 train, the last path's
-        changing fastest."""
+        """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
+        trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
         axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
-        points = [dict(zip(self.search, point, strict=True)) for point in product(*axes)]
-        controls = self.recipe, self.recipe.replace({"distillation.alpha": 0.0})
-        return [point for point in points if self.recipe.replace(point) not in controls]
+        trained = [self.recipe, self.recipe.replace({"distillation.alpha": 0.0})]
+        points = []
+        for point in (dict(zip(self.search, values, strict=True)) for values in product(*axes)):
+            recipe = self.recipe.replace(point)
+            if not any(_learns_alike(recipe, other) for other in trained):
+                trained.append(recipe)
+                points.append(point)
+        return points
 
     @model_validator(mode="after")
     def _a_grid_is_of_choices(self) -> Self:
@@ -354,6 +373,8 @@ class Sweep(Recipe):
             raise ValueError(
                 f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its values as choices"
             )
+        if self.study.objective == "smallest":
+            raise ValueError("study.sampler: a grid is trained whole, it aims at nothing; set study.objective to accuracy")
         if self.study.trials > (most := CONTROLS + len(self.beyond_controls)):
             raise ValueError(
                 f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls included; set it to that"
@@ -379,6 +400,21 @@ class Sweep(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _smallest_can_be_aimed_at(self) -> Self:
+        if self.study.objective == "smallest":
+            if self.selection.goal != "smallest":
+                raise ValueError(
+                    f"selection.goal: {self.selection.goal} is not what study.objective smallest searches for; "
+                    f"set study.objective to accuracy, or selection.goal to smallest"
+                )
+            if self.search and not any(path.startswith("student.") for path in self.search):
+                raise ValueError(
+                    "study.objective: smallest needs a student whose size is searched over; "
+                    "add student.channels or the like to search, or set study.objective to accuracy"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _search_fits_the_recipe(self) -> Self:
         leaves = flatten(self.recipe)
         for path, dimension in self.search.items():
@@ -400,6 +436,12 @@ class Sweep(Recipe):
                     f"trial 0 always trains it, so widen the search or change {path}"
                 )
         return self
+
+
+def _learns_alike(one: Recipe, other: Recipe) -> bool:
+    if one.distillation.alpha == 0 == other.distillation.alpha:
+        other = other.model_copy(update={"distillation": one.distillation})
+    return one == other
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -430,6 +472,13 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
             raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
     return validate(Sweep, tree, source=str(path))
+
+
+def recorded(text: str, source: str) -> Sweep:
+    """A sweep as a study recorded it; one from before there was a choice of objectives aimed at accuracy."""
+    tree = json.loads(text)
+    tree["study"].setdefault("objective", "accuracy")
+    return validate(Sweep, tree, source)
 
 
 def select_rule(rule: Selection, changes: Mapping[str, Any]) -> Selection:

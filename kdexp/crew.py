@@ -106,7 +106,7 @@ def run_crew(
                     yield event
     finally:
         _stop(members)
-    left = study.sweep.study.trials - study.done
+    left = study.left
     if lost and left:
         error = CrewError(f"{left} trials of study '{study.sweep.name}' are not finished: {'; '.join(map(str, lost))}.")
         for trace in (member.failure.trace for member in members if member.failure):

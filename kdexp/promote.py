@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Selection, Sweep, Variant
+from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
 from kdexp.distill.data import load_splits, load_test
 from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
@@ -141,7 +141,8 @@ def gain(trials: Sequence[Candidate]) -> float | None:
 def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
     """The sweep file a study was last run with."""
     with tempfile.TemporaryDirectory() as temporary:
-        return Sweep.model_validate_json(tracking.download(study.run_id, "sweep.json", Path(temporary)).read_text())
+        file = tracking.download(study.run_id, "sweep.json", Path(temporary))
+        return recorded(file.read_text(), f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
 
 
 def looks(study: RunRecord, tracking: Tracking) -> int:

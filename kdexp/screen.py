@@ -23,7 +23,16 @@ from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Difference
 from kdexp.runner import Result
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
-from kdexp.sweep import EpochDone, TeacherReady, TrialFailed, TrialFinished, TrialSkipped, TrialStarted
+from kdexp.sweep import (
+    EpochDone,
+    NothingSmaller,
+    TeacherReady,
+    TrialFailed,
+    TrialFinished,
+    TrialGivenUp,
+    TrialSkipped,
+    TrialStarted,
+)
 
 __all__ = [
     "Screen",
@@ -62,6 +71,8 @@ class Screen:
         self.labels: dict[int | None, str] = {}
         self.shares: dict[int | None, float] = {}
         """How far the trials under way are, 0 to 1."""
+        self.skipped: list[TrialSkipped] = []
+        """Not trained since the last line about it."""
         self.done = 0
         self.best: Result | None = None
         self.smallest: int | None = None
@@ -85,6 +96,7 @@ class Screen:
                 if self.done < (self.trials or 0):
                     self.console.print(_crew_line(event))
             case TrialStarted():
+                self._not_trained()
                 again = "" if not event.retried else f" (from epoch {event.epoch + 1})" if event.epoch else " (again)"
                 self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
             case EpochDone():
@@ -96,8 +108,13 @@ class Screen:
             case TrialFinished():
                 self._finished(event)
             case TrialSkipped():
+                self.skipped.append(event)
+            case NothingSmaller():
+                self._not_trained()
+                self.console.print(_nothing_smaller(event), style="yellow")
+            case TrialGivenUp():
                 self.done = max(self.done, event.done)
-                self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]not trained[/]: {event.why}")
+                self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
             case Retraining():
                 self._retraining(event)
             case SeedDone():
@@ -166,6 +183,13 @@ class Screen:
         self.console.print(f"seed {event.number}  {val}{'' if event.new else '  (trained before)'}")
         self.progress.update(self.study, completed=self.done)
 
+    def _not_trained(self) -> None:
+        """Proposals come in crowds: one line for all since the last."""
+        if self.skipped:
+            proposals = "1 proposal" if len(self.skipped) == 1 else f"{len(self.skipped)} proposals"
+            self.console.print(f"          {proposals} not trained: {self.skipped[-1].why}", style="dim")
+            self.skipped.clear()
+
     def _step(self, trial: int | None, label: str, done: int, total: int, note: str) -> None:
         if trial not in self.bars:
             self.bars[trial] = self.progress.add_task(label, total=total, note=note)
@@ -195,6 +219,11 @@ def teacher_line(teacher: CachedTeacher) -> str:
 def _crew_line(crew: Crew) -> str:
     workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((crew.workers, "worker"), (crew.threads, "thread")))
     return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
+
+
+def _nothing_smaller(event: NothingSmaller) -> str:
+    than = f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}" if event.smallest else "within the limit"
+    return f"Nothing {than} is left to try: the study ends after {event.done} trials."
 
 
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:

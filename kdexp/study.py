@@ -7,6 +7,7 @@ any number of processes may run the same study, and what was interrupted keeps i
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -27,18 +28,22 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
-from kdexp.config import CONTROLS, Choices, Range, Recipe, Sweep, differences
+from kdexp.config import CONTROLS, Choices, Objective, Recipe, Selection, Sweep, differences, recorded
 from kdexp.distill.checkpoints import Checkpoints, State
+from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
-from kdexp.reading import validate
+from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values
+from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
-from kdexp.stopping import Outcome
 from kdexp.workers import Worker
 
 __all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
 
+STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
+STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
+IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 SET_UP_SECONDS = 30.0
 UNSIGNED_SECONDS = 60.0
 BEAT_SECONDS = 10.0
@@ -52,8 +57,15 @@ log = logging.getLogger("kdexp")
 HandedBack = Literal["released", "failed"]
 """In the place of a worker's name: a trial that was stopped cleanly, or one that failed by itself."""
 
-Ended = tuple[State, float]
-"""How a trial's training ended, and its validation accuracy."""
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial's training ended, its validation accuracy over so many images, and the student's size."""
+
+    state: State
+    val_accuracy: float
+    val_samples: int
+    size: Size
 
 
 class StudyError(KdexpError):
@@ -73,8 +85,11 @@ class Trial:
     control: str
     """'documented defaults', 'labels only', or nothing."""
     retried: bool
+    begun: bool
+    """Retried, and its training had begun: it had a run."""
     broken: bool
     """Retried because its worker died, or because it failed: not because it was stopped."""
+    _aim: Objective
     _prunes: bool
     _trial: optuna.Trial
     _reported: frozenset[int]
@@ -83,9 +98,9 @@ class Trial:
         """Let Optuna know the trial's MLflow run."""
         _patiently(lambda: self._trial.set_user_attr("run_id", run_id))
 
-    def remember(self, size: int, curve: Sequence[float]) -> None:
+    def remember(self, curve: Sequence[float]) -> None:
         """Let the study's other trials learn from this one, which went to its end."""
-        _patiently(lambda: self._trial.set_user_attr("outcome", {"size": size, "curve": list(curve)}))
+        _patiently(lambda: self._trial.set_user_attr("outcome", {"curve": list(curve)}))
 
     def tries(self, epoch: int) -> int:
         """How often it has broken without getting beyond this epoch, now included."""
@@ -100,7 +115,7 @@ class Trial:
             return False
         try:
             if report.finite and report.epoch not in self._reported:
-                self._trial.report(report.val_accuracy, report.epoch)
+                self._trial.report(compared(self._aim, report.val_accuracy), report.epoch)
             # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
             known = report.epoch >= max(self._reported, default=0)
             return known and self.number >= CONTROLS and report.epoch < report.epochs and self._trial.should_prune()
@@ -122,6 +137,7 @@ class OpenStudy:
 
     def __init__(self, study: optuna.Study, sweep: Sweep, on_this_machine: bool) -> None:
         self._study, self.sweep, self._on_this_machine = study, sweep, on_this_machine
+        self._aim = sweep.study.objective
         self._beats: dict[str, _Beat] = {}
         """Of workers elsewhere."""
 
@@ -140,16 +156,33 @@ class OpenStudy:
         return self.sweep.study.pruner != "none" or self.sweep.study.early_stop
 
     @property
-    def outcomes(self) -> list[Outcome]:
-        """What trials that went to their end came to."""
-        trials = _patiently(self._trials)
-        known = ((trial.number, trial.user_attrs.get("outcome")) for trial in trials if trial.state.is_finished())
-        return [Outcome(number, it["size"], tuple(it["curve"])) for number, it in known if it]
+    def curves(self) -> list[list[float]]:
+        """The validation accuracies of each epoch of trials that went to their end."""
+        known = (trial.user_attrs.get("outcome") for trial in _patiently(self._trained) if trial.state.is_finished())
+        return [outcome["curve"] for outcome in known if outcome]
+
+    @property
+    def smallest(self) -> Passing | None:
+        """The smallest that passes, where that is what is searched for."""
+        complete = [trial for trial in _patiently(self._trained) if trial.state == TrialState.COMPLETE]
+        passing = [trial for trial in complete if trial.constraints and max(trial.constraints.values()) <= 0]
+        sizes = [Passing(trial.number, int(trial.values[0])) for trial in passing]
+        return min(sizes, key=lambda other: (other.size, other.trial), default=None)
 
     @property
     def done(self) -> int:
         """How many trials have ended."""
-        return sum(trial.state.is_finished() for trial in _patiently(self._trials))
+        return sum(trial.state.is_finished() for trial in _patiently(self._trained))
+
+    @property
+    def left(self) -> int:
+        """How many trials are still to end."""
+        return (_patiently(self._begun) if self.exhausted else self.sweep.study.trials) - self.done
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many proposals in a row were not worth training that no more are made."""
+        return _patiently(self._untrained) >= IN_VAIN
 
     @contextmanager
     def beating(self, worker: Worker) -> Iterator[None]:
@@ -188,14 +221,14 @@ class OpenStudy:
                     verdict = ended(frozen.number)
                     if verdict is None:
                         # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
-                        self._study.sampler = _sampler(self.sweep, frozen.number)
+                        self._study.sampler = _sampler(self.sweep, frozen.number, self._untrained(frozen.number))
                         trial = optuna.Trial(self._study, frozen._trial_id)
                         return self._take(trial, worker, frozen)
-                    self.tell(frozen.number, *verdict)
-            begun = self._begun()
-            if begun >= self.sweep.study.trials:
+                    self.tell(frozen.number, verdict)
+            untrained = self._untrained()
+            if self._begun() >= self.sweep.study.trials or untrained >= IN_VAIN:
                 return None
-            self._study.sampler = _sampler(self.sweep, begun)
+            self._study.sampler = _sampler(self.sweep, self._next_number(), untrained)
             trial = self._study.ask()
             # Another machine, which the turn does not hold back, may have asked at the same moment.
             if self._begun(before=trial.number) >= self.sweep.study.trials:
@@ -204,14 +237,19 @@ class OpenStudy:
                 return None
             return self._take(trial, worker, None)
 
+    def needless(self, size: Size) -> str:
+        """Why a student of this size need not be trained, or nothing."""
+        rule = self.sweep.selection
+        return needless(self._aim, size_of(size, rule.size), rule, self.smallest if self._aim == "smallest" else None)
+
     def skip(self, trial: Trial, why: str) -> None:
-        """A trial ends before it began."""
+        """A trial is not trained. No sampler learns from it: told that it is bad, TPE found larger students in the end."""
         _patiently(lambda: trial._trial.set_user_attr("skipped", why))
-        self._tell(trial.number, None, TrialState.PRUNED)
+        self._tell(trial.number, None, TrialState.FAIL)
 
     def give_up(self, trial: Trial, why: str) -> None:
         """A trial broke too often."""
-        _patiently(lambda: trial._trial.set_user_attr("skipped", why))
+        _patiently(lambda: trial._trial.set_user_attr("given_up", why))
         self._tell(trial.number, None, TrialState.FAIL)
 
     def hand_back(self, trial: Trial, how: HandedBack) -> None:
@@ -219,21 +257,38 @@ class OpenStudy:
         with suppress(*AWAY):  # then it is found without its worker
             trial._trial.set_user_attr("worker", how)
 
-    def tell(self, number: int, state: State, val_accuracy: float) -> None:
-        """A trial has ended."""
-        self._tell(number, *((val_accuracy, None) if state == "complete" else (None, TrialState.PRUNED)))
+    def tell(self, number: int, ended: Ended) -> None:
+        """A trial has ended. Where size is minimised, one that has met the bar is complete, however it ended."""
+        size = size_of(ended.size, self.sweep.selection.size)
+        limits = constraints(self._aim, size, ended.val_accuracy, self.sweep.selection, ended.val_samples)
+        if ended.state == "complete" or (limits and max(limits.values()) <= 0):
+            self._tell(number, values(self._aim, size, ended.val_accuracy), TrialState.COMPLETE, limits)
+        else:
+            self._tell(number, None, TrialState.PRUNED, limits)
 
     def owns(self, worker: Worker, number: int) -> bool:
         """Whether a trial is still this worker's: one that was thought dead may have lost it."""
         trial = _patiently(lambda: self._study.get_trials(deepcopy=False)[number])
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker.name
 
-    def _tell(self, number: int, value: float | None, state: TrialState | None) -> None:
+    def _tell(
+        self, number: int, told: Sequence[float] | None, state: TrialState, limits: Mapping[str, float] | None = None
+    ) -> None:
         def tell() -> None:
-            if not self._study.get_trials(deepcopy=False)[number].state.is_finished():  # or told just before it went away
-                self._study.tell(number, value, state=state)
+            frozen = self._study.get_trials(deepcopy=False)[number]
+            if not frozen.state.is_finished():  # or told just before it went away
+                self._constrain(frozen, limits or {})
+                self._study.tell(number, told, state=state)
 
         _patiently(tell)
+
+    def _constrain(self, frozen: FrozenTrial, limits: Mapping[str, float]) -> None:
+        missing = [name for name in limits if name not in frozen.constraints]
+        if missing:
+            self._study.sampler = optuna.samplers.RandomSampler()  # a Trial asks its sampler for values as it is made
+            trial = optuna.Trial(self._study, frozen._trial_id)
+            for name in missing:
+                trial.set_constraint(name, limits[name])
 
     def others(self, worker: Worker) -> int:
         """How many trials other, living workers have under way."""
@@ -280,16 +335,18 @@ class OpenStudy:
         """Sign a trial; `former` is what is known of it where somebody else had begun it."""
         left = former.user_attrs.get("worker") if former else None
         trial.set_user_attr("worker", worker.name)
-        values = {}
+        chosen, untrained = {}, self._untrained(trial.number)
         for path in self.sweep.search:  # each from a sampler of its own: an ask may have been cut short between two values
-            self._study.sampler = _sampler(self.sweep, trial.number, path)
-            values[path] = _suggest(trial, self.sweep, path)
+            self._study.sampler = _sampler(self.sweep, trial.number, untrained, path)
+            chosen[path] = _suggest(trial, self.sweep, path)
         return Trial(
             number=trial.number,
-            recipe=self.sweep.recipe.replace(values | trial.user_attrs.get("overrides", {})),
+            recipe=self.sweep.recipe.replace(chosen | trial.user_attrs.get("overrides", {})),
             control=trial.user_attrs.get("control", ""),
             retried=former is not None,
+            begun=former is not None and "run_id" in former.user_attrs,
             broken=left not in (None, "released"),
+            _aim=self._aim,
             _prunes=self.sweep.study.pruner != "none",
             _trial=trial,
             _reported=frozenset(former.intermediate_values if former else ()),
@@ -299,10 +356,26 @@ class OpenStudy:
         trials = self._study.get_trials(deepcopy=False)
         return [trial for trial in trials if "over_budget" not in trial.user_attrs]
 
+    def _trained(self) -> list[FrozenTrial]:
+        """Without the proposals that were not worth it."""
+        return [trial for trial in self._trials() if "skipped" not in trial.user_attrs]
+
     def _begun(self, before: int | None = None) -> int:
         """How many trials (of a lower number) have begun."""
-        begun = (trial for trial in self._trials() if trial.state != TrialState.WAITING)
+        begun = (trial for trial in self._trained() if trial.state != TrialState.WAITING)
         return sum(before is None or trial.number < before for trial in begun)
+
+    def _untrained(self, before: int | None = None) -> int:
+        """How many proposals in a row, the last ones (before this number), were not worth training."""
+        trials = [trial for trial in self._trials() if before is None or trial.number < before]
+        # A proposal of another worker's that is only now being looked at is neither.
+        earlier = (trial for trial in reversed(trials) if trial.state.is_finished() or "run_id" in trial.user_attrs)
+        return sum(1 for _ in itertools.takewhile(lambda trial: "skipped" in trial.user_attrs, earlier))
+
+    def _next_number(self) -> int:
+        """The number of the trial that will be asked for: a control that waits, or a new one."""
+        trials = self._study.get_trials(deepcopy=False)
+        return next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
 
 
 def check_study(sweep: Sweep, settings: Settings) -> None:
@@ -313,7 +386,8 @@ def check_study(sweep: Sweep, settings: Settings) -> None:
             f"distillation.alpha: {{low: 0.0, high: 1.0}}; or use kdexp train for a single run."
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    for talkative in ("alembic", "optuna._gp.batched_lbfgsb"):  # the latter: 'greenlet' would make proposals faster
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     settings.stores.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.stores / ".optuna.lock"):
@@ -331,13 +405,14 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
     with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
         storage = _storage(settings)
         try:
-            study = optuna.create_study(storage=storage, study_name=sweep.name, direction="maximize")
+            study = optuna.create_study(storage=storage, study_name=sweep.name, directions=DIRECTIONS[sweep.study.objective])
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=sweep.name)
             if settings.storage:  # on one machine the lock says that nobody is at it
                 _wait_for_set_up(study)
         study.pruner = _pruner(sweep)
         if "sweep" not in study.user_attrs:
+            _check_directions(study, sweep)
             if "mlflow_run_id" not in study.user_attrs:
                 study.set_user_attr("mlflow_run_id", new_parent_run())
             _enqueue_controls(study, sweep)
@@ -382,17 +457,32 @@ def _wait_for_set_up(study: optuna.Study) -> None:
 
 
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
-    """A study continues only with the recipe and search space it began with; budget and rule may change."""
-    begun = validate(Sweep, json.loads(study.user_attrs["sweep"]), f"study '{sweep.name}', made by another version of kdexp")
+    """A study continues only with what it began with; budget may change, and what no trial was told by of the rule."""
+    begun = recorded(study.user_attrs["sweep"], f"study '{sweep.name}', made by another version of kdexp")
+    rule = {"smallest": begun.selection, "accuracy": sweep.selection, "pareto": _with_size(sweep, begun)}
     budget = {"trials": sweep.study.trials, "retries": sweep.study.retries}
-    free = {"study": begun.study.model_copy(update=budget), "selection": sweep.selection}
+    free = {"study": begun.study.model_copy(update=budget), "selection": rule[begun.study.objective]}
     changed = differences(begun.model_copy(update=free), sweep)
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        select = "; to select by another rule, kdexp select" if changed[0].startswith("selection.") else ""
         raise StudyError(
             f"Study '{sweep.name}' exists with another content: {changed[0]}{more}. Trials would not compare: give the "
-            f"sweep another name (--set name={sweep.name}-2), or set it back."
+            f"sweep another name (--set name={sweep.name}-2), or set it back{select}."
         )
+
+
+def _check_directions(study: optuna.Study, sweep: Sweep) -> None:
+    """One whose making was interrupted holds nothing but its directions."""
+    if tuple(direction.name.lower() for direction in study.directions) != DIRECTIONS[sweep.study.objective]:
+        raise StudyError(
+            f"Study '{sweep.name}' was begun with another study.objective than {sweep.study.objective}, and interrupted: "
+            f"set it back, or give the sweep another name (--set name={sweep.name}-2)."
+        )
+
+
+def _with_size(sweep: Sweep, begun: Sweep) -> Selection:
+    return sweep.selection.model_copy(update={"size": begun.selection.size})
 
 
 def _storage(settings: Settings) -> optuna.storages.BaseStorage:
@@ -429,22 +519,22 @@ def _commit_quickly(storage: optuna.storages.RDBStorage) -> None:
 
 def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
     """Trials 0 and 1, each once, also where another process died in the middle of this."""
-    own = {path: _stored(dimension, sweep.recipe.value(path)) for path, dimension in sweep.search.items()}
+    own = {path: _stored(sweep, path, sweep.recipe.value(path)) for path in sweep.search}
     path, labels_only = "distillation.alpha", dict(own)
     if path in sweep.search:
         # Where the search space has no alpha = 0, Optuna is told the nearest there is; what is trained is 0.
-        labels_only[path] = _stored(sweep.search[path], min(sweep.search[path].ends(), key=abs))
+        labels_only[path] = _stored(sweep, path, min(sweep.search[path].ends(), key=abs))
     there = {trial.user_attrs.get("control") for trial in study.get_trials(deepcopy=False)}
-    for control, values, overrides in (("documented defaults", own, {}), ("labels only", labels_only, {path: 0.0})):
+    for control, start, overrides in (("documented defaults", own, {}), ("labels only", labels_only, {path: 0.0})):
         if control not in there:
-            study.enqueue_trial(values, user_attrs={"control": control, "overrides": overrides})
+            study.enqueue_trial(start, user_attrs={"control": control, "overrides": overrides})
 
 
 def _enqueue_grid(study: optuna.Study, sweep: Sweep) -> None:
     """Every other point of the grid once, also where another process died in the middle of this."""
     there = len(study.get_trials(deepcopy=False)) - CONTROLS
     for point in sweep.beyond_controls[there:]:
-        study.enqueue_trial({path: _stored(sweep.search[path], value) for path, value in point.items()})
+        study.enqueue_trial({path: _stored(sweep, path, value) for path, value in point.items()})
 
 
 def _heard(epoch: int, epochs: int) -> bool:
@@ -455,31 +545,39 @@ def _heard(epoch: int, epochs: int) -> bool:
     return epoch == epochs or epoch == round(2 ** (round(2 * math.log2(epoch)) / 2))
 
 
-def _stored(dimension: Choices | Range, value: Any) -> Any:
-    """A value as Optuna stores it: choices travel as JSON, because a list is no category to Optuna."""
+def _stored(sweep: Sweep, path: str, value: Any) -> Any:
+    """A value as Optuna stores it: a choice as its place on a scale, or as JSON, because a list is no category to Optuna."""
+    dimension = sweep.search[path]
     if not isinstance(dimension, Choices):
         return value
     plain = tuple(value) if isinstance(value, list) else value
-    return json.dumps(next(choice for choice in dimension.choices if choice == plain))  # 5 where the recipe says 5.0
+    ordered = scale(sweep.study.objective, dimension)
+    # 5 where the recipe says 5.0
+    return ordered.index(plain) if ordered else json.dumps(next(choice for choice in dimension.choices if choice == plain))
 
 
 def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
     dimension = sweep.search[path]
     if isinstance(dimension, Choices):
-        return json.loads(trial.suggest_categorical(path, [_stored(dimension, choice) for choice in dimension.choices]))
+        if ordered := scale(sweep.study.objective, dimension):
+            return ordered[trial.suggest_int(path, 0, len(ordered) - 1)]
+        return json.loads(trial.suggest_categorical(path, [_stored(sweep, path, choice) for choice in dimension.choices]))
     whole = all(isinstance(value, int) for value in (dimension.low, dimension.high, sweep.recipe.value(path)))
     suggest: Any = trial.suggest_int if whole else trial.suggest_float
     step = {"step": dimension.step} if dimension.step is not None else {}
     return suggest(path, dimension.low, dimension.high, log=dimension.log, **step)
 
 
-def _sampler(sweep: Sweep, number: int, path: str = "") -> optuna.samplers.BaseSampler:
-    """A sampler seeded by study, trial and value: proposals do not depend on when a study was interrupted."""
+def _sampler(sweep: Sweep, number: int, untrained: int, path: str = "") -> optuna.samplers.BaseSampler:
+    """A sampler seeded by study, trial and value: proposals do not depend on when a study was interrupted.
+
+    After so many proposals in a row that were not worth training, a sampler that chooses would choose the like again.
+    """
     seed = seed_of(sweep.study.seed, f"sampler {path}", number) % 2**32
-    if sweep.study.sampler in ("random", "grid"):  # of a grid every trial is enqueued
+    if sweep.study.sampler in ("random", "grid") or untrained >= STUBBORN:  # of a grid every trial is enqueued
         return optuna.samplers.RandomSampler(seed=seed)
     if sweep.study.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False)
     return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # liar: other workers' trials count as bad
 
 

@@ -12,14 +12,35 @@ from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
 from kdexp.distill.models import build
 from kdexp.distill.packs import Lane
+from kdexp.objective import Passing
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.settings import Settings
 from kdexp.study import check_study, open_study
 from kdexp.tracking import Tracking
-from kdexp.trials import EpochDone, TrialEvent, TrialFailed, TrialFinished, TrialSkipped, TrialStarted, leave, run_trials
+from kdexp.trials import (
+    EpochDone,
+    TrialEvent,
+    TrialFailed,
+    TrialFinished,
+    TrialGivenUp,
+    TrialSkipped,
+    TrialStarted,
+    leave,
+    run_trials,
+)
 from kdexp.workers import Worker, warm_up
 
-__all__ = ["EpochDone", "TeacherReady", "TrialFailed", "TrialFinished", "TrialSkipped", "TrialStarted", "run_sweep"]
+__all__ = [
+    "EpochDone",
+    "NothingSmaller",
+    "TeacherReady",
+    "TrialFailed",
+    "TrialFinished",
+    "TrialGivenUp",
+    "TrialSkipped",
+    "TrialStarted",
+    "run_sweep",
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,16 @@ class TeacherReady:
     done: int
 
 
-Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent
+@dataclass(frozen=True)
+class NothingSmaller:
+    """The study ends before its budget: of many proposals in a row none was worth training."""
+
+    done: int
+    smallest: Passing | None
+    """Whose size none of them was below; without one, all were over the limit."""
+
+
+Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingSmaller
 
 
 def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device) -> Generator[Event, None, int]:
@@ -54,14 +84,16 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
         tracking.finish(study.parent_run, "RUNNING")
         tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
         yield TeacherReady(prepared, study.done)
-        crew = crew_of(settings, device, sweep.study.trials - study.done - study.others(worker))
+        crew = crew_of(settings, device, study.left - study.others(worker))
         yield crew
         if crew.workers > 1:
             yield from run_crew(crew, study, prepared, settings, device, experiment_id)
         else:
             with worker:
-                pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, sweep.study.trials - study.done)
+                pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, study.left)
                 yield from run_trials(study, prepared, tracking, experiment_id, worker, study.checkpoints(settings), pack)
+        if study.exhausted:
+            yield NothingSmaller(study.done, study.smallest)
         finished = True
     finally:
         others = leave(study, tracking, worker, finished)
@@ -100,11 +132,16 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str
 
 
 def _about(sweep: Sweep) -> str:
-    rule = sweep.selection
-    limit = f" with at most {rule.limit:,} {rule.size.replace('_', '-')}" if rule.limit else ""
+    rule, unit = sweep.selection, sweep.selection.size.replace("_", "-")
+    limit = f" with at most {rule.limit:,} {unit}" if rule.limit else ""
+    aim = {
+        "smallest": f"minimising {unit} (proposals no smaller than one that passes are not trained: their numbers are missing)",
+        "accuracy": "maximising validation accuracy",
+        "pareto": f"for the frontier of {unit} and validation accuracy",
+    }[sweep.study.objective]
     return (
         f"A *study*: {sweep.study.trials} trials search {', '.join(f'`{path}`' for path in sweep.search)} for the smallest "
-        f"student whose validation accuracy reaches **{rule.accuracy_bar:.2%}**{limit}. Each child run is one trial. "
+        f"student whose validation accuracy reaches **{rule.accuracy_bar:.2%}**{limit}, {aim}. Each child run is one trial. "
         f"Trial 0 is the documented defaults, trial 1 the same without the teacher (alpha = 0)."
     )
 

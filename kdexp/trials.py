@@ -19,13 +19,12 @@ from kdexp import KdexpError
 from kdexp.config import Recipe
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.execution import choose
-from kdexp.distill.models import build, measure
+from kdexp.distill.models import Size, build, measure
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
 from kdexp.runner import Prepared, Result, goes_on_here, started
-from kdexp.selection import size_of
 from kdexp.settings import in_one_line
-from kdexp.stopping import beaten, hopeless
+from kdexp.stopping import hopeless
 from kdexp.study import Ended, OpenStudy, Trial
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
@@ -35,6 +34,7 @@ __all__ = [
     "TrialEvent",
     "TrialFailed",
     "TrialFinished",
+    "TrialGivenUp",
     "TrialSkipped",
     "TrialStarted",
     "leave",
@@ -73,7 +73,16 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class TrialSkipped:
-    """A trial was not trained, and why; `done` of the study's trials are finished now."""
+    """A proposal was not worth training, and why: it is none of the study's trials."""
+
+    number: int
+    recipe: Recipe
+    why: str
+
+
+@dataclass(frozen=True)
+class TrialGivenUp:
+    """A trial is not tried again, and why; `done` of the study's trials are finished now."""
 
     number: int
     recipe: Recipe
@@ -89,7 +98,7 @@ class TrialFailed:
     why: str
 
 
-TrialEvent = TrialStarted | EpochDone | TrialFinished | TrialFailed | TrialSkipped
+TrialEvent = TrialStarted | EpochDone | TrialFinished | TrialFailed | TrialGivenUp | TrialSkipped
 
 
 def run_trials(
@@ -171,7 +180,7 @@ class _Here:
     checkpoints: Checkpoints
     pack: int
     waiting: list[_Begun] = field(default_factory=list)
-    skipped: list[TrialSkipped] = field(default_factory=list)
+    not_begun: list[TrialSkipped | TrialGivenUp] = field(default_factory=list)
 
     def next_group(self) -> list[_Begun]:
         """The next trials that can train as one: asked for together, of one key."""
@@ -194,10 +203,10 @@ class _Here:
         self.waiting[:] = [begun for begun in self.waiting if begun not in taken]
         return taken
 
-    def news(self) -> list[TrialSkipped]:
-        """What was skipped since this was last asked."""
-        news = list(self.skipped)
-        self.skipped.clear()
+    def news(self) -> list[TrialSkipped | TrialGivenUp]:
+        """What was not begun since this was last asked."""
+        news = list(self.not_begun)
+        self.not_begun.clear()
         return news
 
     @contextmanager
@@ -213,22 +222,25 @@ class _Here:
         """The next trial that is worth its training."""
         while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
             checkpoint = self._checkpoint(trial)
-            why = self._given_up(trial, checkpoint) or self._beaten(trial)
-            if why is None:
+            if why := self._given_up(trial, checkpoint):
+                self.not_begun.append(TrialGivenUp(trial.number, trial.recipe, why, self.study.done))
+            elif why := self._needless(trial):
+                self.study.skip(trial, why)
+                self.not_begun.append(TrialSkipped(trial.number, trial.recipe, why))
+            else:
                 return _Begun(trial, checkpoint)
-            self.skipped.append(TrialSkipped(trial.number, trial.recipe, why, self.study.done))
         return None
 
     def _checkpoint(self, trial: Trial) -> Checkpoint | None:
         found = self.checkpoints.load(_name(trial)) if trial.retried else None
         return found if found and goes_on_here(found, trial.recipe, self.prepared) else None
 
-    def _given_up(self, trial: Trial, checkpoint: Checkpoint | None) -> str | None:
+    def _given_up(self, trial: Trial, checkpoint: Checkpoint | None) -> str:
         if not trial.broken:
-            return None
+            return ""
         tries, retries = trial.tries(checkpoint.snapshot.epoch if checkpoint else 0), self.study.sweep.study.retries
         if tries <= retries:
-            return None
+            return ""
         runs = self.tracking.find("trial", _tags(trial.number, self.study))
         last = next((run.tags["kdexp.error"] for run in reversed(runs) if run.tags.get("kdexp.error")), "its worker was killed")
         why = f"broke {tries} times without getting on (study.retries: {retries}): {last}"
@@ -239,18 +251,13 @@ class _Here:
         self.checkpoints.remove(_name(trial))
         return why
 
-    def _beaten(self, trial: Trial) -> str | None:
-        if not self.study.sweep.study.early_stop or trial.control:
-            return None
-        rule, like = self.study.sweep.selection, self.prepared.splits.train
+    def _needless(self, trial: Trial) -> str:
+        if trial.control or trial.begun or self.study.sweep.study.objective != "smallest":
+            return ""
+        like = self.prepared.splits.train
         with torch.random.fork_rng([]):
-            size = size_of(measure(build(trial.recipe.student, like), like), rule.size)
-        winner = beaten(size, rule, self.study.outcomes, len(self.prepared.splits.validation))
-        if winner is None:
-            return None
-        why = f"{size:,} {rule.size.replace('_', '-')}; trial {winner.trial} meets the bar with {winner.size:,}"
-        self.study.skip(trial, why)
-        return why
+            size = measure(build(trial.recipe.student, like), like)
+        return self.study.needless(size)
 
 
 class _Seat:
@@ -307,11 +314,11 @@ class _Seat:
     def leave(self) -> TrialFinished:
         """Close the run, then tell Optuna."""
         self.stack.close()
-        result = self.running.result
+        result, samples = self.running.result, len(self.here.prepared.splits.validation)
         assert result is not None
         if self.here.study.sweep.study.early_stop and result.state == "complete":
-            self.trial.remember(size_of(result.size, self.here.study.sweep.selection.size), self._curve())
-        self.here.study.tell(self.trial.number, result.state, result.val_accuracy)
+            self.trial.remember(self._curve())
+        self.here.study.tell(self.trial.number, Ended(result.state, result.val_accuracy, samples, result.size))
         self.here.checkpoints.remove(_name(self.trial))
         self.left = True
         return TrialFinished(self.trial.number, result, self.here.study.done)
@@ -320,9 +327,9 @@ class _Seat:
         study, samples = self.here.study, len(self.here.prepared.splits.validation)
         if not study.sweep.study.early_stop or self.trial.control or report.epoch == report.epochs:
             return False
-        rule, outcomes = study.sweep.selection, study.outcomes
-        smaller = beaten(size_of(self.running.size, rule.size), rule, outcomes, samples)
-        return smaller is not None or hopeless(self._curve(), rule, outcomes, report.epochs, samples)
+        if study.needless(self.running.size):
+            return True
+        return hopeless(self._curve(), study.sweep.selection, study.curves, report.epochs, samples)
 
     def _curve(self) -> list[float]:
         return [row["val_accuracy"] for row in self.running.history]
@@ -421,7 +428,9 @@ def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
     """How a trial ended whose worker is gone; where it did not, whatever runs it left open are closed."""
     for run in tracking.find("trial", _tags(number, study)):
         if run.status == "FINISHED":
-            return run.tags["kdexp.state"], run.metrics["val_accuracy"]  # type: ignore[return-value]
+            size = Size(*(int(run.metrics[name]) for name in ("parameters", "multiply_adds", "model_bytes")))
+            accuracy, samples = run.metrics["val_accuracy"], int(run.metrics.get("val_samples", 0))
+            return Ended(run.tags["kdexp.state"], accuracy, samples, size)  # type: ignore[arg-type]
         if run.status == "RUNNING":
             tracking.tag(run.run_id, {"kdexp.state": "interrupted", "kdexp.error": "its worker is gone"})
             tracking.finish(run.run_id, "KILLED")

@@ -77,7 +77,7 @@ def tiny_sweep() -> Sweep:
                    "distillation.temperature": {"low": 1.0, "high": 10.0, "log": true},
                    "training.learning_rate": {"low": 0.003, "high": 0.03, "log": true},
                    "student.channels": {"choices": [[2, 4], [4, 8]]}},
-        "study": {"trials": 4},
+        "study": {"trials": 4, "objective": "accuracy"},
         "selection": {"accuracy_bar": 0.2}}"""
     )
 

@@ -44,7 +44,7 @@ def test_the_quick_sweep_keeps_alpha_temperature_and_learning_rate() -> None:
 
 
 def test_every_shipped_sweep_is_valid_and_round_trips_exactly() -> None:
-    assert len(SWEEPS) == 4
+    assert len(SWEEPS) == 5
     for path in SWEEPS:
         sweep = load(path)
         assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep

@@ -21,6 +21,7 @@ LAYERS = {
     "kdexp.settings": 0,
     "kdexp.environment": 2,
     "kdexp.selection": 2,
+    "kdexp.objective": 2,
     "kdexp.stopping": 3,
     "kdexp.plots": 3,
     "kdexp.distill": 2,

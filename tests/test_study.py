@@ -35,7 +35,7 @@ def test_only_a_pruner_needs_reports(tiny, settings, tracking, pruner, epochs) -
 
 def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settings, tracking) -> None:
     search = {"training.seed": {"choices": (8787, 1, 2)}, "distillation.alpha": {"choices": (0.0, 0.3)}}
-    grid = {"study": {"sampler": "grid", "trials": 6}, "search": search}
+    grid = {"study": {"objective": "accuracy", "sampler": "grid", "trials": 6}, "search": search}
     sweep = Sweep.model_validate(tiny.model_dump() | grid)
     for _ in run_sweep(sweep, settings, tracking, CPU):
         pass
@@ -45,7 +45,27 @@ def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settin
     assert sorted(trained) == sorted(product((8787, 1, 2), (0.0, 0.3)))
 
 
+def test_with_labels_only_a_grid_trains_one_of_each_however_it_would_distil(tiny) -> None:
+    search = {
+        "training.seed": {"choices": (tiny.training.seed, 1)},
+        "distillation.alpha": {"choices": (0.0, tiny.distillation.alpha)},
+        "distillation.loss": {"choices": ("kl", "correlation")},
+    }
+    grid = {"study": {"objective": "accuracy", "sampler": "grid", "trials": 6}, "search": search}
+    points = [tuple(point.values()) for point in Sweep.model_validate(tiny.model_dump() | grid).beyond_controls]
+    alpha = tiny.distillation.alpha
+    assert points == [
+        (tiny.training.seed, alpha, "correlation"),
+        (1, 0.0, "kl"),
+        (1, alpha, "kl"),
+        (1, alpha, "correlation"),
+    ]
+
+
 def test_a_grid_ends_where_its_points_do(tiny) -> None:
-    grid = {"study": {"sampler": "grid", "trials": 4}, "search": {"training.seed": {"choices": (8787, 1)}}}
+    grid = {
+        "study": {"objective": "accuracy", "sampler": "grid", "trials": 4},
+        "search": {"training.seed": {"choices": (8787, 1)}},
+    }
     with pytest.raises(ValueError, match=r"got 4, but the grid has 3 trials, controls included"):
         Sweep.model_validate(tiny.model_dump() | grid)

@@ -1,0 +1,192 @@
+"""The tables and the picture of docs/results.md, from the stores that its studies were run in.
+
+    python -m benchmarks.results --stores STORES
+
+A study named frontier-… that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of
+frontier.svg: means over its fresh seeds. A study named distillation-… is a row for each way to distil in
+docs/results/distillation.csv: validation accuracy minus that of the same seed with labels only, mean and standard
+deviation over the seeds. What each run recorded of itself goes to docs/results/runs/, so that the tables can be
+checked without the stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.report import Row, print_report
+from kdexp.config import Sweep, flatten, load
+from kdexp.plots import BLUE, GREY
+from kdexp.promote import sweep_of
+from kdexp.records import recipe_of
+from kdexp.settings import Settings
+from kdexp.tracking import Kind, RunRecord, Tracking
+
+RESULTS = Path("docs/results")
+RECORDED = ("kdexp.weights_sha256", "kdexp.teacher_sha256", "kdexp.train_sha256", "kdexp.validation_sha256")
+# Test accuracies that others report: label, parameters, accuracy.
+PUBLISHED = (
+    ("best plain result under 100,000 on the data set's own list", 83_466, 0.9247),
+    ("the documented student, flip TTA, epoch picked on test", 98_954, 0.9431),
+    ("ResNet-20", 272_186, 0.956),
+    ("ResNet-20, random erasing", 272_186, 0.960),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables, the picture and the records; print the frontier."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stores", type=Path, default=Path("mlruns"))
+    tracking = Tracking(Settings(parser.parse_args(arguments).stores))
+    points, gains = [], []
+    for study in tracking.find("study", {}):
+        name = study.tags["kdexp.study"]
+        if name.startswith("frontier-") and (runs := fresh_seeds(study, tracking)):
+            points.append(point(study, runs, tracking))
+            record(name, study, runs, tracking)
+        if name.startswith("distillation-") and (runs := finished("trial", {"kdexp.study": name}, tracking)):
+            gains += differences(name, study, runs, tracking)
+            record(name, study, runs, tracking)
+    points.sort(key=lambda row: (row["parameters"], row["multiply_adds"]))
+    write("frontier.csv", points)
+    write("distillation.csv", gains)
+    if points:
+        picture(points).savefig(RESULTS / "frontier.svg", metadata={"Date": None})
+    shown = [{key: row[key] for key in row if key not in ("sweep_file", "command")} for row in points]
+    print_report("Fashion-MNIST: accuracy against size", shown, {"points": len(points), "comparisons": len(gains)})
+
+
+def fresh_seeds(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
+    """The runs of a study's confirmed recipe that have been looked at on test."""
+    confirmed = study.tags.get("kdexp.confirmed_run")
+    tags = {"mlflow.parentRunId": study.run_id, "kdexp.confirms": confirmed or ""}
+    return [run for run in finished("confirmation", tags, tracking) if "test_accuracy" in run.metrics] if confirmed else []
+
+
+def finished(kind: Kind, tags: dict[str, str], tracking: Tracking) -> list[RunRecord]:
+    """The runs of a kind that ended well."""
+    return [run for run in tracking.find(kind, tags) if run.status == "FINISHED"]
+
+
+def point(study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> Row:
+    """A row of the frontier."""
+    first, sweep = runs[0], sweep_of(study, tracking)
+    tests = [run.metrics["test_accuracy"] for run in runs]
+    views = [run.metrics["test_accuracy_tta"] for run in runs if "test_accuracy_tta" in run.metrics]
+    file, command = commands(sweep)
+    confirm = "" if len(runs) == 3 else f" --seeds {len(runs)}"
+    return {
+        "family": sweep.student.architecture,
+        "parameters": int(first.metrics["parameters"]),
+        "multiply_adds": int(first.metrics["multiply_adds"]),
+        "bytes": int(first.metrics["model_bytes"]),
+        "val_accuracy": round(mean(run.metrics["val_accuracy"] for run in runs), 5),
+        "test_accuracy": round(mean(tests), 5),
+        "test_sd": round(stdev(tests), 5),
+        "seeds": len(runs),
+        "test_accuracy_tta": round(mean(views), 5) if views else None,
+        "sweep_file": file,
+        "command": f"{command} && kdexp confirm {sweep.name}{confirm}",
+    }
+
+
+def commands(sweep: Sweep) -> tuple[str, str]:
+    """The shipped sweep file that is nearest to a study's, and the command that makes the one of the other."""
+    wanted = {**flatten(sweep), "name": sweep.name}
+    candidates = []
+    for path in sorted(Path("sweeps").glob("*.yaml")):
+        there = flatten(load(path))
+        changed = {key: value for key, value in wanted.items() if there.get(key, "absent") != value}
+        candidates.append((len(changed) + len(there.keys() - wanted.keys()), str(path), changed))
+    _, file, changed = min(candidates, key=lambda candidate: candidate[:2])
+    sets = [shlex.quote(f"{key}={json.dumps(value).strip(chr(34))}") for key, value in changed.items()]
+    return file, " ".join(["kdexp sweep", file, *(f"--set {change}" for change in sets)])
+
+
+def differences(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> Iterator[Row]:
+    """By way to distil: what it adds to labels only, seed by seed."""
+    sweep = sweep_of(study, tracking)
+    by_way: dict[str, dict[int, float]] = {}
+    for run in runs:
+        recipe = recipe_of(run, tracking)
+        how = recipe.distillation
+        way = f"{how.loss}, alpha {how.alpha:g}, T {how.temperature:g}" if how.alpha else "labels only"
+        by_way.setdefault(way, {})[recipe.training.seed] = run.metrics["val_accuracy"]
+    labels = by_way.pop("labels only")
+    for way, accuracies in sorted(by_way.items()):
+        gains = [accuracy - labels[seed] for seed, accuracy in accuracies.items() if seed in labels]
+        yield {
+            "study": name,
+            "family": sweep.student.architecture,
+            "parameters": int(runs[0].metrics["parameters"]),
+            "epochs": sweep.training.epochs,
+            "distillation": way,
+            "val_accuracy": round(mean(accuracies.values()), 5),
+            "val_accuracy_labels_only": round(mean(labels[seed] for seed in accuracies), 5),
+            "gain": round(mean(gains), 5),
+            "gain_sd": round(stdev(gains), 5),
+            "seeds": len(gains),
+            "command": commands(sweep)[1],
+        }
+
+
+def record(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> None:
+    """The study's sweep and what each run recorded of itself, as one file."""
+    content = {
+        "study": name,
+        "sweep": sweep_of(study, tracking).model_dump(mode="json"),
+        "runs": [
+            {
+                "run_id": run.run_id,
+                "name": run.name,
+                "recipe": recipe_of(run, tracking).model_dump(mode="json", include={"student", "distillation", "training"}),
+                "metrics": dict(sorted(run.metrics.items())),
+                "val_accuracy_by_epoch": [round(value, 5) for _, value in tracking.history(run.run_id, "val_accuracy")],
+                "tags": {key: run.tags[key] for key in RECORDED if key in run.tags},
+            }
+            for run in runs
+        ],
+    }
+    path = RESULTS / "runs" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write(name: str, rows: Sequence[Row]) -> None:
+    """A table as CSV."""
+    if rows:
+        with (RESULTS / name).open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+
+
+def picture(points: Sequence[dict[str, Any]]) -> Figure:
+    """Test accuracy against parameters, beside what is published."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for family, marker in (("cnn", "s"), ("residual", "o"), ("separable", "^")):
+        group = [row for row in points if row["family"] == family]
+        if group:
+            sizes, accuracies = [row["parameters"] for row in group], [100 * row["test_accuracy"] for row in group]
+            spread = [100 * row["test_sd"] for row in group]
+            axes.errorbar(sizes, accuracies, spread, fmt=marker, color=BLUE, capsize=3, label=f"kdexp, {family}, no TTA")
+    for label, size, accuracy in PUBLISHED:
+        axes.plot(size, 100 * accuracy, "x", color=GREY)
+        axes.annotate(label, (size, 100 * accuracy), (-6, 5), textcoords="offset points", ha="right", fontsize=7, color=GREY)
+    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy, % (mean and sd over seeds)")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
