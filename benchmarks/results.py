@@ -2,11 +2,10 @@
 
     python -m benchmarks.results --stores STORES
 
-A study named frontier-… that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of
-frontier.svg: means over its fresh seeds. A study named distillation-… is a row for each way to distil in
-docs/results/distillation.csv: validation accuracy minus that of the same seed with labels only, mean and standard
-deviation over the seeds. What each run recorded of itself goes to docs/results/runs/, so that the tables can be
-checked without the stores.
+A study that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of frontier.svg: means over
+its fresh seeds. A grid over seeds is a row for each way to distil in docs/results/distillation.csv: validation accuracy
+minus that of the same seed with labels only, mean and standard deviation over the seeds. What each run recorded of
+itself goes to docs/results/runs/, so that the tables can be checked without the stores.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import argparse
 import csv
 import json
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -46,15 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stores", type=Path, default=Path("mlruns"))
     tracking = Tracking(Settings(parser.parse_args(arguments).stores))
-    points, gains = [], []
+    points, gains = list[Row](), list[Row]()
     for study in tracking.find("study", {}):
-        name = study.tags["kdexp.study"]
-        if name.startswith("frontier-") and (runs := fresh_seeds(study, tracking)):
-            points.append(point(study, runs, tracking))
-            record(name, study, runs, tracking)
-        if name.startswith("distillation-") and (runs := finished("trial", {"kdexp.study": name}, tracking)):
-            gains += differences(name, study, runs, tracking)
-            record(name, study, runs, tracking)
+        name, sweep = study.tags["kdexp.study"], sweep_of(study, tracking)
+        fresh = fresh_seeds(study, tracking)
+        if fresh:
+            points.append(point(sweep, fresh))
+        paired = finished("trial", {"mlflow.parentRunId": study.run_id}, tracking) if "training.seed" in sweep.search else []
+        gains += differences(sweep, paired, tracking)
+        if fresh or paired:
+            record(name, sweep, [*paired, *fresh], tracking)
     points.sort(key=lambda row: (row["parameters"], row["multiply_adds"]))
     write("frontier.csv", points)
     write("distillation.csv", gains)
@@ -76,9 +77,9 @@ def finished(kind: Kind, tags: dict[str, str], tracking: Tracking) -> list[RunRe
     return [run for run in tracking.find(kind, tags) if run.status == "FINISHED"]
 
 
-def point(study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> Row:
+def point(sweep: Sweep, runs: Sequence[RunRecord]) -> Row:
     """A row of the frontier."""
-    first, sweep = runs[0], sweep_of(study, tracking)
+    first = runs[0]
     tests = [run.metrics["test_accuracy"] for run in runs]
     views = [run.metrics["test_accuracy_tta"] for run in runs if "test_accuracy_tta" in run.metrics]
     file, command = commands(sweep)
@@ -100,37 +101,46 @@ def point(study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> Ro
 
 def commands(sweep: Sweep) -> tuple[str, str]:
     """The shipped sweep file that is nearest to a study's, and the command that makes the one of the other."""
-    wanted = {**flatten(sweep), "name": sweep.name}
-    candidates = []
-    for path in sorted(Path("sweeps").glob("*.yaml")):
-        there = flatten(load(path))
-        changed = {key: value for key, value in wanted.items() if there.get(key, "absent") != value}
-        candidates.append((len(changed) + len(there.keys() - wanted.keys()), str(path), changed))
-    _, file, changed = min(candidates, key=lambda candidate: candidate[:2])
-    sets = [shlex.quote(f"{key}={json.dumps(value).strip(chr(34))}") for key, value in changed.items()]
-    return file, " ".join(["kdexp sweep", file, *(f"--set {change}" for change in sets)])
+    wanted, nearest = settable(sweep), list[tuple[int, str, list[str]]]()
+    for path in map(str, sorted(Path("sweeps").glob("*.yaml"))):
+        there = settable(load(Path(path)))
+        changed = [f"{key}={value}" for key, value in wanted.items() if there.get(key) != value]
+        nearest.append((len(changed), path, changed))
+    _, file, changed = min(nearest)
+    assert load(Path(file), changed) == sweep, f"{sweep.name} cannot be written as changes of {file}"
+    return file, " ".join(["kdexp sweep", file, *(f"--set {shlex.quote(change)}" for change in changed)])
 
 
-def differences(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> Iterator[Row]:
+def settable(sweep: Sweep) -> dict[str, str]:
+    """What --set takes for each value of a sweep; the search space as a whole, as its paths have dots of their own."""
+    leaves = flatten(sweep.recipe) | {f"study.{key}": value for key, value in flatten(sweep.study).items()}
+    leaves |= {f"selection.{key}": value for key, value in flatten(sweep.selection).items()}
+    search = sweep.model_dump(mode="json", exclude_unset=True)["search"]
+    values = {"name": sweep.name, **leaves, "search": search}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> Iterator[Row]:
     """By way to distil: what it adds to labels only, seed by seed."""
-    sweep = sweep_of(study, tracking)
     by_way: dict[str, dict[int, float]] = {}
     for run in runs:
         recipe = recipe_of(run, tracking)
         how = recipe.distillation
         way = f"{how.loss}, alpha {how.alpha:g}, T {how.temperature:g}" if how.alpha else "labels only"
         by_way.setdefault(way, {})[recipe.training.seed] = run.metrics["val_accuracy"]
-    labels = by_way.pop("labels only")
+    labels = by_way.pop("labels only", {})
     for way, accuracies in sorted(by_way.items()):
-        gains = [accuracy - labels[seed] for seed, accuracy in accuracies.items() if seed in labels]
+        seeds = sorted(accuracies.keys() & labels.keys())
+        if len(seeds) < 2:  # still under way
+            continue
+        gains = [accuracies[seed] - labels[seed] for seed in seeds]
         yield {
-            "study": name,
             "family": sweep.student.architecture,
             "parameters": int(runs[0].metrics["parameters"]),
             "epochs": sweep.training.epochs,
             "distillation": way,
-            "val_accuracy": round(mean(accuracies.values()), 5),
-            "val_accuracy_labels_only": round(mean(labels[seed] for seed in accuracies), 5),
+            "val_accuracy": round(mean(accuracies[seed] for seed in seeds), 5),
+            "val_accuracy_labels_only": round(mean(labels[seed] for seed in seeds), 5),
             "gain": round(mean(gains), 5),
             "gain_sd": round(stdev(gains), 5),
             "seeds": len(gains),
@@ -138,11 +148,12 @@ def differences(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking
         }
 
 
-def record(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking: Tracking) -> None:
-    """The study's sweep and what each run recorded of itself, as one file."""
+def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> None:
+    """A study's sweep and what each run recorded of itself, as one file."""
     content = {
         "study": name,
-        "sweep": sweep_of(study, tracking).model_dump(mode="json"),
+        "sweep": sweep.model_dump(mode="json"),
+        "environment": environment(runs[0], tracking),
         "runs": [
             {
                 "run_id": run.run_id,
@@ -158,6 +169,13 @@ def record(name: str, study: RunRecord, runs: Sequence[RunRecord], tracking: Tra
     path = RESULTS / "runs" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
+    """Versions, processor and threads that a run recorded."""
+    with tempfile.TemporaryDirectory() as temporary:
+        found: dict[str, str] = json.loads(tracking.download(run.run_id, "environment.json", Path(temporary)).read_text())
+    return found
 
 
 def write(name: str, rows: Sequence[Row]) -> None:
