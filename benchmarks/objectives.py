@@ -25,7 +25,8 @@ from kdexp.config import Sweep, load
 from kdexp.distill.data import load_test
 from kdexp.distill.evaluate import evaluate
 from kdexp.environment import configure
-from kdexp.promote import candidates, load_student, recipe_of
+from kdexp.promote import candidates
+from kdexp.records import load_student, recipe_of
 from kdexp.selection import Candidate, NothingPasses, select
 from kdexp.settings import Settings
 from kdexp.sweep import EpochDone, TrialSkipped, run_sweep
