@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import Row, print_report
-from kdexp.config import Sweep, flatten, load
+from kdexp.config import ConfigError, Sweep, flatten, load
 from kdexp.plots import BLUE, GREY
 from kdexp.promote import sweep_of
 from kdexp.records import recipe_of
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables, the picture and the records; print the frontier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stores", type=Path, default=Path("mlruns"))
+    RESULTS.mkdir(exist_ok=True)
     tracking = Tracking(Settings(parser.parse_args(arguments).stores))
     points, gains = list[Row](), list[Row]()
     for study in tracking.find("study", {}):
@@ -62,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points.sort(key=lambda row: (row["parameters"], row["multiply_adds"]))
     write("frontier.csv", points)
     write("distillation.csv", gains)
-    if points:
-        picture(points).savefig(RESULTS / "frontier.svg", metadata={"Date": None})
+    if not points:
+        raise SystemExit("No study there is confirmed: kdexp sweep sweeps/frontier.yaml --set name=NAME, kdexp confirm NAME")
+    picture(points).savefig(RESULTS / "frontier.svg", metadata={"Date": None})
     shown = [{key: row[key] for key in row if key not in ("sweep_file", "command")} for row in points]
     print_report("Fashion-MNIST: accuracy against size", shown, predicted(points) | {"comparisons": len(gains)})
 
@@ -110,15 +112,27 @@ def commands(sweep: Sweep) -> tuple[str, str]:
         changed = [f"{key}={value}" for key, value in wanted.items() if there.get(key) != value]
         nearest.append((len(changed), path, changed))
     _, file, changed = min(nearest)
-    assert load(Path(file), changed) == sweep, f"{sweep.name} cannot be written as changes of {file}"
+    if not makes(file, changed, sweep):
+        raise SystemExit(f"Study '{sweep.name}' cannot be written as changes of {file}: it is of another version of kdexp.")
+    for change in list(changed):  # what follows from the others, such as a family's dropout, need not be said
+        fewer = [other for other in changed if other != change]
+        changed = fewer if makes(file, fewer, sweep) else changed
     return file, " ".join(["kdexp sweep", file, *(f"--set {shlex.quote(change)}" for change in changed)])
+
+
+def makes(file: str, changes: list[str], sweep: Sweep) -> bool:
+    """Whether a sweep file with these changes is that sweep."""
+    try:
+        return load(Path(file), changes) == sweep
+    except ConfigError:
+        return False
 
 
 def settable(sweep: Sweep) -> dict[str, str]:
     """What --set takes for each value of a sweep; the search space as a whole, as its paths have dots of their own."""
     leaves = flatten(sweep.recipe) | {f"study.{key}": value for key, value in flatten(sweep.study).items()}
     leaves |= {f"selection.{key}": value for key, value in flatten(sweep.selection).items()}
-    search = sweep.model_dump(mode="json", exclude_unset=True)["search"]
+    search = sweep.model_dump(mode="json", exclude_defaults=True)["search"]
     values = {"name": sweep.name, **leaves, "search": search}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,13 @@ import pytest
 import torch
 
 from benchmarks import contenders, honesty
-from kdexp.config import Recipe
+from kdexp.config import Recipe, load
+from kdexp.distill.data import Split
 from kdexp.distill.losses import distillation_loss
+from kdexp.distill.models import build, measure
 
 ROOT = Path(__file__).parents[1]
+ROWS = list(csv.DictReader((ROOT / "docs" / "results" / "frontier.csv").read_text().splitlines()))
 
 
 def test_the_contenders_hyperparameters_and_loss_are_the_documented_ones() -> None:
@@ -46,6 +51,34 @@ def test_the_contenders_images_are_ours(digits) -> None:
     floats = torch.stack([contenders._Images(split, contenders.TEST)[number][0] for number in range(5)])
     assert torch.allclose(floats, pixels(split, torch.arange(5)).expand(-1, 3, -1, -1), atol=1e-6)
     assert torch.allclose(floats, contenders._floats(split.images), atol=1e-6)
+
+
+with_results = pytest.mark.parametrize("row", ROWS, ids=[row["command"].split("&&")[-1].split()[2] for row in ROWS])
+
+
+@with_results
+def test_a_row_of_the_frontier_is_what_its_command_trains(row) -> None:
+    sweep_command, confirm_command = (shlex.split(command) for command in row["command"].split("&&"))
+    assert (sweep_command[:3], confirm_command[:2]) == (["kdexp", "sweep", row["sweep_file"]], ["kdexp", "confirm"])
+    sweep = load(ROOT / row["sweep_file"], sweep_command[4::2])
+    assert (set(sweep_command[3::2]), sweep.name) == ({"--set"}, confirm_command[2])
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    like = Split(images, torch.zeros(2, dtype=torch.int64), tuple("0123456789"), sweep.data.channels or 1, 0.5, 0.5)
+    size = measure(build(sweep.student, like), like)
+    assert [str(size.parameters), str(size.multiply_adds), str(size.bytes)] == [
+        row[key] for key in ("parameters", "multiply_adds", "bytes")
+    ]
+
+
+@with_results
+def test_a_row_of_the_frontier_is_the_mean_of_its_runs(row) -> None:
+    name = shlex.split(row["command"].split("&&")[1])[2]
+    runs = json.loads((ROOT / "docs" / "results" / "runs" / f"{name}.json").read_text())["runs"]
+    fresh = [run["metrics"] for run in runs if "fresh seed" in run["name"]]
+    assert len(fresh) == int(row["seeds"]) >= 3
+    assert float(row["val_accuracy"]) == pytest.approx(np.mean([run["val_accuracy"] for run in fresh]), abs=1e-5)
+    assert float(row["test_accuracy"]) == pytest.approx(np.mean([run["test_accuracy"] for run in fresh]), abs=1e-5)
+    assert float(row["test_sd"]) == pytest.approx(np.std([run["test_accuracy"] for run in fresh], ddof=1), abs=1e-5)
 
 
 def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlated() -> None:
