@@ -2,7 +2,7 @@
 
     python -m benchmarks.results --stores STORES
 
-A study that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of frontier.svg: means over
+A study that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of frontier.png: means over
 its fresh seeds. A grid over seeds is a row for each way to distil in docs/results/distillation.csv: validation accuracy
 minus that of the same seed with labels only, mean and standard deviation over the seeds. What each run recorded of
 itself goes to docs/results/runs/, so that the tables can be checked without the stores.
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write("distillation.csv", gains)
     if not points:
         raise SystemExit("No study there is confirmed: kdexp sweep sweeps/frontier.yaml --set name=NAME, kdexp confirm NAME")
-    picture(points).savefig(RESULTS / "frontier.svg", metadata={"Date": None})
+    picture(points).savefig(RESULTS / "frontier.png", dpi=130)
     shown = [{key: row[key] for key in row if key not in ("sweep_file", "command")} for row in points]
     print_report("Fashion-MNIST: accuracy against size", shown, predicted(points) | {"comparisons": len(gains)})
 
@@ -232,6 +232,7 @@ def picture(points: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(size, 100 * accuracy, "x", color=GREY)
         axes.annotate(label, (size, 100 * accuracy), (-6, 5), textcoords="offset points", ha="right", fontsize=7, color=GREY)
     axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy, % (mean and sd over seeds)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
