@@ -166,11 +166,16 @@ def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> 
 
 
 def predicted(points: Sequence[Row]) -> dict[str, Any]:
-    """What the points predict, if errors fall as a power of parameters: least squares of the logarithms."""
-    sizes = np.log([row["parameters"] for row in points])
-    slope, offset = np.polyfit(sizes, np.log([1 - row["test_accuracy"] for row in points]), 1)
+    """What the frontier predicts, if errors fall as a power of parameters: least squares of the logarithms of those points
+    that no smaller one equals."""
+    best = [
+        row for row in points if all(other["test_accuracy"] < row["test_accuracy"] for other in points[: points.index(row)])
+    ]
+    sizes = np.log([row["parameters"] for row in best])
+    slope, offset = np.polyfit(sizes, np.log([1 - row["test_accuracy"] for row in best]), 1)
     return {
         "points": len(points),
+        "on_the_frontier": len(best),
         "power": round(float(slope), 3),
         "parameters_for": {f"{goal:.2%}": round(math.exp((math.log(1 - goal) - offset) / slope)) for goal in GOALS},
         "accuracy_at": {
