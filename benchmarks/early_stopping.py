@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kdexp.environment import configure
 from kdexp.promote import candidates
 from kdexp.selection import select
 from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, TrialFinished, TrialSkipped, run_sweep
+from kdexp.sweep import EpochDone, Event, TrialFinished, TrialSkipped, run_sweep
 from kdexp.tracking import Tracking
 
 
@@ -45,14 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_report(title, rows, {"saved_share": round(1 - early / full, 3), "rows": rows})
 
 
-def _run(base: Sweep, study: dict[str, Any], stores: Path) -> dict[str, Any]:
-    """One study: its model-epochs, what became of its trials, and the selected one."""
-    name = "-".join(map(str, study.values()))
-    sweep = base.model_copy(update={"name": name, "study": base.study.model_copy(update=study)})
+def name_of(study: Mapping[str, Any]) -> str:
+    """The name of the study with these settings."""
+    return "-".join(map(str, study.values()))
+
+
+def run_study(base: Sweep, study: Mapping[str, Any], stores: Path) -> tuple[list[Event], Tracking]:
+    """A sweep with these study settings, run in this process on one thread: its events, and where it was tracked."""
+    sweep = base.model_copy(update={"name": name_of(study), "study": base.study.model_copy(update=study)})
     settings = Settings(stores=stores, workers=1)
     tracking = Tracking(settings)
-    events = list(run_sweep(sweep, settings, tracking, configure("cpu", 1)))
-    chosen = select(candidates(tracking.study(sweep.name), tracking), sweep.selection)
+    return list(run_sweep(sweep, settings, tracking, configure("cpu", 1))), tracking
+
+
+def _run(base: Sweep, study: dict[str, Any], stores: Path) -> dict[str, Any]:
+    """One study: its model-epochs, what became of its trials, and the selected one."""
+    events, tracking = run_study(base, study, stores)
+    trials = candidates(tracking.study(name_of(study)), tracking)
+    chosen = select(trials, base.selection)
     return {
         "epochs": sum(isinstance(event, EpochDone) for event in events),
         "skipped": sum(isinstance(event, TrialSkipped) for event in events),

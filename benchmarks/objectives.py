@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.early_stopping import name_of, run_study
 from benchmarks.report import Row, print_report
 from kdexp.config import Sweep, load
 from kdexp.distill.data import load_test
 from kdexp.distill.evaluate import evaluate
-from kdexp.environment import configure
 from kdexp.promote import candidates
 from kdexp.records import load_student, recipe_of
 from kdexp.selection import Candidate, NothingPasses, select
-from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, TrialSkipped, run_sweep
+from kdexp.sweep import EpochDone, TrialSkipped
 from kdexp.tracking import Tracking
 
 DIGITS = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
@@ -67,13 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(base: Sweep, study: Mapping[str, Any], stores: Path) -> dict[str, Any]:
     """One study: its model-epochs, how many proposals it did not train, and the selected model."""
-    name = "-".join(map(str, study.values()))
-    sweep = base.model_copy(update={"name": name, "study": base.study.model_copy(update=study)})
-    settings = Settings(stores=stores, workers=1)
-    tracking = Tracking(settings)
-    events = list(run_sweep(sweep, settings, tracking, configure("cpu", 1)))
+    events, tracking = run_study(base, study, stores)
     try:
-        chosen = select(candidates(tracking.study(name), tracking), sweep.selection)
+        chosen = select(candidates(tracking.study(name_of(study)), tracking), base.selection)
     except NothingPasses:
         chosen = None
     return {

@@ -145,7 +145,7 @@ def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> 
         how = recipe.distillation
         way = f"{how.loss}, alpha {how.alpha:g}, T {how.temperature:g}" if how.alpha else "labels only"
         by_way.setdefault(way, {})[recipe.training.seed] = run.metrics["val_accuracy"]
-    labels = by_way.pop("labels only", {})
+    labels, command = by_way.pop("labels only", {}), commands(sweep)[1] if runs else ""
     for way, accuracies in sorted(by_way.items()):
         seeds = sorted(accuracies.keys() & labels.keys())
         if len(seeds) < 2:  # still under way
@@ -161,7 +161,7 @@ def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> 
             "gain": round(mean(gains), 5),
             "gain_sd": round(stdev(gains), 5),
             "seeds": len(gains),
-            "command": commands(sweep)[1],
+            "command": command,
         }
 
 

@@ -60,11 +60,11 @@ def needless(aim: Objective, size: int, rule: Selection, smallest: Passing | Non
 
     In bytes there is no reason: rounding its weights may make a larger student the smaller one.
     """
-    if rule.size == "bytes":
+    if aim != "smallest" or rule.size == "bytes":
         return ""
-    if aim == "smallest" and rule.limit is not None and size > rule.limit:
+    if rule.limit is not None and size > rule.limit:
         return f"selection.limit is {rule.limit:,}"
-    if aim == "smallest" and smallest and size >= smallest.size:
+    if smallest and size >= smallest.size:
         return f"trial {smallest.trial} meets the bar with {smallest.size:,}"
     return ""
 
