@@ -4,8 +4,9 @@
 
 The same sweep of the documented student on real Fashion-MNIST by `kdexp sweep --workers N --threads 1`, side by side
 in one run, each from an empty study on a warm teacher cache (a small cnn teaches). Time is that of the whole
-command. Memory is the peak of the resident set and of the proportional set (shared pages counted once among those
-who share them), sampled twice a second over the command and its workers.
+command. Memory is the peak of the resident set, as the kernel notes it, and of the proportional set (shared pages
+counted once among those who share them), sampled every ten seconds: a sample takes some 25 ms for each process, which a
+sweep with a core left over would not feel and one without would.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 from benchmarks.report import Row, print_report
 
 MIB = 1024  # KiB
+SAMPLING = 10.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,18 +73,22 @@ def _measure(workers: int, folder: Path, options: argparse.Namespace) -> Row:
 
 def _watch(session: int, peaks: dict[int, tuple[int, int]], stop: threading.Event) -> None:
     """Note the peak (resident, proportional) KiB of every process of the session."""
-    while not stop.wait(0.5):
+    while not stop.wait(SAMPLING):
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 fields = (place / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) != session:
                     continue
-                sizes = dict(line.split(":") for line in (place / "smaps_rollup").read_text().splitlines()[1:])
-                now = tuple(int(sizes[name].split()[0]) for name in ("Rss", "Pss"))
+                resident, proportional = _kibibytes(place / "status", "VmHWM"), _kibibytes(place / "smaps_rollup", "Pss")
             except (OSError, ValueError, KeyError):  # it has just ended
                 continue
             before = peaks.get(int(place.name), (0, 0))
-            peaks[int(place.name)] = max(before[0], now[0]), max(before[1], now[1])
+            peaks[int(place.name)] = max(before[0], resident), max(before[1], proportional)
+
+
+def _kibibytes(file: Path, name: str) -> int:
+    """A number of a file of lines `name: number kB`."""
+    return int(dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)[name].split()[0])
 
 
 def _write(folder: Path, name: str, options: argparse.Namespace) -> Path:
