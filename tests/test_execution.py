@@ -114,6 +114,16 @@ def test_bf16_is_for_long_trainings_where_the_device_has_units_for_it(digits, mo
     assert isinstance(multiplies_bf16(torch.device("cpu")), bool)
 
 
+def test_on_a_cpu_depthwise_convolutions_stay_in_fp32(digits, monkeypatch) -> None:
+    """oneDNN has no fast bf16 for them: a step took 1.7 times as long."""
+    monkeypatch.setattr(execution, "compiles", lambda device: True)
+    monkeypatch.setattr(execution, "multiplies_bf16", lambda device: True)
+    long = Training(epochs=50_000)
+    for architecture, precision in (("residual", "bf16"), ("separable", "fp32")):
+        student = Student(architecture=architecture, channels=(16, 32))
+        assert choose([Lane(student, long, Distillation())], digits.train).precision == precision
+
+
 def test_without_a_compiler_it_does_without(tmp_path) -> None:
     environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     code = "from kdexp.distill.execution import compiles; print(compiles('cpu'))"

@@ -13,7 +13,7 @@ from functools import cache
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdexp.distill.data import Split
 from kdexp.distill.models import build, measure
@@ -21,7 +21,7 @@ from kdexp.distill.packs import Drawn, Execution, Lane, Precision, Source, pack_
 from kdexp.distill.stacked import Lowering, convolve, inner_convolutions
 from kdexp.distill.train import steps_of
 
-__all__ = ["best_pack", "choose", "compiles", "fastest_lowering", "flop_of", "multiplies_bf16"]
+__all__ = ["best_pack", "choose", "compiles", "depthwise", "fastest_lowering", "flop_of", "multiplies_bf16"]
 
 # Compiling takes 28 s the first time for a shape on a machine, 4 s from the cache in every process, and saves a
 # quarter of each step (documented student, one thread: 52 ms -> 40 ms). From half a minute's training it pays
@@ -35,7 +35,7 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
     """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
     device, one = like.labels.device, lanes[0]
     stacked = plan_for(one, like) is not None
-    bf16 = one.training.precision == "auto" and multiplies_bf16(device)
+    bf16 = one.training.precision == "auto" and multiplies_bf16(device) and not (device.type == "cpu" and depthwise(one, like))
     long = (stacked or bf16) and flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
     best: Precision = "bf16" if long and bf16 else "fp32"
     return Execution(
@@ -49,9 +49,18 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
 
 def flop_of(lane: Lane, like: Split) -> float:
     """What a training computes: forward, and twice that backward, at 2 FLOP for a multiply-add."""
-    with torch.random.fork_rng([]):
-        size = measure(build(lane.network, like), like)
+    size = measure(_built(lane, like), like)
     return 6.0 * size.multiply_adds * lane.training.batch_size * steps_of(lane.training, len(like))
+
+
+def depthwise(lane: Lane, like: Split) -> bool:
+    """Whether some convolutions go channel by channel: on a CPU these are slower in bf16 than in fp32."""
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in _built(lane, like).modules())
+
+
+def _built(lane: Lane, like: Split) -> nn.Module:
+    with torch.random.fork_rng([]):
+        return build(lane.network, like)
 
 
 def best_pack(lane: Lane, source: Source, most: int) -> int:
