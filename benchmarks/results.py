@@ -15,7 +15,6 @@ import csv
 import json
 import math
 import shlex
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -209,8 +208,7 @@ def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Trackin
 
 def environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
     """Versions, processor and threads that a run recorded."""
-    with tempfile.TemporaryDirectory() as temporary:
-        found: dict[str, str] = json.loads(tracking.download(run.run_id, "environment.json", Path(temporary)).read_text())
+    found: dict[str, str] = json.loads(tracking.read_text(run.run_id, "environment.json"))
     return found
 
 

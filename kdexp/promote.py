@@ -140,9 +140,8 @@ def gain(trials: Sequence[Candidate]) -> float | None:
 
 def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
     """The sweep file a study was last run with."""
-    with tempfile.TemporaryDirectory() as temporary:
-        file = tracking.download(study.run_id, "sweep.json", Path(temporary))
-        return recorded(file.read_text(), f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
+    text = tracking.read_text(study.run_id, "sweep.json")
+    return recorded(text, f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
 
 
 def looks(study: RunRecord, tracking: Tracking) -> int:

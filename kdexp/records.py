@@ -18,8 +18,7 @@ __all__ = ["load_student", "recipe_of"]
 
 def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
     """The recipe of a run, from its record alone."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return Recipe.model_validate_json(tracking.download(run.run_id, "config.json", Path(temporary)).read_text())
+    return Recipe.model_validate_json(tracking.read_text(run.run_id, "config.json"))
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:

@@ -92,7 +92,7 @@ def reproduce(
     _check(original, tracking)
     recipe = recipe_of(original, tracking)
     with tempfile.TemporaryDirectory() as temporary:
-        recorded = json.loads(tracking.download(run_id, "environment.json", Path(temporary)).read_text())
+        recorded = json.loads(tracking.read_text(run_id, "environment.json"))
         if settings.threads is None:
             torch.set_num_threads(int(recorded["threads"]))  # another count sums in another order
         how, place = Execution.recorded(recorded)

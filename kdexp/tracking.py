@@ -323,6 +323,11 @@ class Tracking:
                 time.sleep(0.2 * (attempt + 1))
         raise AssertionError("unreachable")
 
+    def read_text(self, run_id: str, artifact: str) -> str:
+        """What a text artifact says. Raises TrackingError where the run has none of that name."""
+        with tempfile.TemporaryDirectory() as temporary:
+            return self.download(run_id, artifact, Path(temporary)).read_text()
+
     # --- talking ---
 
     @contextmanager
