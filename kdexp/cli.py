@@ -413,6 +413,8 @@ def _rule(
         "goal": "most_accurate" if most_accurate else None,
     }
     rule = sweep_of(tracking.study(study), tracking).selection
+    if size not in (None, rule.size):
+        rule = rule.model_copy(update={"limit": None})  # it counts in the former unit
     return select_rule(rule, {key: value for key, value in changed.items() if value is not None})
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "Variant",
     "differences",
     "flatten",
+    "learns_alike",
     "load",
     "recorded",
     "select_rule",
@@ -281,6 +282,13 @@ class Choices(Frozen):
 
     choices: tuple[Scalar | tuple[int, ...] | None, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _each_is_another(self) -> Self:
+        twice = [choice for number, choice in enumerate(self.choices) if choice in self.choices[:number]]
+        if twice:
+            raise ValueError(f"choices: {show(twice[0])} stands twice; every choice once")
+        return self
+
     def __contains__(self, value: Any) -> bool:
         return (tuple(value) if isinstance(value, list) else value) in self.choices
 
@@ -351,6 +359,12 @@ class Sweep(Recipe):
         return None if deciding & self.search.keys() else self.training
 
     @property
+    def student_choices(self) -> list[dict[str, Any]]:
+        """Every choice of a part of the student by itself, by path."""
+        dimensions = {path: dimension for path, dimension in self.search.items() if path.startswith("student.")}
+        return [{path: c} for path, found in dimensions.items() if isinstance(found, Choices) for c in found.choices]
+
+    @property
     def beyond_controls(self) -> list[dict[str, Any]]:
         """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
         trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
@@ -359,10 +373,33 @@ class Sweep(Recipe):
         points = []
         for point in (dict(zip(self.search, values, strict=True)) for values in product(*axes)):
             recipe = self.recipe.replace(point)
-            if not any(_learns_alike(recipe, other) for other in trained):
+            if not any(learns_alike(recipe, other) for other in trained):
                 trained.append(recipe)
                 points.append(point)
         return points
+
+    @model_validator(mode="after")
+    def _search_fits_the_recipe(self) -> Self:
+        leaves = flatten(self.recipe)
+        for path, dimension in self.search.items():
+            if path.split(".")[0] not in SEARCHABLE:
+                searchable = [leaf for leaf in leaves if leaf.split(".")[0] in SEARCHABLE]
+                raise ValueError(
+                    f"search.{path}: not searchable{nearest(path, searchable)}; "
+                    f"a search ranges over {', '.join(SEARCHABLE)} (data and teacher are fixed, so trials compare)"
+                )
+            current = self.recipe.value(path)
+            for value in dimension.ends():
+                try:
+                    self.recipe.replace({path: value})
+                except ConfigError as error:
+                    raise ValueError(f"search.{path}: goes beyond what {path} may be: {error}") from None
+            if current not in dimension:
+                raise ValueError(
+                    f"search.{path}: the recipe's own value {current} is not in the search space; "
+                    f"trial 0 always trains it, so widen the search or change {path}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_grid_is_of_choices(self) -> Self:
@@ -407,38 +444,16 @@ class Sweep(Recipe):
                     f"selection.goal: {self.selection.goal} is not what study.objective smallest searches for; "
                     f"set study.objective to accuracy, or selection.goal to smallest"
                 )
-            if self.search and not any(path.startswith("student.") for path in self.search):
+            if self.search and not any(path.startswith("student.") and path != "student.dropout" for path in self.search):
                 raise ValueError(
                     "study.objective: smallest needs a student whose size is searched over; "
                     "add student.channels or the like to search, or set study.objective to accuracy"
                 )
         return self
 
-    @model_validator(mode="after")
-    def _search_fits_the_recipe(self) -> Self:
-        leaves = flatten(self.recipe)
-        for path, dimension in self.search.items():
-            if path.split(".")[0] not in SEARCHABLE:
-                searchable = [leaf for leaf in leaves if leaf.split(".")[0] in SEARCHABLE]
-                raise ValueError(
-                    f"search.{path}: not searchable{nearest(path, searchable)}; "
-                    f"a search ranges over {', '.join(SEARCHABLE)} (data and teacher are fixed, so trials compare)"
-                )
-            current = self.recipe.value(path)
-            for value in dimension.ends():
-                try:
-                    self.recipe.replace({path: value})
-                except ConfigError as error:
-                    raise ValueError(f"search.{path}: goes beyond what {path} may be: {error}") from None
-            if current not in dimension:
-                raise ValueError(
-                    f"search.{path}: the recipe's own value {current} is not in the search space; "
-                    f"trial 0 always trains it, so widen the search or change {path}"
-                )
-        return self
 
-
-def _learns_alike(one: Recipe, other: Recipe) -> bool:
+def learns_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes train the same: with labels only it does not matter how they would distil."""
     if one.distillation.alpha == 0 == other.distillation.alpha:
         other = other.model_copy(update={"distillation": one.distillation})
     return one == other

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kdexp import KdexpError
 from kdexp.config import Selection
 from kdexp.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
 from kdexp.promote import candidates, look_at_test, looks, one_at_a_time, register, sweep_of, tell
@@ -123,6 +124,12 @@ def _measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSe
 def _look(verdict: Verdict, tried: Sequence[Verdict], runs: Sequence[RunRecord], images: str, work: Retrainer) -> Confirmation:
     """Look at the confirmed recipe's models on test, where that has not been done, and register the first."""
     tracking, name, trial = work.tracking, work.sweep.name, verdict.candidate.trial
+    for number, run in enumerate(runs, start=1):
+        if run.tags.get("kdexp.state") == "diverged":
+            raise KdexpError(
+                f"Fresh seed {number} of trial {trial} diverged when trained on {images} (run {run.run_id}), so the recipe "
+                f"does not hold there and none of its seeds was looked at on test: search with a lower training.learning_rate."
+            )
     recipe = recipe_of(runs[0], tracking)
     with one_at_a_time(work.settings):
         for number, run in enumerate(runs, start=1):

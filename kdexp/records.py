@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from kdexp.config import Recipe
 from kdexp.distill.data import Split
 from kdexp.distill.models import build
+from kdexp.reading import validate
 from kdexp.tracking import RunRecord, Tracking
 
 __all__ = ["load_student", "recipe_of"]
@@ -18,7 +20,8 @@ __all__ = ["load_student", "recipe_of"]
 
 def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
     """The recipe of a run, from its record alone."""
-    return Recipe.model_validate_json(tracking.read_text(run.run_id, "config.json"))
+    text = tracking.read_text(run.run_id, "config.json")
+    return validate(Recipe, json.loads(text), f"run {run.run_id}, recorded by another version of kdexp")
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:

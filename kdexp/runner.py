@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from kdexp import KdexpError
-from kdexp.config import Data, Recipe, Training, flatten
+from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
@@ -181,12 +181,17 @@ def prepare(
     device: torch.device,
     weights: Path | None = None,
     training: Training | None = None,
+    students: Sequence[Student] = (),
 ) -> Generator[TeacherProgress, None, Prepared]:
     """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made.
 
-    `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it.
+    `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it. That the
+    recipe's student and these `students` can be built for the data is found out before the teacher is trained.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
+    with torch.random.fork_rng([]):
+        for student in (recipe.student, *students):
+            build(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights

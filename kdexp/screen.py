@@ -25,7 +25,7 @@ from kdexp.runner import Result
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
     EpochDone,
-    NothingSmaller,
+    NothingLeft,
     TeacherReady,
     TrialFailed,
     TrialFinished,
@@ -109,9 +109,9 @@ class Screen:
                 self._finished(event)
             case TrialSkipped():
                 self.skipped.append(event)
-            case NothingSmaller():
+            case NothingLeft():
                 self._not_trained()
-                self.console.print(_nothing_smaller(event), style="yellow")
+                self.console.print(_nothing_left(event), style="yellow")
             case TrialGivenUp():
                 self.done = max(self.done, event.done)
                 self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
@@ -221,8 +221,8 @@ def _crew_line(crew: Crew) -> str:
     return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
 
 
-def _nothing_smaller(event: NothingSmaller) -> str:
-    than = f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}" if event.smallest else "within the limit"
+def _nothing_left(event: NothingLeft) -> str:
+    than = f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}" if event.smallest else "new"
     return f"Nothing {than} is left to try: the study ends after {event.done} trials."
 
 

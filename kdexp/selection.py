@@ -19,6 +19,7 @@ __all__ = [
     "Candidate",
     "FreshSeeds",
     "NothingPasses",
+    "check_bar",
     "clears",
     "confirms",
     "passes",
@@ -125,6 +126,18 @@ def clears(val_accuracy: float, val_samples: int, rule: Selection) -> bool:
     if rule.confidence is None:
         return val_accuracy >= rule.accuracy_bar
     return wilson_low(val_accuracy, val_samples, rule.confidence) >= rule.accuracy_bar
+
+
+def check_bar(rule: Selection, val_samples: int) -> None:
+    """Whether a student without a single error on so many validation images would meet the bar. Raises KdexpError."""
+    if not clears(1.0, val_samples, rule):
+        confidence = rule.confidence or 0.0
+        raise KdexpError(
+            f"selection.accuracy_bar: at {100 * confidence:g} % confidence no student can meet {100 * rule.accuracy_bar:.2f} % "
+            f"on {val_samples:,} validation images: without a single error the interval's lower end is "
+            f"{100 * wilson_low(1.0, val_samples, confidence):.2f} %. Lower the bar or selection.confidence, or hold out more "
+            f"images (data.validation_fraction)."
+        )
 
 
 def confirms(seeds: FreshSeeds, rule: Selection) -> bool:

@@ -28,7 +28,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
-from kdexp.config import CONTROLS, Choices, Objective, Recipe, Selection, Sweep, differences, recorded
+from kdexp.config import CONTROLS, Choices, Objective, Recipe, Selection, Sweep, differences, learns_alike, recorded
 from kdexp.distill.checkpoints import Checkpoints, State
 from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
@@ -91,6 +91,7 @@ class Trial:
     """Retried because its worker died, or because it failed: not because it was stopped."""
     _aim: Objective
     _prunes: bool
+    _worker: str
     _trial: optuna.Trial
     _reported: frozenset[int]
 
@@ -140,6 +141,8 @@ class OpenStudy:
         self._aim = sweep.study.objective
         self._beats: dict[str, _Beat] = {}
         """Of workers elsewhere."""
+        self._recipes: dict[int, Recipe] = {}
+        """Of trials, by number."""
 
     @property
     def parent_run(self) -> str:
@@ -242,6 +245,11 @@ class OpenStudy:
         rule = self.sweep.selection
         return needless(self._aim, size_of(size, rule.size), rule, self.smallest if self._aim == "smallest" else None)
 
+    def repeated(self, trial: Trial) -> int | None:
+        """The number of an earlier trial that learns just what this one would; None where it is new."""
+        earlier = ((other.number, self._recipe(other)) for other in _patiently(self._trained) if other.number < trial.number)
+        return next((number for number, recipe in earlier if recipe and learns_alike(recipe, trial.recipe)), None)
+
     def skip(self, trial: Trial, why: str) -> None:
         """A trial is not trained. No sampler learns from it: told that it is bad, TPE found larger students in the end."""
         _patiently(lambda: trial._trial.set_user_attr("skipped", why))
@@ -253,9 +261,10 @@ class OpenStudy:
         self._tell(trial.number, None, TrialState.FAIL)
 
     def hand_back(self, trial: Trial, how: HandedBack) -> None:
-        """Leave a trial to whoever looks for one next."""
+        """Leave a trial, if it is still this worker's, to whoever looks for one next."""
         with suppress(*AWAY):  # then it is found without its worker
-            trial._trial.set_user_attr("worker", how)
+            if self._signed(trial):
+                trial._trial.set_user_attr("worker", how)
 
     def tell(self, number: int, ended: Ended) -> None:
         """A trial has ended. Where size is minimised, one that has met the bar is complete, however it ended."""
@@ -266,10 +275,13 @@ class OpenStudy:
         else:
             self._tell(number, None, TrialState.PRUNED, limits)
 
-    def owns(self, worker: Worker, number: int) -> bool:
-        """Whether a trial is still this worker's: one that was thought dead may have lost it."""
-        trial = _patiently(lambda: self._study.get_trials(deepcopy=False)[number])
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker.name
+    def owns(self, trial: Trial) -> bool:
+        """Whether a trial is still its worker's: one that was thought dead may have lost it."""
+        return _patiently(lambda: self._signed(trial))
+
+    def _signed(self, trial: Trial) -> bool:
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        return frozen.state == TrialState.RUNNING and frozen.user_attrs.get("worker") == trial._worker
 
     def _tell(
         self, number: int, told: Sequence[float] | None, state: TrialState, limits: Mapping[str, float] | None = None
@@ -348,9 +360,19 @@ class OpenStudy:
             broken=left not in (None, "released"),
             _aim=self._aim,
             _prunes=self.sweep.study.pruner != "none",
+            _worker=worker.name,
             _trial=trial,
             _reported=frozenset(former.intermediate_values if former else ()),
         )
+
+    def _recipe(self, frozen: FrozenTrial) -> Recipe | None:
+        """Of a trial that has been asked for; None while another worker is at it."""
+        if frozen.params.keys() != self.sweep.search.keys():
+            return None
+        if frozen.number not in self._recipes:
+            chosen = {path: _value(self.sweep, path, stored) for path, stored in frozen.params.items()}
+            self._recipes[frozen.number] = self.sweep.recipe.replace(chosen | frozen.user_attrs.get("overrides", {}))
+        return self._recipes[frozen.number]
 
     def _trials(self) -> list[FrozenTrial]:
         trials = self._study.get_trials(deepcopy=False)
@@ -459,9 +481,12 @@ def _wait_for_set_up(study: optuna.Study) -> None:
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
     """A study continues only with what it began with; budget may change, and what no trial was told by of the rule."""
     begun = recorded(study.user_attrs["sweep"], f"study '{sweep.name}', made by another version of kdexp")
-    rule = {"smallest": begun.selection, "accuracy": sweep.selection, "pareto": _with_size(sweep, begun)}
+    told = {"smallest": Selection.model_fields.keys(), "accuracy": set[str](), "pareto": {"size"}}[begun.study.objective]
+    if begun.study.early_stop:  # trials were ended by the bar
+        told = told | {"accuracy_bar", "confidence"}
+    rule = sweep.selection.model_copy(update={key: getattr(begun.selection, key) for key in told})
     budget = {"trials": sweep.study.trials, "retries": sweep.study.retries}
-    free = {"study": begun.study.model_copy(update=budget), "selection": rule[begun.study.objective]}
+    free = {"study": begun.study.model_copy(update=budget), "selection": rule}
     changed = differences(begun.model_copy(update=free), sweep)
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -479,10 +504,6 @@ def _check_directions(study: optuna.Study, sweep: Sweep) -> None:
             f"Study '{sweep.name}' was begun with another study.objective than {sweep.study.objective}, and interrupted: "
             f"set it back, or give the sweep another name (--set name={sweep.name}-2)."
         )
-
-
-def _with_size(sweep: Sweep, begun: Sweep) -> Selection:
-    return sweep.selection.model_copy(update={"size": begun.selection.size})
 
 
 def _storage(settings: Settings) -> optuna.storages.BaseStorage:
@@ -556,12 +577,22 @@ def _stored(sweep: Sweep, path: str, value: Any) -> Any:
     return ordered.index(plain) if ordered else json.dumps(next(choice for choice in dimension.choices if choice == plain))
 
 
+def _value(sweep: Sweep, path: str, stored: Any) -> Any:
+    """What Optuna stores, as the recipe has it."""
+    dimension = sweep.search[path]
+    if not isinstance(dimension, Choices):
+        return stored
+    ordered = scale(sweep.study.objective, dimension)
+    return ordered[stored] if ordered else json.loads(stored)
+
+
 def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
     dimension = sweep.search[path]
     if isinstance(dimension, Choices):
         if ordered := scale(sweep.study.objective, dimension):
-            return ordered[trial.suggest_int(path, 0, len(ordered) - 1)]
-        return json.loads(trial.suggest_categorical(path, [_stored(sweep, path, choice) for choice in dimension.choices]))
+            return _value(sweep, path, trial.suggest_int(path, 0, len(ordered) - 1))
+        stored = [_stored(sweep, path, choice) for choice in dimension.choices]
+        return _value(sweep, path, trial.suggest_categorical(path, stored))
     whole = all(isinstance(value, int) for value in (dimension.low, dimension.high, sweep.recipe.value(path)))
     suggest: Any = trial.suggest_int if whole else trial.suggest_float
     step = {"step": dimension.step} if dimension.step is not None else {}

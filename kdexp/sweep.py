@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kdexp.config import Choices, Recipe, Sweep, Training, flatten
+from kdexp.config import Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
-from kdexp.distill.models import build
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
 from kdexp.runner import Prepared, TeacherProgress, prepare
+from kdexp.selection import check_bar
 from kdexp.settings import Settings
 from kdexp.study import check_study, open_study
 from kdexp.tracking import Tracking
@@ -32,7 +32,7 @@ from kdexp.workers import Worker, warm_up
 
 __all__ = [
     "EpochDone",
-    "NothingSmaller",
+    "NothingLeft",
     "TeacherReady",
     "TrialFailed",
     "TrialFinished",
@@ -52,15 +52,15 @@ class TeacherReady:
 
 
 @dataclass(frozen=True)
-class NothingSmaller:
+class NothingLeft:
     """The study ends before its budget: of many proposals in a row none was worth training."""
 
     done: int
     smallest: Passing | None
-    """Whose size none of them was below; without one, all were over the limit."""
+    """Whose size none of them was below; without one, all were over the limit, or trained before."""
 
 
-Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingSmaller
+Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
 
 
 def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device) -> Generator[Event, None, int]:
@@ -74,8 +74,9 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
-    prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared)
-    _check_students(sweep, prepared)
+    students = [sweep.recipe.replace(choice).student for choice in sweep.student_choices]
+    prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared, students=students)
+    check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
     study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
     worker, finished = Worker(settings.stores), False
@@ -93,7 +94,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
                 pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, study.left)
                 yield from run_trials(study, prepared, tracking, experiment_id, worker, study.checkpoints(settings), pack)
         if study.exhausted:
-            yield NothingSmaller(study.done, study.smallest)
+            yield NothingLeft(study.done, study.smallest)
         finished = True
     finally:
         others = leave(study, tracking, worker, finished)
@@ -144,11 +145,3 @@ def _about(sweep: Sweep) -> str:
         f"student whose validation accuracy reaches **{rule.accuracy_bar:.2%}**{limit}, {aim}. Each child run is one trial. "
         f"Trial 0 is the documented defaults, trial 1 the same without the teacher (alpha = 0)."
     )
-
-
-def _check_students(sweep: Sweep, prepared: Prepared) -> None:
-    """Every student of a finite choice can be built for these images: found out before any training."""
-    for path, dimension in sweep.search.items():
-        if path.startswith("student.") and isinstance(dimension, Choices):
-            for choice in dimension.choices:
-                build(sweep.recipe.replace({path: choice}).student, prepared.splits.train)

@@ -19,7 +19,7 @@ from kdexp import KdexpError
 from kdexp.config import Recipe
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.execution import choose
-from kdexp.distill.models import Size, build, measure
+from kdexp.distill.models import ModelError, Size, build, measure
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
 from kdexp.runner import Prepared, Result, goes_on_here, started
@@ -180,6 +180,8 @@ class _Here:
     checkpoints: Checkpoints
     pack: int
     waiting: list[_Begun] = field(default_factory=list)
+    starting: list[_Begun] = field(default_factory=list)
+    """Taken to be trained, without a seat yet."""
     not_begun: list[TrialSkipped | TrialGivenUp] = field(default_factory=list)
 
     def next_group(self) -> list[_Begun]:
@@ -201,6 +203,7 @@ class _Here:
             if begun.key == key and free and (len(taken) < count or begun.place is not None):
                 taken.append(begun)
         self.waiting[:] = [begun for begun in self.waiting if begun not in taken]
+        self.starting.extend(taken)
         return taken
 
     def news(self) -> list[TrialSkipped | TrialGivenUp]:
@@ -215,20 +218,29 @@ class _Here:
         try:
             yield
         finally:
-            for begun in self.waiting:
+            for begun in (*self.waiting, *self.starting):
                 self.study.hand_back(begun.trial, "released")
 
     def _ask(self) -> _Begun | None:
         """The next trial that is worth its training."""
         while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
-            checkpoint = self._checkpoint(trial)
-            if why := self._given_up(trial, checkpoint):
-                self.not_begun.append(TrialGivenUp(trial.number, trial.recipe, why, self.study.done))
-            elif why := self._needless(trial):
-                self.study.skip(trial, why)
-                self.not_begun.append(TrialSkipped(trial.number, trial.recipe, why))
-            else:
-                return _Begun(trial, checkpoint)
+            try:
+                if begun := self._worth_training(trial):
+                    return begun
+            except BaseException:
+                self.study.hand_back(trial, "released")
+                raise
+        return None
+
+    def _worth_training(self, trial: Trial) -> _Begun | None:
+        checkpoint = self._checkpoint(trial)
+        if why := self._given_up(trial, checkpoint):
+            self.not_begun.append(TrialGivenUp(trial.number, trial.recipe, why, self.study.done))
+        elif why := self._needless(trial):
+            self.study.skip(trial, why)
+            self.not_begun.append(TrialSkipped(trial.number, trial.recipe, why))
+        else:
+            return _Begun(trial, checkpoint)
         return None
 
     def _checkpoint(self, trial: Trial) -> Checkpoint | None:
@@ -252,12 +264,18 @@ class _Here:
         return why
 
     def _needless(self, trial: Trial) -> str:
-        if trial.control or trial.begun or self.study.sweep.study.objective != "smallest":
+        if trial.control or trial.begun:
             return ""
         like = self.prepared.splits.train
-        with torch.random.fork_rng([]):
-            size = measure(build(trial.recipe.student, like), like)
-        return self.study.needless(size)
+        try:
+            with torch.random.fork_rng([]):
+                size = measure(build(trial.recipe.student, like), like)
+        except ModelError as error:  # each choice can be built, not every combination of them
+            return str(error)
+        if why := self.study.needless(size):
+            return why
+        same = self.study.repeated(trial)
+        return "" if same is None else f"trial {same} trains the same"
 
 
 class _Seat:
@@ -266,6 +284,7 @@ class _Seat:
     def __init__(self, begun: _Begun, here: _Here, how: Execution, place: int, everyone: ExitStack) -> None:
         self.trial, self.checkpoint, self.here, self.left = begun.trial, begun.checkpoint, here, False
         everyone.push(self._tidy)
+        here.starting.remove(begun)
         self.stack = everyone.enter_context(ExitStack())
         trial = begun.trial
         self.running = self.stack.enter_context(
@@ -312,7 +331,13 @@ class _Seat:
         return self.running.state != "complete" or report.epoch == report.epochs
 
     def leave(self) -> TrialFinished:
-        """Close the run, then tell Optuna."""
+        """Close the run, then tell Optuna. Raises KdexpError where the trial has become another worker's."""
+        if not self.here.study.owns(self.trial):
+            self.left = True
+            raise KdexpError(
+                f"Trial {self.trial.number} was taken over by another worker while this one was cut off from the study's "
+                f"storage: what was trained of it here is dropped. Start the command again to go on with the study."
+            )
         self.stack.close()
         result, samples = self.running.result, len(self.here.prepared.splits.validation)
         assert result is not None
@@ -345,8 +370,11 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
         raise
     except Exception as error:
         log.debug("a trial failed", exc_info=True)
-        for seat in seats.values():
-            yield TrialFailed(seat.trial.number, in_one_line(error))
+        for begun in here.starting:
+            here.study.hand_back(begun.trial, "failed")
+        for trial in (*(seat.trial for seat in seats.values()), *(begun.trial for begun in here.starting)):
+            yield TrialFailed(trial.number, in_one_line(error))
+        here.starting.clear()
 
 
 def _train_pack(

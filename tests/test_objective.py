@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from kdexp import KdexpError
+from kdexp.cli import _rule
 from kdexp.config import Choices, Selection, Sweep
-from kdexp.distill.models import Size, build, measure
+from kdexp.distill.models import ModelError, Size, build, measure
 from kdexp.distill.train import train
 from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values
 from kdexp.promote import candidates, promote
@@ -24,7 +26,7 @@ from kdexp.screen import Screen
 from kdexp.selection import Candidate, NothingPasses, passes, select, size_of
 from kdexp.settings import Settings
 from kdexp.study import IN_VAIN, STUBBORN, OpenStudy, StudyError
-from kdexp.sweep import EpochDone, NothingSmaller, TrialFinished, TrialSkipped, TrialStarted, run_sweep
+from kdexp.sweep import EpochDone, NothingLeft, TrialFinished, TrialSkipped, TrialStarted, run_sweep
 from kdexp.tracking import Tracking
 
 RULE = Selection(accuracy_bar=0.9)
@@ -278,7 +280,7 @@ def killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_study_ends_where_nothing_smaller_is_left(tmp_path, settings, tracking) -> None:
+def test_a_study_ends_where_nothing_left_is_left(tmp_path, settings, tracking) -> None:
     tree = json.loads(small(sampler="random", trials=30).model_dump_json())
     tree["search"] = {"student.channels": {"choices": [[2, 4], [4, 8]]}, "training.learning_rate": {"low": 0.01, "high": 0.05}}
     sweep = Sweep.model_validate_json(json.dumps(tree))
@@ -286,7 +288,7 @@ def test_a_study_ends_where_nothing_smaller_is_left(tmp_path, settings, tracking
     done = len([event for event in events if isinstance(event, TrialFinished)])
     assert done < 30
     chosen = select(candidates(tracking.study("small"), tracking), sweep.selection)
-    assert events[-1] == NothingSmaller(done, Passing(chosen.trial, chosen.parameters))
+    assert events[-1] == NothingLeft(done, Passing(chosen.trial, chosen.parameters))
     assert len([event for event in events if isinstance(event, TrialSkipped)]) >= IN_VAIN
     again = drain(run_sweep(sweep, settings, tracking, CPU))
     assert not [event for event in again if isinstance(event, TrialStarted | TrialSkipped)], "it stays at its end"
@@ -300,6 +302,70 @@ def test_a_study_ends_where_nothing_smaller_is_left(tmp_path, settings, tracking
         f"Nothing smaller than trial {chosen.trial}'s {chosen.parameters:,} is left to try: the study ends after {done} trials."
     )
     assert lines[-2].endswith(f" proposals not trained: trial {chosen.trial} meets the bar with {chosen.parameters:,}")
+
+
+@pytest.mark.parametrize("objective", ["smallest", "accuracy"])
+def test_choices_that_cannot_be_built_together_are_left_out(settings, tracking, objective) -> None:
+    tree = json.loads(small(objective, sampler="random", trials=4).model_dump_json())
+    tree["selection"]["accuracy_bar"] = 0.99
+    tree["search"] = {
+        "student.channels": {"choices": [[4, 8], [4, 6, 8]]},
+        "student.stride": {"choices": [1, 2]},
+        "training.learning_rate": {"low": 0.01, "high": 0.05},
+    }
+    events = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
+    assert len([event for event in events if isinstance(event, TrialFinished)]) == 4
+    left_out = [event for event in events if isinstance(event, TrialSkipped)]
+    assert left_out
+    for event in left_out:
+        assert (event.recipe.student.channels, event.recipe.student.stride) == ((4, 6, 8), 2)
+        assert "halvings leave nothing" in event.why
+
+
+def test_nothing_is_trained_twice_and_a_finite_space_ends_the_study(settings, tracking) -> None:
+    tree = json.loads(small("accuracy", sampler="tpe", trials=12).model_dump_json())
+    tree["search"] = {
+        "student.channels": {"choices": [[2, 4], [4, 8]]},
+        "distillation.alpha": {"choices": [0.0, 0.3]},
+        "distillation.temperature": {"choices": [2.0, 5.0]},
+    }
+    events = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
+    recipes = [event.recipe for event in events if isinstance(event, TrialStarted)]
+    alphas = sorted((recipe.student.channels, recipe.distillation.alpha) for recipe in recipes)
+    assert alphas == sorted(2 * [((2, 4), 0.3), ((4, 8), 0.3)] + [((2, 4), 0.0), ((4, 8), 0.0)]), "labels only: whatever T"
+    assert events[-1] == NothingLeft(6, None)
+    assert all(event.why.endswith(" trains the same") for event in events if isinstance(event, TrialSkipped))
+
+
+def test_students_that_cannot_be_built_are_found_out_before_the_teacher_is_trained(settings, tracking) -> None:
+    sweep = small().model_copy(update={"search": {"student.channels": Choices(choices=((4, 8), (4, 8, 16, 32)))}})
+    with pytest.raises(ModelError, match="4 halvings leave nothing of 8x8 pixels"):
+        drain(run_sweep(sweep, settings, tracking, CPU))
+    assert not list(settings.teachers.glob("*/*.safetensors"))
+
+
+def test_a_bar_out_of_reach_of_any_student_is_said_before_trials(settings, tracking) -> None:
+    sweep = small().model_copy(update={"selection": Selection(accuracy_bar=0.995, confidence=0.95)})
+    with pytest.raises(KdexpError, match=r"no student can meet 99.50 % on 287 validation images: .* lower end is 99.07 %"):
+        drain(run_sweep(sweep, settings, tracking, CPU))
+    assert not tracking.find("trial", {})
+
+
+def test_where_trials_are_ended_by_the_bar_it_stays(settings, tracking) -> None:
+    sweep = small("accuracy", early_stop=True, sampler="random", trials=2)
+    drain(run_sweep(sweep, settings, tracking, CPU))
+    other = sweep.model_copy(update={"selection": Selection(accuracy_bar=0.1)})
+    with pytest.raises(StudyError, match=r"selection.accuracy_bar 0.2 → 0.1"):
+        drain(run_sweep(other, settings, tracking, CPU))
+    drain(run_sweep(sweep.model_copy(update={"selection": Selection(accuracy_bar=0.2, size="bytes")}), settings, tracking, CPU))
+
+
+def test_another_unit_takes_the_limit_of_the_former_away(settings, tracking) -> None:
+    sweep = small("accuracy", sampler="random", trials=2)
+    drain(run_sweep(sweep.model_copy(update={"selection": Selection(limit=10_000)}), settings, tracking, CPU))
+    assert _rule("small", tracking, 0.3, None, None, None, False) == Selection(accuracy_bar=0.3, limit=10_000)
+    assert _rule("small", tracking, 0.3, "bytes", None, None, False) == Selection(accuracy_bar=0.3, size="bytes")
+    assert _rule("small", tracking, 0.3, "bytes", 99, None, False) == Selection(accuracy_bar=0.3, size="bytes", limit=99)
 
 
 def test_students_over_the_limit_are_not_trained_but_controls_are(settings, tracking, digits) -> None:
@@ -320,7 +386,7 @@ def test_students_over_the_limit_are_not_trained_but_controls_are(settings, trac
 def test_where_all_is_over_the_limit_the_study_says_so_once(settings, tracking, workers) -> None:
     sweep = small(sampler="random", trials=5).model_copy(update={"selection": Selection(accuracy_bar=0.9, limit=10)})
     events = drain(run_sweep(sweep, replace(settings, workers=workers, threads=1), tracking, CPU))
-    assert [event for event in events if isinstance(event, NothingSmaller)] == [NothingSmaller(2, None)]
+    assert [event for event in events if isinstance(event, NothingLeft)] == [NothingLeft(2, None)]
 
 
 def test_two_packs_and_two_workers_share_the_budget(settings, tracking) -> None:

@@ -16,19 +16,20 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Selection, Student, Sweep, flatten
+from kdexp.config import ConfigError, Recipe, Selection, Student, Sweep, flatten
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport, train
 from kdexp.promote import candidates, gain, promote, sweep_of
+from kdexp.records import recipe_of
 from kdexp.reproduce import reproduce
 from kdexp.runner import EPOCH_METRICS, _named, prepare, started
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
 from kdexp.study import OpenStudy, StudyError
-from kdexp.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
+from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, run_sweep
 from kdexp.tracking import Tracking, TrackingError
 
 
@@ -514,3 +515,45 @@ def test_no_store_of_a_study_holds_a_test_figure_before_selection(tiny: Sweep, s
 )
 def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str) -> None:
     assert _named(Student(**network)) == name
+
+
+def test_a_trial_that_has_become_another_workers_is_not_ended_here(settings, tracking, tiny) -> None:
+    sweep = run_sweep(tiny, settings, tracking, CPU)
+    next(event for event in sweep if isinstance(event, EpochDone))
+    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
+    optuna.Trial(study, study.trials[0]._trial_id).set_user_attr("worker", "somebody else")
+    with pytest.raises(KdexpError, match="Trial 0 was taken over by another worker"):
+        drain(sweep)
+    trial = study.get_trials()[0]
+    assert (trial.state.name, trial.user_attrs["worker"]) == ("RUNNING", "somebody else"), "it is left to that one"
+    assert statuses(settings, "trial") == Counter(FAILED=1)
+
+
+@pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, "released"), (KdexpError, "released"), (ValueError, "failed")])
+def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
+    settings, tracking, tiny, monkeypatch, stop, left
+) -> None:
+    def fail(*_: object) -> None:
+        raise stop("it is out of memory")
+
+    monkeypatch.setattr("kdexp.trials.choose", fail)
+    sweep = run_sweep(tiny, settings, tracking, CPU)
+    if stop is ValueError:
+        failed = next(event for event in sweep if isinstance(event, TrialFailed))
+        assert (failed.number, "it is out of memory" in failed.why) == (0, True)
+        sweep.close()
+    else:
+        with pytest.raises(stop):
+            drain(sweep)
+    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
+    assert study.trials[0].user_attrs["worker"] == left
+    monkeypatch.undo()
+    events, _ = drain(run_sweep(tiny, settings, tracking, CPU))
+    assert [event.number for event in events if isinstance(event, TrialFinished)] == [0, 1, 2, 3]
+
+
+def test_a_run_of_another_version_is_said_to_be_one(settings, tracking, tiny) -> None:
+    run_id = tracking.start(tracking.experiment("old"), "trial", "trial 0", {}, {})
+    tracking.log_text(run_id, "config.json", json.dumps(tiny.recipe.model_dump(mode="json") | {"pupil": {}}))
+    with pytest.raises(ConfigError, match=f"run {run_id}, recorded by another version of kdexp: pupil: unknown key"):
+        recipe_of(tracking.read(run_id), tracking)
