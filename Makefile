@@ -1,4 +1,4 @@
-# make sweep: a real sweep from nothing.  make test: all tests from nothing.  The second call of each is fast.
+# make sweep: a real sweep from nothing.  make test: the tests from nothing (CI=true: the slow ones too).  The second call of each is fast.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

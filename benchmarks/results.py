@@ -188,15 +188,15 @@ def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Trackin
     content = {
         "study": name,
         "sweep": sweep.model_dump(mode="json"),
-        "environment": environment(runs[0], tracking),
         "runs": [
             {
                 "run_id": run.run_id,
                 "name": run.name,
                 "recipe": recipe_of(run, tracking).model_dump(mode="json", include={"student", "distillation", "training"}),
                 "metrics": dict(sorted(run.metrics.items())),
-                "val_accuracy_by_epoch": [round(value, 5) for _, value in tracking.history(run.run_id, "val_accuracy")],
+                "val_accuracy_by_epoch": [round(value, 5) for _, value in tracking.history(run.run_id, "epoch/val_accuracy")],
                 "tags": {key: run.tags[key] for key in RECORDED if key in run.tags},
+                "environment": environment(run, tracking),
             }
             for run in runs
         ],
@@ -207,9 +207,9 @@ def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Trackin
 
 
 def environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
-    """Versions, processor and threads that a run recorded."""
+    """Versions, processor and threads that a run recorded; not the build of the kernel, which is the machine's own."""
     found: dict[str, str] = json.loads(tracking.read_text(run.run_id, "environment.json"))
-    return found
+    return {key: value for key, value in found.items() if key != "platform"}
 
 
 def write(name: str, rows: Sequence[Row]) -> None:

@@ -13,10 +13,13 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     objective, stopping              what a study aims at · what it can no longer select
     selection, intervals             the selection rule · how sure it is
     plots, environment               pictures · what a result depends on besides its recipe
-    distill.{train, packs, optimizers, losses, randomness}      the step for one trial, lifted to K; plain PyTorch
+    distill.teacher                  the teacher, trained once, and the cache of its logits
+    distill.execution                how a training is carried out here: compiled, in which precision, how many at once
+    distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
+    distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
-    distill.{execution, data, models, teacher, evaluate}        how it is carried out here; what it is made of
-    config, settings, reading        what to run · where to run it · text to config, or one clear line
+    distill.{data, models, evaluate} what it is made of
+    config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
 
 Importing `kdexp` imports nothing heavy.
 """

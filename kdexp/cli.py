@@ -259,7 +259,7 @@ def confirm(
         raise KdexpError(f"Stopped; what is trained is kept. Continue with the same command: {_again()}") from None
     except TrackingAway as error:
         raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
-    show_confirmation(console, done)
+    show_confirmation(console, done, settings.tracking_shown)
 
 
 @app.command()
@@ -389,7 +389,7 @@ def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device
         if trials := candidates(study, tracking):
             console.print(trials_table(trials, rule, None))
         raise
-    show_promotion(console, promotion)
+    show_promotion(console, promotion, settings.tracking_shown)
 
 
 def _rule(

@@ -245,7 +245,7 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
     return table
 
 
-def show_promotion(console: Console, done: Promotion) -> None:
+def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
     """The table, what distillation gained, the selected model, and the next commands."""
     trials, chosen = done.trials, done.candidate
     console.print()
@@ -278,12 +278,12 @@ def show_promotion(console: Console, done: Promotion) -> None:
     console.print(
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
-        f"{_load_line(done.model, done.candidate.variant)}\n"
+        f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
         f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
     )
 
 
-def show_confirmation(console: Console, done: Confirmation) -> None:
+def show_confirmation(console: Console, done: Confirmation, tracking: str) -> None:
     """The confirmed recipe, its models' look at test, and the next commands."""
     chosen, runs = done.verdict.candidate, ", ".join(run.run_id for run in done.runs)
     tta = f"\n          flip TTA      {done.tta}" if done.tta else ""
@@ -297,16 +297,16 @@ def show_confirmation(console: Console, done: Confirmation) -> None:
         style="bold",
     )
     _note_looks(console, done.looks)
-    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(done.model)}")
+    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}")
 
 
 def _tta_line(accuracy: float | None) -> str:
     return f"          flip TTA      {percent(accuracy)} on test, never used in choosing\n" if accuracy is not None else ""
 
 
-def _load_line(model: str, variant: Variant = AS_TRAINED) -> str:
+def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
-        return f"          {load_call(model, variant)}   in Python"
+        return f'          mlflow.set_tracking_uri("{tracking}"); {load_call(model, variant)}   in Python'
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 

@@ -37,6 +37,11 @@ class Settings:
         return self.tracking_uri or f"sqlite:///{self.stores.resolve() / 'mlflow.db'}?timeout=60"
 
     @property
+    def tracking_shown(self) -> str:
+        """The same for messages: relative where --stores is, without secrets."""
+        return without_credentials(self.tracking_uri or f"sqlite:///{self.stores / 'mlflow.db'}")
+
+    @property
     def teachers(self) -> Path:
         """Trained teachers and their cached logits, by content."""
         return self.stores / "teachers"

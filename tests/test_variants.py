@@ -155,7 +155,7 @@ def test_the_screen_names_the_variant(finished) -> None:
     settings, tracking = finished
     done = promote(tracking.study("tiny"), BYTES, settings, tracking, CPU)
     console = Console(file=StringIO(), width=80, soft_wrap=True)
-    show_promotion(console, done)
+    show_promotion(console, done, "http://mlflow")
     text = console.file.getvalue()
     assert f"Selected: trial {done.candidate.trial} as int8, folded" in text
     assert 'mlflow.onnx.load_model("models:/tiny@smallest")' in text
@@ -170,7 +170,7 @@ def test_without_the_libraries_trials_compete_as_trained_and_the_screen_says_wha
         monkeypatch.setattr(f"kdexp.{module}.available", lambda: False)
     done = promote(tracking.study("tiny"), BYTES, settings, tracking, CPU)
     console = Console(file=StringIO(), width=80, soft_wrap=True)
-    show_promotion(console, done)
+    show_promotion(console, done, "http://mlflow")
     assert done.candidate.variant == AS_TRAINED
     assert "pip install 'kdexp[export]'" in console.file.getvalue()
 

@@ -1,7 +1,7 @@
 """Students and teachers by name; their parameters, multiply-adds, bytes and summary.
 
 `cnn` is the documented student, generalised: blocks of (Conv 3x3 -> BatchNorm -> ReLU -> AvgPool 2), then
-Linear -> ReLU -> Dropout -> Linear. With channels 16/32/64, hidden 128 and 3x28x28 input it has 98,954
+Dropout -> Linear -> ReLU -> Dropout -> Linear. With channels 16/32/64, hidden 128 and 3x28x28 input it has 98,954
 parameters, 74.6 % of them in the hidden layer: `hidden: 0` pools globally in its place. `residual` is CIFAR's ResNet
 (arXiv:1512.03385, section 4.2, projections where a stage begins), `separable` the same of depthwise-separable
 convolutions (arXiv:1704.04861). Any torchvision classifier goes by its name, your own as `package.module:callable`.
