@@ -149,7 +149,7 @@ def test_a_loss_that_is_no_number_ends_its_trial_and_the_study_goes_on(tmp_path:
         "training__epochs": 3,
         "study__trials": 8,
         "study__sampler": "random",
-        "search": {"training.learning_rate": {"choices": [0.01, 1e12]}},
+        "search": {"training.learning_rate": {"choices": [0.01, 1e12]}, "distillation.alpha": {"low": 0.0, "high": 1.0}},
         "selection__accuracy_bar": 0.05,
     }
     for pack in ("1", "4"):
@@ -195,7 +195,7 @@ def test_a_trial_that_breaks_is_given_up_after_its_retries_and_the_study_goes_on
     code, message = FAILURES[failure]
     changes = {
         "student": {"architecture": "nets:fragile", "options": {"width": 8}},
-        "search": {"student.options.width": {"choices": [8, 13, 21]}},
+        "search": {"student.options.width": {"choices": [8, 13, 21]}, "distillation.alpha": {"low": 0.0, "high": 1.0}},
         "study__sampler": "random",
         "study__trials": 8,
         "study__retries": 2,

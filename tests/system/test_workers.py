@@ -204,7 +204,7 @@ def test_a_worker_that_fails_is_named_with_its_reason(kdexp, tiny_file: Path, tm
     (tmp_path / "nets.py").write_text(FAILS % (ONCE if times == "once" else always))
     network = [
         "--set", "student={architecture: 'nets:mlp', options: {width: 8}}",
-        "--set", "search={student.options.width: {choices: [4, 8]}}",
+        "--set", "search={student.options.width: {choices: [4, 8]}, distillation.alpha: {low: 0.0, high: 1.0}}",
     ]  # fmt: skip
     done = kdexp("sweep", "tiny.yaml", *network, "--workers", "2", "--trials", "4")
     assert re.search(r"worker [12] ended in trial \d: .*No space left on device", done.stdout), done.stderr
