@@ -25,7 +25,7 @@ from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
-from kdexp.distill.models import Size, build, measure, summary, weights_hash
+from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
 from kdexp.distill.train import EpochReport, Snapshot, train
@@ -189,9 +189,8 @@ def prepare(
     recipe's student and these `students` can be built for the data is found out before the teacher is trained.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
-    with torch.random.fork_rng([]):
-        for student in (recipe.student, *students):
-            build(student, splits.train)
+    for student in (recipe.student, *students):
+        outline(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights
@@ -222,8 +221,7 @@ def started(
     Interrupted: KILLED. Failed: FAILED.
     """
     train_split = prepared.splits.train
-    with torch.random.fork_rng([]):
-        module = build(recipe.student, train_split)
+    module = outline(recipe.student, train_split)
     size = measure(module, train_split)
     how = how or choose([Lane.of(recipe)], train_split)
     if resumed:

@@ -19,7 +19,7 @@ from kdexp import KdexpError
 from kdexp.config import Recipe
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.execution import choose
-from kdexp.distill.models import ModelError, Size, build, measure
+from kdexp.distill.models import ModelError, Size, measure, outline
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
 from kdexp.runner import Prepared, Result, goes_on_here, started
@@ -268,8 +268,7 @@ class _Here:
             return ""
         like = self.prepared.splits.train
         try:
-            with torch.random.fork_rng([]):
-                size = measure(build(trial.recipe.student, like), like)
+            size = measure(outline(trial.recipe.student, like), like)
         except ModelError as error:  # each choice can be built, not every combination of them
             return str(error)
         if why := self.study.needless(size):

@@ -22,7 +22,7 @@ from kdexp.distill.compact import as_stored, compact
 from kdexp.distill.data import Split, Splits, load_splits
 from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
 from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
-from kdexp.distill.models import build, measure
+from kdexp.distill.models import measure, outline
 from kdexp.records import load_student, recipe_of
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
 from kdexp.settings import Settings
@@ -141,8 +141,7 @@ class _Maker:
 
     def hopes(self, trial: Candidate) -> list[Candidate]:
         """A trial's variants at their best: as accurate as itself, and nothing in the file but its parameters."""
-        with torch.random.fork_rng([]):
-            student = build(self.recipes[trial.run_id].student, self.splits.train)
+        student = outline(self.recipes[trial.run_id].student, self.splits.train)
         return [replace(trial, variant=p, bytes=least_bytes(student, self.splits.train, p)) for p in get_args(Precision)]
 
     def measured(self, hope: Candidate) -> Candidate | None:

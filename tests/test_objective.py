@@ -280,7 +280,7 @@ def killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_study_ends_where_nothing_left_is_left(tmp_path, settings, tracking) -> None:
+def test_a_study_ends_where_nothing_smaller_is_left(tmp_path, settings, tracking) -> None:
     tree = json.loads(small(sampler="random", trials=30).model_dump_json())
     tree["search"] = {"student.channels": {"choices": [[2, 4], [4, 8]]}, "training.learning_rate": {"low": 0.01, "high": 0.05}}
     sweep = Sweep.model_validate_json(json.dumps(tree))

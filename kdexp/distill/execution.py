@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdexp.distill.data import Split
-from kdexp.distill.models import build, measure
+from kdexp.distill.models import measure, outline
 from kdexp.distill.packs import Drawn, Execution, Lane, Precision, Source, pack_of, plan_for
 from kdexp.distill.stacked import Lowering, convolve, inner_convolutions
 from kdexp.distill.train import steps_of
@@ -35,9 +35,9 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
     """The execution for these lanes on the device of `like`; `refill`: places will be taken over by other lanes."""
     device, one = like.labels.device, lanes[0]
     stacked = plan_for(one, like) is not None
-    bf16 = one.training.precision == "auto" and multiplies_bf16(device) and not (device.type == "cpu" and depthwise(one, like))
+    bf16 = one.training.precision == "auto" and multiplies_bf16(device)
     long = (stacked or bf16) and flop_of(one, like) * len(lanes) >= LONG_FROM_FLOP.get(device.type, float("inf"))
-    best: Precision = "bf16" if long and bf16 else "fp32"
+    best: Precision = "bf16" if long and bf16 and not (device.type == "cpu" and depthwise(one, like)) else "fp32"
     return Execution(
         lanes=len(lanes),
         shared=not refill and len({lane.training.seed for lane in lanes}) == 1,
@@ -49,18 +49,13 @@ def choose(lanes: Sequence[Lane], like: Split, refill: bool = False) -> Executio
 
 def flop_of(lane: Lane, like: Split) -> float:
     """What a training computes: forward, and twice that backward, at 2 FLOP for a multiply-add."""
-    size = measure(_built(lane, like), like)
+    size = measure(outline(lane.network, like), like)
     return 6.0 * size.multiply_adds * lane.training.batch_size * steps_of(lane.training, len(like))
 
 
 def depthwise(lane: Lane, like: Split) -> bool:
     """Whether some convolutions go channel by channel: on a CPU these are slower in bf16 than in fp32."""
-    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in _built(lane, like).modules())
-
-
-def _built(lane: Lane, like: Split) -> nn.Module:
-    with torch.random.fork_rng([]):
-        return build(lane.network, like)
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in outline(lane.network, like).modules())
 
 
 def best_pack(lane: Lane, source: Source, most: int) -> int:

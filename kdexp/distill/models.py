@@ -24,7 +24,7 @@ from kdexp import KdexpError
 from kdexp.config import FAMILIES, Network
 from kdexp.distill.data import Split
 
-__all__ = ["FromPixels", "ModelError", "Residual", "Size", "build", "measure", "summary", "weights_hash"]
+__all__ = ["FromPixels", "ModelError", "Residual", "Size", "build", "measure", "outline", "summary", "weights_hash"]
 
 State = Mapping[str, Tensor]
 
@@ -61,6 +61,12 @@ def build(network: Network, like: Split) -> nn.Module:
     except Exception as error:  # a network of one's own may raise anything
         raise ModelError(f"{network.architecture}: cannot be built for {shape} images: {_first_line(error)}") from error
     return module
+
+
+def outline(network: Network, like: Split) -> nn.Module:
+    """A network to look at, not to train: torch's generator stays as it was. Raises ModelError."""
+    with torch.random.fork_rng([]):
+        return build(network, like)
 
 
 class Residual(nn.Module):
