@@ -27,6 +27,7 @@ LAYERS = {
     "kdexp.distill": 2,
     "kdexp.distill.data": 2,
     "kdexp.distill.models": 3,
+    "kdexp.distill.plain": 2,
     "kdexp.distill.compact": 3,
     "kdexp.distill.deploy": 4,
     "kdexp.distill.losses": 2,

@@ -185,7 +185,7 @@ class Stacked:
             for name in stack.running:
                 stack.running[name][place] = module.get_buffer(name)
         self.hyper[:, place] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
-        shares = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
+        shares = [module.get_submodule(layer.name).p for layer in dropouts(self.form.plan)]
         self.drop[:, place] = torch.tensor(shares, dtype=self.dtype)
         self.keys[place] = seed_of(lane.training.seed, "dropout") % 2**32
         self.optimizer.reset(place, lane.training.weight_decay)
