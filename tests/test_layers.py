@@ -35,6 +35,7 @@ LAYERS = {
     "kdexp.distill.randomness": 2,
     "kdexp.distill.optimizers": 2,
     "kdexp.distill.stacked": 4,
+    "kdexp.distill.guard": 5,
     "kdexp.distill.packs": 5,
     "kdexp.distill.train": 6,
     "kdexp.distill.checkpoints": 7,

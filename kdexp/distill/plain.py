@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_plain", "is_plain_sequence", "is_plainly_trained", "resembles"]
+__all__ = ["is_plain", "is_plain_sequence", "is_plainly_trained", "resembles", "runs_in_order"]
 
+RUNNING = ("__call__", "_call_impl", "forward", "__iter__")  # what of a Sequential decides how it runs its layers
 NOT_COMPARED = {"training", "_modules"}  # what holds layers is looked at layer by layer
 
 
@@ -35,13 +36,24 @@ def is_plain_sequence(module: nn.Module) -> bool:
     return type(module) is nn.Sequential and resembles(module, nn.Sequential())
 
 
+def runs_in_order(module: nn.Module) -> bool:
+    """Whether it is an nn.Sequential, or a subclass that leaves the running to it, without hooks or tensors of its own."""
+    kind, plain = type(module), nn.Sequential
+    if not isinstance(module, plain) or any(getattr(kind, name) is not getattr(plain, name) for name in RUNNING):
+        return False
+    ours, theirs = _compared(module), _compared(plain())
+    more = ours.keys() - theirs.keys()  # what a subclass remembers, if it hides no method
+    return not any(hasattr(kind, name) for name in more) and all(
+        name in ours and _same(ours[name], theirs[name]) for name in theirs
+    )
+
+
 def is_plainly_trained(layer: nn.Module) -> bool:
     """Whether all its parameters are numbers of its own in single precision, trained by their gradients as they come."""
-    tensors = [*layer._parameters.values(), *layer._buffers.values()]
-    return all(tensor is None or _owns_its_memory(tensor) for tensor in tensors) and all(
-        parameter is None or (parameter.dtype == torch.float32 and parameter.requires_grad and not _hooked(parameter))
-        for parameter in layer._parameters.values()
-    )
+    parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    tensors = [*parameters, *(buffer for buffer in layer._buffers.values() if buffer is not None)]
+    own = all(t.untyped_storage().nbytes() == t.nbytes and t.dtype in (torch.float32, torch.int64) for t in tensors)
+    return own and all(parameter.requires_grad and not _hooked(parameter) for parameter in parameters)
 
 
 def resembles(module: nn.Module, fresh: nn.Module) -> bool:
@@ -70,12 +82,8 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return (one.shape, one.dtype, one.layout) == (other.shape, other.dtype, other.layout)
+        return (one.shape, one.layout, one.is_floating_point()) == (other.shape, other.layout, other.is_floating_point())
     return bool(one == other)
-
-
-def _owns_its_memory(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _hooked(parameter: Tensor) -> bool:

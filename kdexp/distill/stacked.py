@@ -128,6 +128,8 @@ LIFTED = (
     nn.AdaptiveAvgPool2d,
 )
 """What a plan may be read off, besides nn.Sequential and nn.Identity."""
+SPATIAL = (nn.Conv2d, nn.BatchNorm2d, nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+"""Of these, what here takes images: torch has a meaning for some of them on vectors too."""
 
 
 class _NoForm(Exception):
@@ -180,27 +182,26 @@ def _prove(module: nn.Module | None, owned: set[int]) -> None:
 
     Of a layer without weights each place is a layer. `owned` is the memory of the weights met so far.
     """
-    if isinstance(module, nn.Sequential | Residual):
-        plain = is_plain_sequence(module) if isinstance(module, nn.Sequential) else _is_plain_sum(module)
-        children = module._modules.values()  # children() leaves out what stands there twice
-    else:
-        plain, children = module is not None and is_plain(module) and is_plainly_trained(module), ()
-    if not plain:
+    if module is None or not _is_known(module):
         raise _NoForm
-    assert module is not None
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None and tensor.numel():
             memory = tensor.untyped_storage().data_ptr()
             if memory in owned:
                 raise _NoForm
             owned.add(memory)
-    for child in children:
+    for child in module._modules.values():  # children() leaves out what stands there twice
         _prove(child, owned)
 
 
-def _is_plain_sum(module: Residual) -> bool:
-    fresh = Residual(nn.Sequential(), nn.Identity())
-    return type(module) is Residual and resembles(module, fresh) and module._modules.keys() == fresh._modules.keys()
+def _is_known(module: nn.Module) -> bool:
+    """Whether it does what its type says, and no more."""
+    if isinstance(module, nn.Sequential):
+        return is_plain_sequence(module)
+    if isinstance(module, Residual):
+        fresh = Residual(nn.Sequential(), nn.Identity())
+        return type(module) is Residual and resembles(module, fresh) and module._modules.keys() == fresh._modules.keys()
+    return is_plain(module) and is_plainly_trained(module)
 
 
 def _flat(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -223,7 +224,7 @@ def _plan(layers: list[tuple[str, nn.Module]], x: Tensor, numbers: Iterator[int]
 
 
 def _layer(name: str, module: nn.Module, x: Tensor, following: list[type], numbers: Iterator[int]) -> Layer:
-    if type(module) not in LIFTED:  # a subclass may do anything
+    if type(module) not in LIFTED or (x.ndim != 4 and isinstance(module, SPATIAL)):  # a subclass may do anything
         raise _NoForm
     match module:
         case Residual():
@@ -238,7 +239,7 @@ def _layer(name: str, module: nn.Module, x: Tensor, following: list[type], numbe
             return Linear(name, last=False)
         case nn.ReLU():
             return Relu()
-        case nn.Flatten(start_dim=1, end_dim=-1) if x.ndim == 4:
+        case nn.Flatten(start_dim=1, end_dim=-1):
             return Flatten()
         case nn.AvgPool2d() if resembles(module, nn.AvgPool2d(2, count_include_pad=module.count_include_pad)):
             return Halve()

@@ -22,7 +22,8 @@ from torch import Tensor
 from kdexp.config import Data, Training
 from kdexp.distill.data import Split, Splits, pixels, rectangles, views
 from kdexp.distill.evaluate import BATCH
-from kdexp.distill.packs import Drawn, Execution, Lane, Source, pack_of
+from kdexp.distill.guard import check_network, check_plan
+from kdexp.distill.packs import Drawn, Execution, Lane, Source, fresh, pack_of, plan_for
 from kdexp.distill.randomness import seed_of
 
 __all__ = [
@@ -119,12 +120,21 @@ def train(
     if len({lane.fuse_key for lane in present}) != 1:
         raise ValueError("lanes of one pack must share their fuse key")
     how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in present}) == 1)
+    _check(present[:2], splits.train, how)  # two: what is wrong between lanes is wrong between any
     crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
     crew.resume(resumed)
     while crew.working:
         changes = yield crew.epoch()
         for place, lane in (changes or {}).items():
             crew.change(place, lane)
+
+
+def _check(lanes: Sequence[Lane], like: Split, how: Execution) -> None:
+    """That these lanes train the network that will be stored. Raises ModelError."""
+    network, plan = lanes[0].network, plan_for(lanes[0], like)
+    check_network(network, like)
+    if plan:
+        check_plan([fresh(lane, like) for lane in lanes], plan, how.lowering, like, network.architecture)
 
 
 def draw(seed: int, epoch: int, samples: int, views: int) -> tuple[Int64[Tensor, " samples"], Int64[Tensor, " samples"]]:
