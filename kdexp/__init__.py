@@ -16,9 +16,10 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.teacher                  the teacher, trained once, and the cache of its logits
     distill.execution                how a training is carried out here: compiled, in which precision, how many at once
     distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
+    distill.guard                    that what is trained is the network that is stored
     distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
-    distill.{data, models, evaluate} what it is made of
+    distill.{data, models, plain, evaluate}    what it is made of
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
 
 Importing `kdexp` imports nothing heavy.

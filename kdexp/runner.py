@@ -25,6 +25,7 @@ from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
+from kdexp.distill.guard import check_network, stored_correct
 from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
@@ -186,11 +187,11 @@ def prepare(
     """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made.
 
     `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it. That the
-    recipe's student and these `students` can be built for the data is found out before the teacher is trained.
+    recipe's student and these `students` can be built and trained is found out before the teacher is.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
     for student in (recipe.student, *students):
-        outline(student, splits.train)
+        check_network(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights
@@ -323,6 +324,8 @@ def _conclude(running: Running) -> Result:
     tracking, run_id, kept, size = running.tracking, running.run_id, running.kept, running.size
     validation = running.prepared.splits.validation
     correct = kept.val_correct if kept else 0
+    if kept and kept.weights:
+        correct = stored_correct(running.recipe.student, kept.weights, correct, validation)
     low, high = wilson_interval(correct, len(validation))
     sha256 = weights_hash(kept.weights) if kept and kept.weights else ""
     held_out = not running.recipe.data.train_on_validation

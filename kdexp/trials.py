@@ -159,7 +159,8 @@ class _Begun:
         if self.checkpoint is None:
             return (self.lane.fuse_key,)
         how, _ = Execution.recorded(self.checkpoint.environment)
-        epoch = self.checkpoint.snapshot.epoch if how.shared else ""
+        together = how.shared or self.lane.training.max_steps  # which may cut their last epoch short
+        epoch = self.checkpoint.snapshot.epoch if together else ""
         return (self.lane.fuse_key, repr(how), self.checkpoint.environment["threads"], str(epoch))
 
     @property

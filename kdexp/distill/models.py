@@ -190,7 +190,7 @@ def _torchinfo(module: nn.Module, like: Split) -> torchinfo.ModelStatistics:
         col_names=("input_size", "output_size", "kernel_size", "num_params", "mult_adds"),
         depth=4,
         verbose=0,
-        device=next(module.parameters()).device,
+        device=next((parameter.device for parameter in module.parameters()), torch.device("cpu")),
     )
 
 

@@ -32,6 +32,7 @@ from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Checkpoint
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
+from kdexp.distill.guard import stored_correct
 from kdexp.distill.models import build, measure, weights_hash
 from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
@@ -266,6 +267,7 @@ def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generato
             saved = time.monotonic()
         yield replace(report, epochs=last)
     assert kept is not None
+    stored_correct(teacher, kept.weights, kept.val_correct, splits.validation)
     _write(home, kept.weights, history)
     checkpoints.remove("teacher")
 
