@@ -287,9 +287,9 @@ def _log_record(running: Running, summary: str) -> None:
     tracking, run_id, splits = running.tracking, running.run_id, running.prepared.splits
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2))
-        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2))
-        (folder / "model_summary.txt").write_text(summary)
+        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2), "utf-8")
+        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2), "utf-8")
+        (folder / "model_summary.txt").write_text(summary, "utf-8")
         tracking.log_files(run_id, folder)
     _log_datasets(tracking, run_id, running.recipe.data, {"training": splits.train, "validation": splits.validation})
 
@@ -421,7 +421,7 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trac
         measured = {"val_accuracy": teacher.val_accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
         tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
         folder = Path(temporary)
-        (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+        (folder / "config.json").write_text(recipe.model_dump_json(indent=2), "utf-8")
         (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
         tracking.log_files(run_id, folder)
         _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdexp import KdexpError
+from kdexp.surroundings import out_of_memory
 
 __all__ = ["Settings", "in_one_line", "without_credentials"]
 
@@ -51,6 +52,8 @@ def in_one_line(error: Exception) -> str:
     """Any failure as one line, without secrets: our own as it is, the system's with its file, others by their kind."""
     if isinstance(error, KdexpError):
         line = str(error)
+    elif out_of_memory(error):
+        line = "No memory is left: give fewer --workers, a smaller --pack or batch_size, or raise the limit (ulimit -v)"
     elif isinstance(error, OSError):
         line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     else:

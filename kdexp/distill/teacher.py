@@ -36,6 +36,7 @@ from kdexp.distill.models import build, measure, weights_hash
 from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
 from kdexp.files import write_atomically
+from kdexp.surroundings import expanded
 
 __all__ = ["CacheProgress", "CachedTeacher", "Ensemble", "TeacherError", "prepare_teacher", "read_weights"]
 
@@ -119,7 +120,7 @@ def prepare_teacher(
     `training` that all students share in seed and epochs, the cache may hold its draws only. Raises TeacherError.
     """
     module = _built(teacher, splits.train)
-    given = weights or (Path(teacher.weights) if teacher.weights else None)
+    given = weights or (expanded(teacher.weights) if teacher.weights else None)
     if given is None:
         home = yield from _trained(teacher, data, splits, folder)
         module.load_state_dict(read_weights(home / WEIGHTS, module))
@@ -135,7 +136,7 @@ def prepare_teacher(
             yield from _fill(module, splits, rows, cache)
         logits, facts = _open(cache)
     _spot_check(module, splits.train, rows, logits, cache)
-    history = tuple(json.loads((home / HISTORY).read_text())) if (home / HISTORY).exists() else ()
+    history = tuple(json.loads((home / HISTORY).read_text("utf-8"))) if (home / HISTORY).exists() else ()
     return CachedTeacher(
         sha256=sha256,
         logits_sha256=weights_hash({"logits": logits}),
@@ -225,7 +226,7 @@ def _unite(homes: Sequence[Path], ensemble: Ensemble, home: Path) -> None:
     """The weights of all members in one file; their mean history."""
     for member, own in zip(ensemble.members, homes, strict=True):
         member.load_state_dict(read_weights(own / WEIGHTS, member))
-    epochs = zip(*(json.loads((own / HISTORY).read_text()) for own in homes), strict=True)
+    epochs = zip(*(json.loads((own / HISTORY).read_text("utf-8")) for own in homes), strict=True)
     _write(home, ensemble.state_dict(), [{name: fmean(row[name] for row in rows) for name in rows[0]} for rows in epochs])
 
 
@@ -280,7 +281,7 @@ def _last_epoch(teacher: Teacher, samples: int) -> int:
 def _write(home: Path, state: Mapping[str, Tensor], history: Sequence[Mapping[str, int | float]] | None = None) -> None:
     """The history, where there is one, and then the weights: where they are, all is."""
     if history is not None:
-        write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history)))
+        write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history), "utf-8"))
     content = save({name: value.contiguous() for name, value in state.items()})
     write_atomically(home / WEIGHTS, lambda path: path.write_bytes(content))
 
