@@ -13,7 +13,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     objective, stopping              what a study aims at · what it can no longer select
     selection, intervals             the selection rule · how sure it is
     plots, environment               pictures · what a result depends on besides its recipe
-    distill.teacher                  the teacher, trained once, and the cache of its logits
+    distill.teacher, distill.weights the teacher, trained once, and the cache of its logits · weights out of any checkpoint
     distill.execution                how a training is carried out here: compiled, in which precision, how many at once
     distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
     distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch

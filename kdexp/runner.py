@@ -27,7 +27,7 @@ from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
 from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
-from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead, prepare_teacher
 from kdexp.distill.train import EpochReport, Snapshot, train
 from kdexp.environment import record
 from kdexp.intervals import wilson_interval
@@ -53,7 +53,7 @@ EPOCH_METRICS = (
 )  # fmt: skip
 DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
 ELSEWHERE = ("threads", "commit")  # a resumed training sets its own threads; the source's hash says more than the commit
-TeacherProgress = EpochReport | CacheProgress
+TeacherProgress = EpochReport | CacheProgress | WeightsRead
 
 
 @dataclass(frozen=True)

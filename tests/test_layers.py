@@ -40,6 +40,7 @@ LAYERS = {
     "kdexp.distill.checkpoints": 7,
     "kdexp.distill.execution": 7,
     "kdexp.distill.teacher": 8,
+    "kdexp.distill.weights": 2,
     "kdexp.tracking": 4,
     "kdexp.runner": 9,
     "kdexp.study": 9,
