@@ -20,7 +20,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
     distill.{data, models, evaluate} what it is made of
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
-    surroundings                     what a process cannot choose: locale, closed streams, ~, memory
+    surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
 
 Importing `kdexp` imports nothing heavy.
 """

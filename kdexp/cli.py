@@ -436,7 +436,10 @@ def _rule(
 def _load(file: Path, overrides: list[str] | None) -> Sweep:
     from kdexp.config import load
 
-    return load(expanded(file), overrides)
+    config, folder = load(expanded(file), overrides), str(expanded(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # where networks of one's own are looked for, too
+    return config
 
 
 def _settings(

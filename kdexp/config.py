@@ -364,9 +364,14 @@ class Sweep(Recipe):
 
     @property
     def student_choices(self) -> list[dict[str, Any]]:
-        """Every choice of a part of the student by itself, by path."""
+        """Every choice of a part of the student by itself, and both ends of a range of an option of one's own, by path."""
         dimensions = {path: dimension for path, dimension in self.search.items() if path.startswith("student.")}
-        return [{path: c} for path, found in dimensions.items() if isinstance(found, Choices) for c in found.choices]
+        return [
+            {path: value}
+            for path, found in dimensions.items()
+            if isinstance(found, Choices) or path.startswith("student.options.")
+            for value in found.ends()
+        ]
 
     @property
     def beyond_controls(self) -> list[dict[str, Any]]:

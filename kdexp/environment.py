@@ -17,6 +17,7 @@ from typing import Any
 
 from kdexp import __version__
 from kdexp.config import Recipe
+from kdexp.own import own_file
 
 __all__ = ["configure", "cpu_name", "differing", "record", "remember_code"]
 
@@ -141,8 +142,8 @@ def _own_networks(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files that hold the recipe's own networks."""
     found = {}
     for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):
-        place = network.architecture.partition(":")[0]
-        file = getattr(sys.modules.get(place), "__file__", None) if ":" in network.architecture else None
+        place, separator, _ = network.architecture.rpartition(":")
+        file = (own_file(place) or getattr(sys.modules.get(place), "__file__", None)) if separator else None
         if file:
             found[f"{role} source"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return found

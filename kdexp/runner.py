@@ -25,7 +25,7 @@ from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
-from kdexp.distill.models import Size, measure, outline, summary, weights_hash
+from kdexp.distill.models import Size, measure, outline, probe, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead, prepare_teacher
 from kdexp.distill.train import EpochReport, Snapshot, train
@@ -191,6 +191,7 @@ def prepare(
     splits = load_splits(recipe.data, settings.data_dir, device)
     for student in (recipe.student, *students):
         outline(student, splits.train)
+    probe(recipe.student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights

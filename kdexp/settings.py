@@ -9,7 +9,7 @@ from pathlib import Path
 from kdexp import KdexpError
 from kdexp.surroundings import out_of_memory
 
-__all__ = ["Settings", "in_one_line", "without_credentials"]
+__all__ = ["Settings", "first_line", "in_one_line", "without_credentials"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,13 @@ def in_one_line(error: Exception) -> str:
     elif isinstance(error, OSError):
         line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     else:
-        first = str(error).splitlines()[0] if str(error) else ""
-        line = f"Unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"
+        line = f"Unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please report it)"
     return without_credentials(line)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of what it explains."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def without_credentials(text: str) -> str:

@@ -17,6 +17,7 @@ LAYERS = {
     "kdexp.intervals": 0,
     "kdexp.reading": 0,
     "kdexp.surroundings": 0,
+    "kdexp.own": 1,
     "kdexp.workers": 1,
     "kdexp.config": 1,
     "kdexp.settings": 1,

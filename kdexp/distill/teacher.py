@@ -32,7 +32,7 @@ from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Checkpoint
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
-from kdexp.distill.models import build, measure, weights_hash
+from kdexp.distill.models import build, layout_of, measure, probe, weights_hash
 from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
 from kdexp.distill.weights import TeacherError, find_weights, read_weights
@@ -140,7 +140,7 @@ def prepare_teacher(
         home = _stored(module, folder)
         if weights is None:
             yield WeightsRead(found.said)
-    module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    module.to(splits.train.labels.device, memory_format=layout_of(module)).eval()  # type: ignore[call-overload]
     sha256 = weights_hash(module.state_dict())
     rows = _rows(data, splits, training)
     cache = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
@@ -176,6 +176,7 @@ def _trained(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Gene
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):  # N processes that start together train it once
         if not (home / WEIGHTS).exists() and teacher.members == 1:
+            probe(teacher, splits.train)
             yield from _train(teacher, data, splits, home)
         elif not (home / WEIGHTS).exists():
             homes = []
