@@ -13,7 +13,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     objective, stopping              what a study aims at · what it can no longer select
     selection, intervals             the selection rule · how sure it is
     plots, environment               pictures · what a result depends on besides its recipe
-    distill.teacher                  the teacher, trained once, and the cache of its logits
+    distill.teacher, distill.weights the teacher, trained once, and the cache of its logits · weights out of any checkpoint
     distill.execution                how a training is carried out here: compiled, in which precision, how many at once
     distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
     distill.guard                    that what is trained is the network that is stored
@@ -21,6 +21,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
     distill.{data, models, plain, evaluate}    what it is made of
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
+    surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
 
 Importing `kdexp` imports nothing heavy.
 """

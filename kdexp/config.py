@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdexp.reading import ConfigError, assign, nearest, parse, show, validate
+from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, validate
 
 __all__ = [
     "CONTROLS",
@@ -342,7 +342,11 @@ class Selection(Frozen):
 class Sweep(Recipe):
     """A whole sweep file."""
 
-    name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=100)
+    name: str = Field(
+        pattern=r"^\w[\w .+-]*$",
+        max_length=100,
+        description="letters, digits, spaces and _ . + -, a letter or digit first (without `name:` it is the file's)",
+    )
     search: dict[str, Dimension] = {}
     study: Study = Study()
     selection: Selection = Selection()
@@ -360,9 +364,14 @@ class Sweep(Recipe):
 
     @property
     def student_choices(self) -> list[dict[str, Any]]:
-        """Every choice of a part of the student by itself, by path."""
+        """Every choice of a part of the student by itself, and both ends of a range of an option of one's own, by path."""
         dimensions = {path: dimension for path, dimension in self.search.items() if path.startswith("student.")}
-        return [{path: c} for path, found in dimensions.items() if isinstance(found, Choices) for c in found.choices]
+        return [
+            {path: value}
+            for path, found in dimensions.items()
+            if isinstance(found, Choices) or path.startswith("student.options.")
+            for value in found.ends()
+        ]
 
     @property
     def beyond_controls(self) -> list[dict[str, Any]]:
@@ -468,16 +477,17 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     Raises ConfigError naming the file, the key, the value and what is allowed.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is no sweep file (at most {MAX_FILE_BYTES:,})")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # which may be a pipe
+            content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such sweep file{_nearest_file(path)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    tree = parse(text, str(path))
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes is no sweep file")
+    tree = parse(decoded(content, str(path)), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}")
     tree.setdefault("name", path.stem)

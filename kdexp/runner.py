@@ -28,7 +28,7 @@ from kdexp.distill.execution import choose, compiles
 from kdexp.distill.guard import check_network, stored_correct
 from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
-from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead, prepare_teacher
 from kdexp.distill.train import EpochReport, Snapshot, train
 from kdexp.environment import record
 from kdexp.intervals import wilson_interval
@@ -54,7 +54,7 @@ EPOCH_METRICS = (
 )  # fmt: skip
 DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
 ELSEWHERE = ("threads", "commit")  # a resumed training sets its own threads; the source's hash says more than the commit
-TeacherProgress = EpochReport | CacheProgress
+TeacherProgress = EpochReport | CacheProgress | WeightsRead
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,9 @@ def _log_record(running: Running, summary: str) -> None:
     tracking, run_id, splits = running.tracking, running.run_id, running.prepared.splits
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2))
-        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2))
-        (folder / "model_summary.txt").write_text(summary)
+        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2), "utf-8")
+        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2), "utf-8")
+        (folder / "model_summary.txt").write_text(summary, "utf-8")
         tracking.log_files(run_id, folder)
     _log_datasets(tracking, run_id, running.recipe.data, {"training": splits.train, "validation": splits.validation})
 
@@ -424,7 +424,7 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trac
         measured = {"val_accuracy": teacher.val_accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
         tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
         folder = Path(temporary)
-        (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+        (folder / "config.json").write_text(recipe.model_dump_json(indent=2), "utf-8")
         (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
         tracking.log_files(run_id, folder)
         _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})

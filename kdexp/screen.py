@@ -15,7 +15,7 @@ from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
 from kdexp.distill.deploy import available
-from kdexp.distill.teacher import CachedTeacher, CacheProgress
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead
 from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
@@ -105,6 +105,8 @@ class Screen:
                 self._epoch(event, None)
             case CacheProgress():
                 self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
+            case WeightsRead():
+                self.console.print(f"weights   {event.said}", markup=False)
             case TrialFinished():
                 self._finished(event)
             case TrialSkipped():

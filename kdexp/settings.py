@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdexp import KdexpError
+from kdexp.surroundings import out_of_memory
 
-__all__ = ["Settings", "in_one_line", "without_credentials"]
+__all__ = ["Settings", "first_line", "in_one_line", "without_credentials"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ def in_one_line(error: Exception) -> str:
     """Any failure as one line, without secrets: our own as it is, the system's with its file, others by their kind."""
     if isinstance(error, KdexpError):
         line = str(error)
+    elif out_of_memory(error):
+        line = "No memory is left: give fewer --workers, a smaller --pack or batch_size, or raise the limit (ulimit -v)"
     elif isinstance(error, OSError):
         line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     else:
-        first = str(error).splitlines()[0] if str(error) else ""
-        line = f"Unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"
+        line = f"Unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please report it)"
     return without_credentials(line)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of what it explains."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def without_credentials(text: str) -> str:

@@ -326,7 +326,7 @@ class Tracking:
     def read_text(self, run_id: str, artifact: str) -> str:
         """What a text artifact says. Raises TrackingError where the run has none of that name."""
         with tempfile.TemporaryDirectory() as temporary:
-            return self.download(run_id, artifact, Path(temporary)).read_text()
+            return self.download(run_id, artifact, Path(temporary)).read_text("utf-8")
 
     # --- talking ---
 

@@ -22,10 +22,12 @@ from kdexp.distill.execution import choose
 from kdexp.distill.models import ModelError, Size, measure, outline
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
+from kdexp.own import own_line
 from kdexp.runner import Prepared, Result, goes_on_here, started
-from kdexp.settings import in_one_line
+from kdexp.settings import first_line, in_one_line, without_credentials
 from kdexp.stopping import hopeless
 from kdexp.study import Ended, OpenStudy, Trial
+from kdexp.surroundings import out_of_memory
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
 
@@ -42,6 +44,10 @@ __all__ = [
 ]
 
 log = logging.getLogger("kdexp")
+
+
+class TrialsFail(KdexpError):
+    """A failure that all trials of a study share."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,8 @@ class _Here:
     starting: list[_Begun] = field(default_factory=list)
     """Taken to be trained, without a seat yet."""
     not_begun: list[TrialSkipped | TrialGivenUp] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of trials that broke off by themselves, in words."""
 
     def next_group(self) -> list[_Begun]:
         """The next trials that can train as one: asked for together, of one key."""
@@ -206,6 +214,19 @@ class _Here:
         self.waiting[:] = [begun for begun in self.waiting if begun not in taken]
         self.starting.extend(taken)
         return taken
+
+    def stop_where_all_fail(self, error: Exception, recipe: Recipe) -> None:
+        """Raises TrialsFail for a failure that is no single trial's: nothing has been trained to its end yet, and it comes
+        from a network of the user's own, or for the second time. Their retries are left for when it is mended."""
+        if isinstance(error, KdexpError | OSError):
+            return
+        why, own = _why(error, recipe), _own_line(error, recipe)
+        if not self.study.done and not out_of_memory(error) and (own or why in self.failures):
+            raise TrialsFail(
+                f"Every trial would fail as this one: {why}. {'Correct the network' if own else 'Mend that'} and give the "
+                f"same command again: it goes on from here."
+            ) from error
+        self.failures.append(why)
 
     def news(self) -> list[TrialSkipped | TrialGivenUp]:
         """What was not begun since this was last asked."""
@@ -365,7 +386,11 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
     seats: dict[int, _Seat] = {}
     try:
         with ExitStack() as everyone:
-            yield from _train_pack(group, here, seats, everyone)
+            try:
+                yield from _train_pack(group, here, seats, everyone)
+            except Exception as error:
+                here.stop_where_all_fail(error, group[0].trial.recipe)
+                raise
     except (KdexpError, OSError):  # the surroundings fail (a full disk, a server that is gone): no trial's fault
         raise
     except Exception as error:
@@ -373,7 +398,7 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
         for begun in here.starting:
             here.study.hand_back(begun.trial, "failed")
         for trial in (*(seat.trial for seat in seats.values()), *(begun.trial for begun in here.starting)):
-            yield TrialFailed(trial.number, in_one_line(error))
+            yield TrialFailed(trial.number, _why(error, trial.recipe))
         here.starting.clear()
 
 
@@ -441,6 +466,16 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _why(error: Exception, recipe: Recipe) -> str:
+    """Why a trial broke off: where a network of the user's own is at fault, with the line of it."""
+    own = _own_line(error, recipe)
+    return f"{type(error).__name__}: {without_credentials(first_line(error))} ({own})" if own else in_one_line(error)
+
+
+def _own_line(error: Exception, recipe: Recipe) -> str:
+    return own_line(error) if ":" in recipe.student.architecture else ""
 
 
 def _name(trial: Trial) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdexp import KdexpError
 from kdexp.config import Augment, Data
+from kdexp.surroundings import expanded
 
 __all__ = ["DataError", "Split", "Splits", "load_splits", "load_test", "pixels", "rectangles", "stratified", "views"]
 
@@ -189,7 +190,7 @@ def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Spli
     if data.dataset == "digits":
         return _cut(_split(_digits(), data), data)
     if data.dataset == "image_folder":
-        root = folder / str(data.path)
+        root = folder / expanded(str(data.path))
         if not root.is_dir():
             raise DataError(f"data.path: no folder {root}; give --data-dir, or correct data.path")
         if (root / "train").is_dir():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdexp.config import Network
 from kdexp.distill.data import Split, pixels
 from kdexp.distill.evaluate import logits_of
-from kdexp.distill.models import ModelError, build
+from kdexp.distill.models import ModelError, build, layout_of, what_and_where
 from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward
 
 __all__ = ["check_network", "check_plan", "stored_correct"]
@@ -36,11 +36,14 @@ def check_network(network: Network, like: Split) -> None:
     with _drawing_apart():
         one, other = _built(network, like, 1), _built(network, like, 2)
         with _failing_as(f"{name}: fails on training images"):
-            logits = one.train()(images.clone())
+            one.to(memory_format=layout_of(one))
+            logits = one.train()(images.to(memory_format=torch.channels_last))
         expected = len(images), len(like.classes)
         if not isinstance(logits, Tensor) or logits.shape != expected:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(f"{name}: gives {got} for {len(images)} images in training, expected logits of shape {expected}")
+        if not logits.isfinite().all():
+            raise ModelError(f"{name}: gives NaN or infinity for training images before it is trained at all; correct it")
         if not logits.requires_grad:
             raise ModelError(
                 f"{name}: nothing of it can be trained: its logits depend on no parameter that requires a gradient; "
@@ -142,8 +145,7 @@ def _failing_as(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"{what}: {first}") from error
+        raise ModelError(f"{what}: {what_and_where(error)}") from error
 
 
 def _built(network: Network, like: Split, seed: int) -> nn.Module:
