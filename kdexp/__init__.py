@@ -6,6 +6,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     sweep · reproduce                a study from start to end · a run trained again
     promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
     export · variants                a run's student as a file · the smaller forms of a trained student
+    compare · verify                 two runs' records side by side · a record held against itself and its weights
     crew, preload · trials           worker processes side by side · one process's part of a study
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run

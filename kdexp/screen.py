@@ -20,7 +20,7 @@ from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
 from kdexp.promote import Promotion, gain, load_call
-from kdexp.reproduce import Checked, Difference
+from kdexp.reproduce import Checked, Comparison, Difference
 from kdexp.runner import Result
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
@@ -39,6 +39,7 @@ __all__ = [
     "differences_table",
     "interval",
     "percent",
+    "show_comparison",
     "show_confirmation",
     "show_export",
     "show_promotion",
@@ -341,6 +342,25 @@ def differences_table(differences: Sequence[Difference]) -> Table:
     for difference in differences[:ROWS]:
         table.add_row(difference.what, difference.original, difference.again)
     return table
+
+
+def show_comparison(console: Console, done: Comparison, tolerance: float | None) -> None:
+    """What is equal, what differs, what could not be compared, and where both runs are."""
+    if done.identical:
+        weights = f" and the SHA-256 of the weights ({done.weights[:16]}…)" if done.weights else ""
+        console.print(f"identical: {done.compared} metric values{weights} are equal, bit for bit", style="bold green")
+        console.print(f"as are    {', '.join(done.covered)}", markup=False)
+    elif done.within(tolerance):
+        text = f"within tolerance: {done.compared} metric values differ by at most {done.largest:.3g}"
+        console.print(text, style="bold green")
+    if done.differences:
+        console.print(differences_table(done.differences))
+    for what, names in (("not recorded", done.unrecorded), ("not known to this version", done.unknown)):
+        if names:
+            console.print(f"{what}: {', '.join(names)}", style="yellow", markup=False)
+    for note in done.notes:
+        console.print(note, style="yellow", markup=False)
+    console.print(f"original  {done.original.run_id}\nagain     {done.again.run_id}")
 
 
 def interval(pair: tuple[float, float]) -> str:

@@ -12,6 +12,7 @@ from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
+from kdexp.records import log_text
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
 from kdexp.settings import Settings
@@ -83,7 +84,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     try:
         study.bind(_facts(prepared))
         tracking.finish(study.parent_run, "RUNNING")
-        tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
+        log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
         yield TeacherReady(prepared, study.done)
         crew = crew_of(settings, device, study.left - study.others(worker))
         yield crew

@@ -48,6 +48,8 @@ LAYERS = {
     "kdexp.sweep": 12,
     "kdexp.records": 5,
     "kdexp.variants": 6,
+    "kdexp.verify": 7,
+    "kdexp.compare": 8,
     "kdexp.promote": 9,
     "kdexp.export": 9,
     "kdexp.reproduce": 10,
