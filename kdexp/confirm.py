@@ -81,7 +81,7 @@ def confirm(
     left, tried = candidates(study, tracking), list[Verdict]()
     while True:
         chosen = _next(left, rule, tried, work.sweep.name)
-        work.check(tracking.read(chosen.run_id))
+        work.check_trial(tracking.read(chosen.run_id))
         runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
         verdict = Verdict(chosen, _measured(runs, "val_accuracy", "val_samples"), rule)
         said = "yes" if verdict.confirmed else "no"

@@ -27,7 +27,7 @@ from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 from kdexp.trials import EpochDone
 from kdexp.variants import splits_of
-from kdexp.verify import verify
+from kdexp.verify import verify, verify_record
 
 __all__ = ["TRAIN_AND_VALIDATION", "TRAIN_ONLY", "Elsewhere", "Retrainer", "Retraining", "SeedDone", "SeedEvent"]
 
@@ -123,6 +123,11 @@ class Retrainer:
         """That a run which a verdict is to rest on is as it was recorded. Raises RecordError."""
         recipe = recipe_of(run, self.tracking)
         verify(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking, self.device)
+
+    def check_trial(self, run: RunRecord) -> None:
+        """That a trial is of this recipe and size; its accuracy is what fresh seeds are asked for. Raises RecordError."""
+        recipe = recipe_of(run, self.tracking)
+        verify_record(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking)
 
     def _seed(self, number: int, candidate: Candidate, recipe: Recipe, images: str) -> _Seed:
         value = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)

@@ -56,7 +56,8 @@ def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
             f"Run {run.run_id}: config.json is damaged ({error}); put it back from a copy of the store: "
             f"without it there is no recipe to go by"
         ) from None
-    return validate(Recipe, upgrade(stored), f"run {run.run_id}, recorded by another version of kdexp")
+    source = f"config.json of run {run.run_id}, recorded by another version of kdexp"
+    return validate(Recipe, upgrade(stored), source)
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -56,7 +56,6 @@ def reproduce(
     original = tracking.read(run_id)
     _check(original, tracking)
     recipe = recipe_of(original, tracking)
-    before = contradictions(original, recipe, tracking)
     with tempfile.TemporaryDirectory() as temporary:
         recorded = _environment(original, tracking)
         if settings.threads is None:
@@ -68,7 +67,7 @@ def reproduce(
         prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights, training)
     environment = environment_of(recipe, prepared, how, place)
     changed = tuple(Difference(name, *pair) for name, pair in differing(recorded, environment).items())
-    yield Checked((*before, *_facts_differ(original, prepared), *changed))
+    yield Checked((*contradictions(original, recipe, tracking), *_facts_differ(original, prepared), *changed))
     epochs = _epochs(original, tracking)
     with started(
         recipe,
@@ -87,11 +86,20 @@ def reproduce(
             if report.epoch == epochs and epochs < report.epochs:
                 running.state = "pruned"
                 break
-    again = tracking.read(running.run_id)
-    pair = _Pair(original, again, recipe, prepared, settings, tracking, device)
-    comparison = pair.compared(before, changed, recorded.get("source") == environment["source"])
+    comparison = compared(run_id, running.run_id, prepared, settings, tracking, device)
     tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
+
+
+def compared(
+    run_id: str, again_id: str, prepared: Prepared, settings: Settings, tracking: Tracking, device: torch.device
+) -> Comparison:
+    """All that a run's record says: against itself, the record of its reproduction, and what is measured now."""
+    original, again = tracking.read(run_id), tracking.read(again_id)
+    recipe = recipe_of(original, tracking)
+    pair = _Pair(original, again, recipe, prepared, settings, tracking, device)
+    then, here = _environment(original, tracking), _environment(again, tracking)
+    return pair.compared(contradictions(original, recipe, tracking), then, here)
 
 
 def _check(run: RunRecord, tracking: Tracking) -> None:
@@ -126,7 +134,8 @@ def _environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
 
 def _epochs(run: RunRecord, tracking: Tracking) -> int:
     """After how many epochs the run ended."""
-    recorded = {step for step, _ in tracking.history(run.run_id, "epoch/loss")}
+    curves = [tracking.history(run.run_id, name) for name in run.metrics if name.startswith("epoch/")]
+    recorded = {step for curve in curves for step, _ in curve}
     if not recorded:
         raise KdexpError(f"Run {run.run_id} holds no per-epoch metrics; there is nothing to compare with.")
     return max(recorded)
@@ -167,8 +176,10 @@ class _Pair:
     tracking: Tracking
     device: torch.device
 
-    def compared(self, before: Sequence[Difference], changed: Sequence[Difference], by_this_code: bool) -> Comparison:
-        """All that the original says against what there is again."""
+    def compared(self, before: Sequence[Difference], then: Mapping[str, str], here: Mapping[str, str]) -> Comparison:
+        """All that the original says against what there is again; `then` and `here` is what code and machine were."""
+        by_this_code, changed = then.get("source") == here["source"], differing(then, here)
+        unsaid = [name for name in here if name not in then]
         one, other = self._said(self.original), self._said(self.again)
         other |= described(self._inputs())
         measured, notes = self._measured(one["weights.safetensors"] == other["weights.safetensors"])
@@ -178,10 +189,10 @@ class _Pair:
             original=self.original,
             again=self.again,
             compared=sum(isinstance(value, float) and ", epoch " in name for name, value in one.items()),
-            differences=(*before, *differences),
-            environment=tuple(changed),
+            differences=(*before, *differences, *(Difference(name, "—", here[name]) for name in unsaid if by_this_code)),
+            environment=tuple(Difference(name, *pair) for name, pair in changed.items()),
             covered=tuple(covered(one, other | measured)),
-            unrecorded=(*unrecorded, *([f"SHA-256 of {', '.join(loose)}"] if loose else [])),
+            unrecorded=(*unrecorded, *([] if by_this_code else unsaid), *([f"SHA-256 of {', '.join(loose)}"] if loose else [])),
             unknown=tuple(unknown),
             notes=(*notes, *more),
         )

@@ -25,6 +25,7 @@ from kdexp.runner import Result
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
     EpochDone,
+    Misremembered,
     NothingLeft,
     TeacherReady,
     TrialFailed,
@@ -113,6 +114,8 @@ class Screen:
             case NothingLeft():
                 self._not_trained()
                 self.console.print(_nothing_left(event), style="yellow")
+            case Misremembered():
+                self.console.print(_misremembered(event), style="yellow", markup=False)
             case TrialGivenUp():
                 self.done = max(self.done, event.done)
                 self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
@@ -220,6 +223,14 @@ def teacher_line(teacher: CachedTeacher) -> str:
 def _crew_line(crew: Crew) -> str:
     workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((crew.workers, "worker"), (crew.threads, "thread")))
     return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
+
+
+def _misremembered(event: Misremembered) -> str:
+    which = f"trial{'s' if len(event.trials) > 1 else ''} {', '.join(map(str, event.trials))}"
+    return (
+        f"Optuna's storage holds something else of {which} than the run in MLflow: the search goes on by what it holds, "
+        f"every verdict rests on the run (kdexp reproduce says whether that is true)"
+    )
 
 
 def _nothing_left(event: NothingLeft) -> str:

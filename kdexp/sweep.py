@@ -13,6 +13,7 @@ from kdexp.distill.execution import best_pack
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
 from kdexp.records import log_text
+from kdexp.remembered import misremembered
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
 from kdexp.settings import Settings
@@ -33,6 +34,7 @@ from kdexp.workers import Worker, warm_up
 
 __all__ = [
     "EpochDone",
+    "Misremembered",
     "NothingLeft",
     "TeacherReady",
     "TrialFailed",
@@ -61,7 +63,14 @@ class NothingLeft:
     """Whose size none of them was below; without one, all were over the limit, or trained before."""
 
 
-Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
+@dataclass(frozen=True)
+class Misremembered:
+    """Trials of which Optuna's storage holds something else than their own runs."""
+
+    trials: tuple[int, ...]
+
+
+Event = Misremembered | TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
 
 
 def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device) -> Generator[Event, None, int]:
@@ -86,6 +95,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
         tracking.finish(study.parent_run, "RUNNING")
         log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
         yield TeacherReady(prepared, study.done)
+        if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
+            yield Misremembered(wrong)
         crew = crew_of(settings, device, study.left - study.others(worker))
         yield crew
         if crew.workers > 1:

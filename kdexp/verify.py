@@ -29,7 +29,7 @@ from kdexp.selection import AS_TRAINED
 from kdexp.tracking import RunRecord, Tracking, TrackingAway, TrackingError, as_param
 from kdexp.variants import load_variant, metrics_of, prefix_of
 
-__all__ = ["ROUNDING", "Difference", "contradictions", "unsealed", "verify"]
+__all__ = ["ROUNDING", "Difference", "contradictions", "unsealed", "verify", "verify_record"]
 
 ROUNDING = 2
 """Images that may be on the other side of a tie where the same weights are measured in another order of sums ..."""
@@ -56,13 +56,18 @@ def verify(run: RunRecord, recipe: Recipe, variant: Variant, splits: Splits, tra
 
     Raises RecordError with the first thing that is not as recorded: then nothing may rest on this run.
     """
+    verify_record(run, recipe, variant, splits, tracking)
+    if not recipe.data.train_on_validation:
+        _accuracy(run, recipe, variant, splits.validation, tracking, device)
+
+
+def verify_record(run: RunRecord, recipe: Recipe, variant: Variant, splits: Splits, tracking: Tracking) -> None:
+    """The same without its accuracy, where that is to be found out anew. Raises RecordError."""
     found = contradictions(run, recipe, tracking)
     if found:
         first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise _false(run, f"{first.what} is {first.original} by its record and {first.again} in fact{more}")
     _sizes(run, recipe, variant, splits.validation, tracking)
-    if not recipe.data.train_on_validation:
-        _accuracy(run, recipe, variant, splits.validation, tracking, device)
 
 
 def _sizes(run: RunRecord, recipe: Recipe, variant: Variant, like: Split, tracking: Tracking) -> None:
@@ -110,6 +115,7 @@ def contradictions(run: RunRecord, recipe: Recipe, tracking: Tracking) -> list[D
         *_numbers(run, tracking),
         *_role(run, tracking),
         *_looks(run, tracking),
+        *_teacher(run, tracking),
     ]
 
 
@@ -167,6 +173,9 @@ def _numbers(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
         samples = metrics.get(f"{name.removesuffix('accuracy')}samples", metrics.get(last.replace("accuracy", "samples")))
         if samples is None:
             continue
+        if not 0 <= accuracy <= 1 or samples < 1:
+            yield Difference(f"{name} of {samples:g} images", repr(accuracy), "no share of them")
+            continue
         correct = round(accuracy * samples)
         if not math.isclose(accuracy, correct / samples, rel_tol=1e-6):
             yield Difference(f"{name} of {int(samples):,} images", repr(accuracy), f"nearest {correct / samples!r}")
@@ -174,7 +183,12 @@ def _numbers(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
         for end, value in ((f"{name}_{end}", value) for end, value in ends):
             if end in metrics and not math.isclose(metrics[end], value, rel_tol=1e-6, abs_tol=1e-9):
                 yield Difference(f"{end} (of {name})", repr(metrics[end]), repr(value))
-    seconds = [value for _, value in tracking.history(run.run_id, "epoch/seconds")]
+    histories = {name: tracking.history(run.run_id, name) for name in metrics}
+    for name, points in histories.items():
+        latest = [repr(value) for step, value in points if step == points[-1][0]]
+        if repr(metrics[name]) not in latest:
+            yield Difference(f"{name} (its history)", repr(metrics[name]), ", ".join(latest) or "no history")
+    seconds = [value for _, value in histories.get("epoch/seconds", [])]
     if "train_seconds" in metrics and not math.isclose(metrics["train_seconds"], sum(seconds), rel_tol=1e-9):
         yield Difference("train_seconds (sum of epoch/seconds)", repr(metrics["train_seconds"]), repr(sum(seconds)))
 
@@ -185,11 +199,15 @@ def _role(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
     for own, tag in (("trial", "kdexp.trial"), ("confirmation", "kdexp.confirms"), ("reproduction", "kdexp.reproduces")):
         if (kind == own) != (tag in tags):
             yield Difference(f"kdexp.kind (and {tag})", kind, own if tag in tags else f"{tag} is missing")
+    if kind == "trial" and "trial" not in run.params:
+        yield Difference("trial (params, kdexp.trial)", "—", tags.get("kdexp.trial", "—"))
+    if kind in ("trial", "confirmation") and "kdexp.study" not in tags:
+        yield Difference("kdexp.study", "—", _study_of(run, tracking) or "—")
     said = {
         ("kdexp.trial", "params trial"): run.params.get("trial"),
         ("kdexp.seed", "params training.seed"): run.params.get("training.seed"),
-        ("kdexp.reproduces", "its parent run"): tags.get("mlflow.parentRunId"),
-        ("kdexp.study", "its study's run"): _study_of(run, tracking),
+        ("kdexp.reproduces", "mlflow.parentRunId"): tags.get("mlflow.parentRunId"),
+        ("kdexp.study", "run in mlflow.parentRunId"): _study_of(run, tracking),
     }
     for (tag, where), value in said.items():
         if tag in tags and value is not None and tags[tag] != value:
@@ -206,6 +224,25 @@ def _looks(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
     for mark, there in marks.items():
         if there != looked:
             yield Difference(f"test_accuracy ({mark})", "a look" if there else "no look", "a number" if looked else "no number")
+
+
+def _teacher(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
+    """The run of its teacher, which holds that teacher's weights."""
+    where, weights = run.tags.get("kdexp.teacher_run"), run.tags.get("kdexp.teacher_sha256")
+    if where is None or weights is None:
+        return
+    try:
+        teacher = tracking.read(where)
+    except TrackingAway:
+        raise
+    except TrackingError:
+        yield Difference("kdexp.teacher_run", where, "no such run")
+        return
+    if (found := teacher.tags.get("kdexp.weights_sha256", "none")) != weights:
+        yield Difference("kdexp.teacher_run (its weights)", weights[:16], found[:16])
+    accuracy = teacher.metrics.get("val_accuracy")
+    if accuracy is not None and run.metrics.get("teacher_val_accuracy", accuracy) != accuracy:
+        yield Difference("teacher_val_accuracy (kdexp.teacher_run)", repr(run.metrics["teacher_val_accuracy"]), repr(accuracy))
 
 
 def _study_of(run: RunRecord, tracking: Tracking) -> str | None:
