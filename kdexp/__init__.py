@@ -6,13 +6,15 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     sweep · reproduce                a study from start to end · a run trained again
     promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
     export · variants                a run's student as a file · the smaller forms of a trained student
+    compare · verify                 two runs' records side by side · a record held against itself and its weights
     crew, preload · trials           worker processes side by side · one process's part of a study
+    remembered                       what Optuna was told of trials, against what their runs record
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
     tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
     objective, stopping              what a study aims at · what it can no longer select
     selection, intervals             the selection rule · how sure it is
-    plots, environment               pictures · what a result depends on besides its recipe
+    plots, environment, imported     pictures · what a result depends on besides its recipe · of one's own modules
     distill.teacher, distill.weights the teacher, trained once, and the cache of its logits · weights out of any checkpoint
     distill.execution                how a training is carried out here: compiled, in which precision, how many at once
     distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from

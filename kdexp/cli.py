@@ -287,32 +287,15 @@ def reproduce(
     console = _console()
     from kdexp.environment import configure
     from kdexp.reproduce import reproduce as again
-    from kdexp.screen import Screen, differences_table
+    from kdexp.screen import Screen, show_comparison
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
         comparison = yield_all(events, screen)
-    if comparison.identical:
-        console.print(
-            f"identical: {comparison.compared} metric values and the SHA-256 of the weights "
-            f"({comparison.again.tags['kdexp.weights_sha256'][:16]}…) are equal, bit for bit",
-            style="bold green",
-        )
-    close = tolerance is not None and not comparison.identical and comparison.within(tolerance)
-    if close:
-        console.print(
-            f"within tolerance: {comparison.compared} metric values differ by at most {comparison.largest:.3g}",
-            style="bold green",
-        )
-    if comparison.differences:
-        console.print(differences_table(comparison.differences))
-    console.print(f"original  {run_id}\nagain     {comparison.again.run_id}")
-    if not comparison.identical and not close:
-        changed = ", ".join(d.what for d in comparison.environment) or "nothing recorded: please report this"
-        raise KdexpError(
-            f"Run {run_id} is not reproduced: {len(comparison.differences)} values differ. Environment: {changed}."
-        )
+    show_comparison(console, comparison, tolerance)
+    if not (comparison.identical or comparison.within(tolerance)):
+        raise KdexpError(comparison.failure)
 
 
 @app.command()

@@ -51,6 +51,7 @@ __all__ = [
     "load",
     "recorded",
     "select_rule",
+    "upgrade",
 ]
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
@@ -499,11 +500,19 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     return validate(Sweep, tree, source=str(path))
 
 
+def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe or sweep as some version stored it, in today's words: the one place that knows how they were called before.
+
+    A key that is new needs no word here where its default means what was so before there was one.
+    """
+    if "study" in stored:  # before there was a choice of objectives a study aimed at accuracy
+        stored["study"].setdefault("objective", "accuracy")
+    return stored
+
+
 def recorded(text: str, source: str) -> Sweep:
-    """A sweep as a study recorded it; one from before there was a choice of objectives aimed at accuracy."""
-    tree = json.loads(text)
-    tree["study"].setdefault("objective", "accuracy")
-    return validate(Sweep, tree, source)
+    """A sweep as a study recorded it."""
+    return validate(Sweep, upgrade(json.loads(text)), source)
 
 
 def select_rule(rule: Selection, changes: Mapping[str, Any]) -> Selection:

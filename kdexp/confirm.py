@@ -81,6 +81,7 @@ def confirm(
     left, tried = candidates(study, tracking), list[Verdict]()
     while True:
         chosen = _next(left, rule, tried, work.sweep.name)
+        work.check_trial(tracking.read(chosen.run_id))
         runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
         verdict = Verdict(chosen, _measured(runs, "val_accuracy", "val_samples"), rule)
         said = "yes" if verdict.confirmed else "no"
@@ -134,6 +135,7 @@ def _look(verdict: Verdict, tried: Sequence[Verdict], runs: Sequence[RunRecord],
     with one_at_a_time(work.settings):
         for number, run in enumerate(runs, start=1):
             if "test_accuracy" not in (known := tracking.read(run.run_id)).metrics:
+                work.check(known)
                 why = f"**Confirms** trial {trial} of study *{name}*: fresh seed {number} of {len(runs)}."
                 look_at_test(known, recipe, why, work.settings, tracking, work.device)
         found = tuple(tracking.read(run.run_id) for run in runs)

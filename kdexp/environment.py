@@ -17,6 +17,7 @@ from typing import Any
 
 from kdexp import __version__
 from kdexp.config import Recipe
+from kdexp.imported import own_modules
 from kdexp.own import own_file
 
 __all__ = ["configure", "cpu_name", "differing", "record", "remember_code"]
@@ -90,13 +91,9 @@ def record(device: str, recipe: Recipe) -> dict[str, str]:
     }
 
 
-def differing(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """What differs between two records: name → (one, other)."""
-    return {
-        name: (one.get(name, "—"), other.get(name, "—"))
-        for name in [*one, *(name for name in other if name not in one)]
-        if one.get(name) != other.get(name)
-    }
+def differing(recorded: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What differs from what is recorded: name → (recorded, here). What was not recorded then is not compared."""
+    return {name: (value, here.get(name, "—")) for name, value in recorded.items() if here.get(name) != value}
 
 
 def _version(name: str) -> str:
@@ -139,14 +136,20 @@ def _commit() -> str:
 
 
 def _own_networks(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files that hold the recipe's own networks."""
+    """SHA-256 of the files that hold the recipe's own networks: of each network's own, and of all that it imports."""
     found = {}
     for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):
         place, separator, _ = network.architecture.rpartition(":")
         file = (own_file(place) or getattr(sys.modules.get(place), "__file__", None)) if separator else None
         if file:
-            found[f"{role} source"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+            found[f"{role} source"] = _hash(Path(file))
+            imported = {name: path for name, path in own_modules(place, Path(file)).items() if name != place}
+            found |= {f"{role} imports {name}": _hash(path) for name, path in sorted(imported.items())}
     return found
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _git(*arguments: str, folder: Path) -> str:

@@ -6,6 +6,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from kdexp import KdexpError
 from kdexp.config import Precision
 from kdexp.distill.compact import as_stored
@@ -14,9 +16,11 @@ from kdexp.distill.evaluate import Evaluation, evaluate
 from kdexp.distill.models import Size
 from kdexp.files import write_atomically
 from kdexp.records import load_student, recipe_of
+from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 from kdexp.variants import file_of, made, metrics_of, splits_of
+from kdexp.verify import verify
 
 __all__ = ["Exported", "export"]
 
@@ -46,8 +50,10 @@ def export(run_id: str, precision: Precision, output: Path | None, settings: Set
     run, file = tracking.read(run_id), output or Path(f"{run_id}-{precision}.onnx")
     _check(run, file, tracking)
     recipe = recipe_of(run, tracking)
-    splits, held_out = splits_of(run, recipe, settings), not recipe.data.train_on_validation
+    splits, held_out, cpu = splits_of(run, recipe, settings), not recipe.data.train_on_validation, torch.device("cpu")
+    verify(run, recipe, AS_TRAINED, splits, tracking, cpu)
     run = made(run, recipe, precision, splits, tracking)
+    verify(run, recipe, precision, splits, tracking, cpu)
     with tempfile.TemporaryDirectory() as temporary:
         _write(file_of(run, precision, Path(temporary), tracking).read_bytes(), file)
     found, validation = metrics_of(run, precision), splits.validation

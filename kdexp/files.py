@@ -1,7 +1,8 @@
-"""Writes that matter: a file is there whole, or as it was before."""
+"""Writes that matter: a file is there whole, or as it was before. And what a file is known by."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-__all__ = ["write_ahead", "write_atomically"]
+__all__ = ["sha256_of", "write_ahead", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,6 +33,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_ahead(database: Path) -> None:

@@ -22,10 +22,12 @@ from kdexp.distill.packs import Execution
 from kdexp.distill.randomness import seed_of
 from kdexp.records import recipe_of
 from kdexp.runner import Prepared, TeacherProgress, facts, goes_on_here, prepare, started
-from kdexp.selection import Candidate
+from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 from kdexp.trials import EpochDone
+from kdexp.variants import splits_of
+from kdexp.verify import verify, verify_record
 
 __all__ = ["TRAIN_AND_VALIDATION", "TRAIN_ONLY", "Elsewhere", "Retrainer", "Retraining", "SeedDone", "SeedEvent"]
 
@@ -117,6 +119,16 @@ class Retrainer:
                         runs[seed.number] = yield from self._find_or_train(seed, trial)
         return [runs[seed.number] for seed in every]
 
+    def check(self, run: RunRecord) -> None:
+        """That a run which a verdict is to rest on is as it was recorded. Raises RecordError."""
+        recipe = recipe_of(run, self.tracking)
+        verify(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking, self.device)
+
+    def check_trial(self, run: RunRecord) -> None:
+        """That a trial is of this recipe and size; its accuracy is what fresh seeds are asked for. Raises RecordError."""
+        recipe = recipe_of(run, self.tracking)
+        verify_record(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking)
+
     def _seed(self, number: int, candidate: Candidate, recipe: Recipe, images: str) -> _Seed:
         value = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)
         return _Seed(number, candidate, recipe.replace({"training.seed": value}), images)
@@ -129,6 +141,7 @@ class Retrainer:
             run_id = yield from self._train(seed, prepared, known)
             yield SeedDone(seed.number, run := self.tracking.read(run_id), new=True)
         else:
+            self.check(run)
             yield SeedDone(seed.number, run, new=False)
         return run
 

@@ -11,19 +11,21 @@ from typing import Literal
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from kdexp import KdexpError
 from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
-from kdexp.distill.data import load_splits, load_test
+from kdexp.distill.data import Split, load_splits, load_test
 from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels
 from kdexp.plots import frontier
-from kdexp.records import load_student, recipe_of
+from kdexp.records import load_student, recipe_of, seal, text_of
 from kdexp.selection import AS_TRAINED, Candidate, requirement, select
 from kdexp.settings import Settings
 from kdexp.tracking import Kind, RunRecord, Tracking
-from kdexp.variants import contenders, folder_of, load_variant, metrics_of, prefix_of
+from kdexp.variants import contenders, folder_of, load_variant, metrics_of, prefix_of, splits_of
+from kdexp.verify import verify
 
 __all__ = [
     "Promotion",
@@ -32,6 +34,7 @@ __all__ = [
     "load_call",
     "look_at_test",
     "looks",
+    "on_test",
     "one_at_a_time",
     "promote",
     "register",
@@ -85,6 +88,7 @@ def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tr
     chosen = select(trials, rule, name)
     run = tracking.read(chosen.run_id)
     recipe = recipe_of(run, tracking)
+    verify(run, recipe, chosen.variant, splits_of(run, recipe, settings), tracking, device)
     new_look = "test_accuracy" not in metrics_of(run, chosen.variant)
     if new_look:
         why = f"**Selected** by study *{name}*{_as(chosen.variant)}."
@@ -140,7 +144,7 @@ def gain(trials: Sequence[Candidate]) -> float | None:
 
 def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
     """The sweep file a study was last run with."""
-    text = tracking.read_text(study.run_id, "sweep.json")
+    text = text_of(study, "sweep.json", tracking)
     return recorded(text, f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
 
 
@@ -170,6 +174,19 @@ def look_at_test(
     """Evaluate a finished run's student on test and record it there; `why` opens the run's description."""
     test = load_test(recipe.data, settings.data_dir, device)
     module = load_variant(run, recipe, variant, test, tracking).to(device)
+    found = on_test(module, recipe, test, variant)
+    tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
+    tracking.log_metrics(run.run_id, found)
+    accuracy, low, high = (found[f"{prefix_of(variant)}test_accuracy{end}"] for end in ("", "_low", "_high"))
+    note = (
+        f"{why} Test accuracy **{accuracy:.2%}** (95 % interval "
+        f"{low:.2%} to {high:.2%}, {len(test):,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
+    )
+    tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
+
+
+def on_test(module: nn.Module, recipe: Recipe, test: Split, variant: Variant) -> dict[str, float]:
+    """What a student comes to on test, by metric."""
     result = evaluate(module, test)
     low, high = result.interval
     found = {
@@ -177,17 +194,11 @@ def look_at_test(
         "test_accuracy_low": low,
         "test_accuracy_high": high,
         "test_loss": result.loss,
-        "test_samples": result.samples,
+        "test_samples": float(result.samples),
     }
     if recipe.data.augment.flip:
         found["test_accuracy_tta"] = evaluate(module, test, mirrored=True).accuracy
-    tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
-    tracking.log_metrics(run.run_id, {f"{prefix_of(variant)}{name}": value for name, value in found.items()})
-    note = (
-        f"{why} Test accuracy **{result.accuracy:.2%}** (95 % interval "
-        f"{low:.2%} to {high:.2%}, {result.samples:,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
-    )
-    tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
+    return {f"{prefix_of(variant)}{name}": value for name, value in found.items()}
 
 
 def register(
@@ -237,7 +248,7 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
     like = load_splits(recipe.data, settings.data_dir).train.take(torch.arange(2))  # what the network's input is like
     module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
-    tracking.log_model(run.run_id, module, example)
+    seal(run.run_id, tracking.log_model(run.run_id, module, example), tracking)
 
 
 def load_call(model: str, variant: Variant = AS_TRAINED) -> str:
@@ -279,4 +290,4 @@ def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> N
     tracking.log_metrics(study.run_id, metrics | ({"distillation_gain": gained} if gained is not None else {}))
     with tempfile.TemporaryDirectory() as temporary:
         frontier(trials, done.rule, chosen).savefig(Path(temporary) / "frontier.png", dpi=110)
-        tracking.log_files(study.run_id, Path(temporary))
+        seal(study.run_id, tracking.log_files(study.run_id, Path(temporary)), tracking)

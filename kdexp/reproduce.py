@@ -1,51 +1,42 @@
-"""A run trained again from its own record, and compared: identical, or what differs.
+"""A run trained again from its own record, and all that the record says compared: identical, or what differs.
 
-Recipe, teacher weights and thread count come from the run; nothing from sweep files or today's defaults.
+Recipe, teacher weights and thread count come from the run; nothing from sweep files or today's defaults. Before any training
+the record is held against itself (verify.py); after it, against the record of the new run (compare.py).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from kdexp import KdexpError
+from kdexp.compare import HASHES, Comparison, compare, covered, described, said_by
+from kdexp.config import Precision, Recipe, Variant
+from kdexp.distill.data import load_test
 from kdexp.distill.execution import compiles
+from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
 from kdexp.environment import differing
-from kdexp.records import recipe_of
-from kdexp.runner import EPOCH_METRICS, Prepared, TeacherProgress, environment_of, facts, prepare, started
+from kdexp.files import sha256_of
+from kdexp.promote import on_test
+from kdexp.records import RecordError, recipe_of, weights_of
+from kdexp.runner import Prepared, TeacherProgress, environment_of, facts, prepare, profile_of, started
+from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
-from kdexp.tracking import RunRecord, Tracking, TrackingError
+from kdexp.tracking import RunRecord, Tracking, TrackingAway, TrackingError, dataset
+from kdexp.variants import load_variant, prefix_of, stored
+from kdexp.verify import Difference, contradictions, unsealed
 
 __all__ = ["Checked", "Comparison", "Difference", "reproduce"]
-
-COMPARED = tuple(name for name in EPOCH_METRICS if name != "seconds")
-TAGS = {
-    "kdexp.train_sha256": "training data",
-    "kdexp.validation_sha256": "validation data",
-    "kdexp.teacher_sha256": "teacher weights",
-    "kdexp.logits_sha256": "teacher's logits",
-    "kdexp.weights_sha256": "student weights",
-}
-ROUNDED = ("teacher's logits", "student weights")  # on another machine these never agree to the bit
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not the same in the two runs."""
-
-    what: str
-    original: str
-    again: str
-    by: float = math.inf
-    """How far two numbers are apart."""
 
 
 @dataclass(frozen=True)
@@ -53,32 +44,6 @@ class Checked:
     """Before any training: what here is not as it is recorded with the run."""
 
     differences: tuple[Difference, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A run beside its reproduction."""
-
-    original: RunRecord
-    again: RunRecord
-    compared: int
-    """How many metric values were compared."""
-    differences: tuple[Difference, ...]
-    environment: tuple[Difference, ...]
-
-    @property
-    def identical(self) -> bool:
-        """Every metric of every epoch and the SHA-256 of the weights are equal."""
-        return not self.differences
-
-    @property
-    def largest(self) -> float:
-        """By how much two metric values differ at most."""
-        return max((d.by for d in self.differences if d.what not in ROUNDED), default=0.0)
-
-    def within(self, tolerance: float) -> bool:
-        """Whether data and teacher are the same, and metrics differ by no more than that."""
-        return self.largest <= tolerance
 
 
 def reproduce(
@@ -92,7 +57,7 @@ def reproduce(
     _check(original, tracking)
     recipe = recipe_of(original, tracking)
     with tempfile.TemporaryDirectory() as temporary:
-        recorded = json.loads(tracking.read_text(run_id, "environment.json"))
+        recorded = _environment(original, tracking)
         if settings.threads is None:
             torch.set_num_threads(int(recorded["threads"]))  # another count sums in another order
         how, place = Execution.recorded(recorded)
@@ -102,8 +67,8 @@ def reproduce(
         prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights, training)
     environment = environment_of(recipe, prepared, how, place)
     changed = tuple(Difference(name, *pair) for name, pair in differing(recorded, environment).items())
-    yield Checked((*_facts_differ(original, prepared), *changed))
-    epochs = int(original.metrics["epochs_trained"])
+    yield Checked((*contradictions(original, recipe, tracking), *_facts_differ(original, prepared), *changed))
+    epochs = _epochs(original, tracking)
     with started(
         recipe,
         prepared,
@@ -121,9 +86,20 @@ def reproduce(
             if report.epoch == epochs and epochs < report.epochs:
                 running.state = "pruned"
                 break
-    comparison = _compare(original, tracking.read(running.run_id), tracking, changed)
+    comparison = compared(run_id, running.run_id, prepared, settings, tracking, device)
     tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
+
+
+def compared(
+    run_id: str, again_id: str, prepared: Prepared, settings: Settings, tracking: Tracking, device: torch.device
+) -> Comparison:
+    """All that a run's record says: against itself, the record of its reproduction, and what is measured now."""
+    original, again = tracking.read(run_id), tracking.read(again_id)
+    recipe = recipe_of(original, tracking)
+    pair = _Pair(original, again, recipe, prepared, settings, tracking, device)
+    then, here = _environment(original, tracking), _environment(again, tracking)
+    return pair.compared(contradictions(original, recipe, tracking), then, here)
 
 
 def _check(run: RunRecord, tracking: Tracking) -> None:
@@ -143,12 +119,39 @@ def _check(run: RunRecord, tracking: Tracking) -> None:
         )
 
 
+def _environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
+    """What the run recorded of how and where it was trained. Raises RecordError where that makes no sense."""
+    try:
+        recorded: dict[str, str] = json.loads(tracking.read_text(run.run_id, "environment.json"))
+        int(recorded["threads"]), Execution.recorded(recorded)
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise RecordError(
+            f"Run {run.run_id}: environment.json is damaged ({type(error).__name__}: {error}); put it back from a copy of the "
+            f"store: it says in which form the run was trained"
+        ) from None
+    return recorded
+
+
+def _epochs(run: RunRecord, tracking: Tracking) -> int:
+    """After how many epochs the run ended."""
+    curves = [tracking.history(run.run_id, name) for name in run.metrics if name.startswith("epoch/")]
+    recorded = {step for curve in curves for step, _ in curve}
+    if not recorded:
+        raise KdexpError(f"Run {run.run_id} holds no per-epoch metrics; there is nothing to compare with.")
+    return max(recorded)
+
+
 def _teacher_weights(run: RunRecord, tracking: Tracking, folder: Path) -> Path | None:
     """The teacher's weights out of its own run; None lets the recipe say how to get them again."""
     try:
-        return tracking.download(run.tags["kdexp.teacher_run"], "weights.safetensors", folder)
+        teacher = tracking.read(run.tags["kdexp.teacher_run"])
+        file = tracking.download(teacher.run_id, "weights.safetensors", folder)
+    except TrackingAway:
+        raise
     except (KeyError, TrackingError):
         return None
+    weights_of(teacher, tracking)
+    return file
 
 
 def _facts_differ(run: RunRecord, prepared: Prepared) -> list[Difference]:
@@ -156,34 +159,103 @@ def _facts_differ(run: RunRecord, prepared: Prepared) -> list[Difference]:
     here = facts(prepared)
     return [
         Difference(what, run.tags[tag][:16], here[tag][:16])
-        for tag, what in TAGS.items()
+        for tag, what in HASHES.items()
         if tag in here and run.tags.get(tag, here[tag]) != here[tag]
     ]
 
 
-def _compare(original: RunRecord, again: RunRecord, tracking: Tracking, environment: tuple[Difference, ...]) -> Comparison:
-    differences = [
-        Difference(what, original.tags.get(tag, "—")[:16], again.tags.get(tag, "—")[:16])
-        for tag, what in TAGS.items()
-        if tag in original.tags and original.tags[tag] != again.tags.get(tag)
-    ]
-    compared = 0
-    for name in COMPARED:
-        before = dict(tracking.history(original.run_id, f"epoch/{name}"))
-        after = dict(tracking.history(again.run_id, f"epoch/{name}"))
-        for epoch in sorted(before.keys() | after.keys()):
-            compared += 1
-            one, other = before.get(epoch, math.inf), after.get(epoch, -math.inf)
-            if repr(one) != repr(other):  # repr: also NaN equals itself
-                apart = abs(one - other)
-                by = math.inf if math.isnan(apart) else apart
-                differences.append(Difference(f"{name}, epoch {epoch}", repr(one), repr(other), by))
-    if compared == 0:
-        raise KdexpError(f"Run {original.run_id} holds no per-epoch metrics; there is nothing to compare with.")
-    return Comparison(
-        original=original,
-        again=again,
-        compared=compared,
-        differences=tuple(differences),
-        environment=environment,
-    )
+@dataclass(frozen=True)
+class _Pair:
+    """A run, its reproduction, and what both were made of."""
+
+    original: RunRecord
+    again: RunRecord
+    recipe: Recipe
+    prepared: Prepared
+    settings: Settings
+    tracking: Tracking
+    device: torch.device
+
+    def compared(self, before: Sequence[Difference], then: Mapping[str, str], here: Mapping[str, str]) -> Comparison:
+        """All that the original says against what there is again; `then` and `here` is what code and machine were."""
+        by_this_code, changed = then.get("source") == here["source"], differing(then, here)
+        unsaid = [name for name in here if name not in then]
+        one, other = self._said(self.original), self._said(self.again)
+        other |= described(self._inputs())
+        measured, notes = self._measured(one["weights.safetensors"] == other["weights.safetensors"])
+        differences, unrecorded, unknown, more = compare(one, other | measured, self._samples, bool(changed), by_this_code)
+        loose = unsealed(self.original, self.tracking)
+        return Comparison(
+            original=self.original,
+            again=self.again,
+            compared=sum(isinstance(value, float) and ", epoch " in name for name, value in one.items()),
+            differences=(*before, *differences, *(Difference(name, "—", here[name]) for name in unsaid if by_this_code)),
+            environment=tuple(Difference(name, *pair) for name, pair in changed.items()),
+            covered=tuple(covered(one, other | measured)),
+            unrecorded=(*unrecorded, *([] if by_this_code else unsaid), *([f"SHA-256 of {', '.join(loose)}"] if loose else [])),
+            unknown=tuple(unknown),
+            notes=(*notes, *more),
+        )
+
+    @property
+    def _samples(self) -> dict[str, int]:
+        return {"val": len(self.prepared.splits.validation), "test": _test_samples(self.original)}
+
+    def _said(self, run: RunRecord) -> dict[str, str | float]:
+        history = {name: self.tracking.history(run.run_id, name) for name in run.metrics if name.startswith("epoch/")}
+        said = said_by(run, history, self.tracking.inputs(run.run_id))
+        return said | {name: _known_by(run, name, self.tracking) for name in ("model_summary.txt", "weights.safetensors")}
+
+    def _inputs(self) -> dict[str, dict[str, str]]:
+        """The data sets as they are here: what MLflow holds of them both runs share."""
+        splits, name = self.prepared.splits, self.recipe.data.dataset
+        roles = {"training": splits.train, "validation": splits.validation}
+        return {role: dataset(name, role, split.fingerprint, profile_of(split)) for role, split in roles.items()}
+
+    def _measured(self, same_weights: bool) -> tuple[dict[str, str | float], list[str]]:
+        """What was measured of the original after its training, measured again; and what cannot be."""
+        looked = [v for v in (AS_TRAINED, *get_args(Precision)) if f"{prefix_of(v)}test_accuracy" in self.original.metrics]
+        made = [p for p in get_args(Precision) if f"{prefix_of(p)}model_bytes" in self.original.metrics]
+        if not (looked or made):
+            return {}, []
+        if not same_weights:
+            return {}, [f"{_named(looked, made)} not measured again: the weights are not the same, it would be a new look"]
+        found: dict[str, str | float] = {}
+        try:
+            if looked:
+                test = load_test(self.recipe.data, self.settings.data_dir, self.device)
+                found |= described(
+                    {"test": dataset(self.recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})}
+                )
+            for variant in dict.fromkeys((*looked, *made)):
+                module = load_variant(self.original, self.recipe, variant, self.prepared.splits.validation, self.tracking)
+                if variant in made:
+                    found |= stored(self.original, self.recipe, variant, self.prepared.splits, self.tracking)
+                if variant in looked:
+                    found |= on_test(module.to(self.device), self.recipe, test, variant)
+        except KdexpError as error:  # no images, no libraries, or a file that is named before
+            return found, [f"{_named(looked, made)} not measured again: {error}"]
+        return found, []
+
+
+def _known_by(run: RunRecord, name: str, tracking: Tracking) -> str:
+    """What the content of a file is known by."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            file = tracking.download(run.run_id, name, Path(temporary))
+            return weights_hash(load_file(file)) if file.suffix == ".safetensors" else sha256_of(file)
+        except TrackingAway:
+            raise
+        except TrackingError:
+            return "not there"
+        except (SafetensorError, OSError):
+            return "unreadable"
+
+
+def _named(looked: Sequence[Variant], made: Sequence[Variant]) -> str:
+    variants = [str(variant) for variant in made]
+    return " and ".join([*(["test accuracy"] if looked else []), *([f"variants {', '.join(variants)}"] if variants else [])])
+
+
+def _test_samples(run: RunRecord) -> int:
+    return next((int(value) for name, value in run.metrics.items() if name.rpartition("/")[2] == "test_samples"), 0)

@@ -33,6 +33,7 @@ from kdexp.distill.train import EpochReport, Snapshot, train
 from kdexp.environment import record
 from kdexp.intervals import wilson_interval
 from kdexp.plots import curves
+from kdexp.records import seal
 from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import EpochMetrics, Kind, Tracking, TrackingAway
 
@@ -46,6 +47,7 @@ __all__ = [
     "facts",
     "goes_on_here",
     "prepare",
+    "profile_of",
     "started",
 ]
 
@@ -291,7 +293,7 @@ def _log_record(running: Running, summary: str) -> None:
         (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2), "utf-8")
         (folder / "environment.json").write_text(json.dumps(running.environment, indent=2), "utf-8")
         (folder / "model_summary.txt").write_text(summary, "utf-8")
-        tracking.log_files(run_id, folder)
+        seal(run_id, tracking.log_files(run_id, folder), tracking)
     _log_datasets(tracking, run_id, running.recipe.data, {"training": splits.train, "validation": splits.validation})
 
 
@@ -345,7 +347,7 @@ def _conclude(running: Running) -> Result:
             save_file(dict(kept.weights), folder / "weights.safetensors")
         title = f"{_named(running.recipe.student)}, {size.parameters:,} parameters"
         curves(running.history, title, result.kept_epoch).savefig(folder / "curves.png", dpi=110)
-        tracking.log_files(run_id, folder)
+        seal(run_id, tracking.log_files(run_id, folder), tracking)
     tracking.log_metrics(
         run_id,
         {
@@ -426,7 +428,7 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trac
         folder = Path(temporary)
         (folder / "config.json").write_text(recipe.model_dump_json(indent=2), "utf-8")
         (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
-        tracking.log_files(run_id, folder)
+        seal(run_id, tracking.log_files(run_id, folder), tracking)
         _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})
     return run_id
 
@@ -452,8 +454,12 @@ def _closed(run_id: str, tracking: Tracking) -> Iterator[None]:
 
 def _log_datasets(tracking: Tracking, run_id: str, data: Data, splits: Mapping[str, Split]) -> None:
     for role, split in splits.items():
-        profile = {"samples": len(split), "classes": len(split.classes), "image": [split.channels, *split.image_size]}
-        tracking.log_dataset(run_id, data.dataset, role, split.fingerprint, profile)
+        tracking.log_dataset(run_id, data.dataset, role, split.fingerprint, profile_of(split))
+
+
+def profile_of(split: Split) -> dict[str, Any]:
+    """What a run's record says of a dataset that went into it."""
+    return {"samples": len(split), "classes": len(split.classes), "image": [split.channels, *split.image_size]}
 
 
 def _named(network: Any) -> str:

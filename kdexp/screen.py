@@ -20,11 +20,12 @@ from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
 from kdexp.promote import Promotion, gain, load_call
-from kdexp.reproduce import Checked, Difference
+from kdexp.reproduce import Checked, Comparison, Difference
 from kdexp.runner import Result
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
     EpochDone,
+    Misremembered,
     NothingLeft,
     TeacherReady,
     TrialFailed,
@@ -39,6 +40,7 @@ __all__ = [
     "differences_table",
     "interval",
     "percent",
+    "show_comparison",
     "show_confirmation",
     "show_export",
     "show_promotion",
@@ -114,6 +116,8 @@ class Screen:
             case NothingLeft():
                 self._not_trained()
                 self.console.print(_nothing_left(event), style="yellow")
+            case Misremembered():
+                self.console.print(_misremembered(event), style="yellow", markup=False)
             case TrialGivenUp():
                 self.done = max(self.done, event.done)
                 self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
@@ -221,6 +225,14 @@ def teacher_line(teacher: CachedTeacher) -> str:
 def _crew_line(crew: Crew) -> str:
     workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((crew.workers, "worker"), (crew.threads, "thread")))
     return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
+
+
+def _misremembered(event: Misremembered) -> str:
+    which = f"trial{'s' if len(event.trials) > 1 else ''} {', '.join(map(str, event.trials))}"
+    return (
+        f"Optuna's storage holds something else of {which} than the run in MLflow: the search goes on by what it holds, "
+        f"every verdict rests on the run (kdexp reproduce says whether that is true)"
+    )
 
 
 def _nothing_left(event: NothingLeft) -> str:
@@ -343,6 +355,25 @@ def differences_table(differences: Sequence[Difference]) -> Table:
     for difference in differences[:ROWS]:
         table.add_row(difference.what, difference.original, difference.again)
     return table
+
+
+def show_comparison(console: Console, done: Comparison, tolerance: float | None) -> None:
+    """What is equal, what differs, what could not be compared, and where both runs are."""
+    if done.identical:
+        weights = f" and the SHA-256 of the weights ({done.weights[:16]}…)" if done.weights else ""
+        console.print(f"identical: {done.compared} metric values{weights} are equal, bit for bit", style="bold green")
+        console.print(f"as are    {', '.join(done.covered)}", markup=False)
+    elif done.within(tolerance):
+        text = f"within tolerance: {done.compared} metric values differ by at most {done.largest:.3g}"
+        console.print(text, style="bold green")
+    if done.differences:
+        console.print(differences_table(done.differences))
+    for what, names in (("not recorded", done.unrecorded), ("not known to this version", done.unknown)):
+        if names:
+            console.print(f"{what}: {', '.join(names)}", style="yellow", markup=False)
+    for note in done.notes:
+        console.print(note, style="yellow", markup=False)
+    console.print(f"original  {done.original.run_id}\nagain     {done.again.run_id}")
 
 
 def interval(pair: tuple[float, float]) -> str:

@@ -39,7 +39,7 @@ from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers import Worker
 
-__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
+__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Told", "Trial", "check_study", "open_study"]
 
 STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
@@ -66,6 +66,16 @@ class Ended:
     val_accuracy: float
     val_samples: int
     size: Size
+
+
+@dataclass(frozen=True)
+class Told:
+    """What Optuna holds of a trial that has ended: what steers the search. Verdicts rest on the trial's own run."""
+
+    values: tuple[float, ...]
+    limits: Mapping[str, float]
+    recipe: Recipe | None
+    curve: Sequence[float] | None
 
 
 class StudyError(KdexpError):
@@ -319,6 +329,12 @@ class OpenStudy:
                 )
             if name not in known:
                 self._study.set_user_attr(name, value)
+
+    def told(self) -> dict[int, Told]:
+        """What Optuna was told of each trial that has ended with values, by number."""
+        ended = [trial for trial in _patiently(self._trained) if trial.state == TrialState.COMPLETE]
+        curves = {trial.number: (trial.user_attrs.get("outcome") or {}).get("curve") for trial in ended}
+        return {t.number: Told(tuple(t.values), dict(t.constraints), self._recipe(t), curves[t.number]) for t in ended}
 
     def _alive(self, trial: FrozenTrial, worker: Worker) -> bool:
         name = trial.user_attrs.get("worker")

@@ -12,6 +12,8 @@ from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
+from kdexp.records import log_text
+from kdexp.remembered import misremembered
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
 from kdexp.settings import Settings
@@ -32,6 +34,7 @@ from kdexp.workers import Worker, warm_up
 
 __all__ = [
     "EpochDone",
+    "Misremembered",
     "NothingLeft",
     "TeacherReady",
     "TrialFailed",
@@ -60,7 +63,14 @@ class NothingLeft:
     """Whose size none of them was below; without one, all were over the limit, or trained before."""
 
 
-Event = TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
+@dataclass(frozen=True)
+class Misremembered:
+    """Trials of which Optuna's storage holds something else than their own runs."""
+
+    trials: tuple[int, ...]
+
+
+Event = Misremembered | TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
 
 
 def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device) -> Generator[Event, None, int]:
@@ -83,8 +93,10 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     try:
         study.bind(_facts(prepared))
         tracking.finish(study.parent_run, "RUNNING")
-        tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
+        log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
         yield TeacherReady(prepared, study.done)
+        if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
+            yield Misremembered(wrong)
         crew = crew_of(settings, device, study.left - study.others(worker))
         yield crew
         if crew.workers > 1:

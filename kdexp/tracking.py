@@ -22,7 +22,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from filelock import FileLock
 
 from kdexp import KdexpError, __version__
-from kdexp.files import write_ahead, write_atomically
+from kdexp.files import sha256_of, write_ahead, write_atomically
 from kdexp.settings import Settings, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
@@ -35,7 +35,7 @@ import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError"]
+__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError", "as_param", "dataset"]
 
 Kind = Literal["study", "trial", "confirmation", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
@@ -44,6 +44,7 @@ RACES = 5
 CONNECT_SECONDS = 10.0  # that a server may be busy at the start
 PATIENCE = 300.0  # seconds that it may be away later
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
+DATASET = ("name", "digest", "source_type", "source", "profile")
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
@@ -149,7 +150,7 @@ class Tracking:
             **tags,
         }
         run_id = self._create(experiment_id, every, name)
-        flat = [Param(key, _text(value)) for key, value in params.items()]
+        flat = [Param(key, as_param(value)) for key, value in params.items()]
         for first in range(0, len(flat), PARAMS):
             self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
         return run_id
@@ -169,14 +170,20 @@ class Tracking:
         """Set tags."""
         self._do(self.client.log_batch, run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def log_files(self, run_id: str, folder: Path, under: str | None = None) -> None:
-        """Every file of a folder as an artifact, `under` a folder of that name if given."""
+    def log_files(self, run_id: str, folder: Path, under: str | None = None) -> dict[str, str]:
+        """Every file of a folder as an artifact, `under` a folder of that name if given; SHA-256 of each by its place."""
+        sums = {}
         for file in sorted(each for each in folder.rglob("*") if each.is_file()):  # each tried again by itself
-            place = (Path(under or "") / file.relative_to(folder)).parent.as_posix()
+            artifact = Path(under or "") / file.relative_to(folder)
+            place, sums[artifact.as_posix()] = artifact.parent.as_posix(), sha256_of(file)
             self._do(self.client.log_artifact, run_id, str(file), None if place == "." else place)
+        return sums
 
-    def log_model(self, run_id: str, module: Any, example: Any) -> None:
-        """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle."""
+    def log_model(self, run_id: str, module: Any, example: Any) -> dict[str, str]:
+        """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle.
+
+        SHA-256 of each file by its place.
+        """
         import mlflow.pytorch
         from mlflow.models import infer_signature
 
@@ -190,10 +197,13 @@ class Tracking:
                 signature=infer_signature(example.numpy(), module(example).detach().numpy()),
                 pip_requirements=[f"torch=={version('torch')}"],
             )
-            self.log_files(run_id, folder, "model")
+            return self.log_files(run_id, folder, "model")
 
-    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str) -> None:
-        """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what MLflow keeps with it."""
+    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str) -> dict[str, str]:
+        """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what MLflow keeps with it.
+
+        SHA-256 of each file by its place.
+        """
         import mlflow.onnx
         from mlflow.models import infer_signature
 
@@ -206,7 +216,7 @@ class Tracking:
                 onnx_execution_providers=["CPUExecutionProvider"],
                 save_as_external_data=False,
             )
-            self.log_files(run_id, Path(temporary) / "model", folder)
+            return self.log_files(run_id, Path(temporary) / "model", folder)
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """A text as an artifact."""
@@ -214,14 +224,8 @@ class Tracking:
 
     def log_dataset(self, run_id: str, name: str, role: str, fingerprint: str, profile: Mapping[str, Any]) -> None:
         """A dataset input of the run; `role` is training, validation or test."""
-        dataset = Dataset(
-            name=f"{name}-{role}",
-            digest=fingerprint[:16],
-            source_type="kdexp",
-            source=json.dumps({"dataset": name, "split": role, "sha256": fingerprint}),
-            profile=json.dumps(profile),
-        )
-        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", role)])]
+        described = Dataset(**dataset(name, role, fingerprint, profile))
+        inputs = [DatasetInput(described, [InputTag("mlflow.data.context", role)])]
         for attempt in range(RACES):
             try:
                 return self._do(self.client.log_inputs, run_id, inputs)
@@ -305,6 +309,19 @@ class Tracking:
         """Every (step, value) of a metric, by step."""
         points = self._do(self.client.get_metric_history, run_id, metric)
         return sorted((int(point.step), float(point.value)) for point in points)
+
+    def places(self, run_id: str, folder: str | None = None) -> list[str]:
+        """Where in a run's artifacts its files are, all of them."""
+        found = self._do(self.client.list_artifacts, run_id, folder)
+        each = (self.places(run_id, one.path) if one.is_dir else [one.path] for one in found)
+        return [place for places in each for place in places]
+
+    def inputs(self, run_id: str) -> dict[str, dict[str, str]]:
+        """The dataset inputs of a run by role, as `dataset` describes them."""
+        inputs = self._do(self.client.get_run, run_id).inputs
+        found = inputs.dataset_inputs if inputs else []
+        described = [{key: getattr(each.dataset, key) or "" for key in DATASET} for each in found]
+        return {tag.value: own for own, each in zip(described, found, strict=True) for tag in each.tags}
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """An artifact as a local file. Raises TrackingError where the run has none of that name."""
@@ -426,5 +443,17 @@ def _record(run: Run) -> RunRecord:
     )
 
 
-def _text(value: Any) -> str:
+def dataset(name: str, role: str, fingerprint: str, profile: Mapping[str, Any]) -> dict[str, str]:
+    """A dataset input as MLflow stores it."""
+    return {
+        "name": f"{name}-{role}",
+        "digest": fingerprint[:16],
+        "source_type": "kdexp",
+        "source": json.dumps({"dataset": name, "split": role, "sha256": fingerprint}),
+        "profile": json.dumps(profile),
+    }
+
+
+def as_param(value: Any) -> str:
+    """A value as it is stored with a run."""
     return value if isinstance(value, str) else json.dumps(value)

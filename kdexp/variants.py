@@ -23,12 +23,23 @@ from kdexp.distill.data import Split, Splits, load_splits
 from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
 from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
 from kdexp.distill.models import measure, outline
-from kdexp.records import load_student, recipe_of
+from kdexp.records import artifact_of, load_student, recipe_of, seal
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 
-__all__ = ["contenders", "file_of", "folder_of", "load_variant", "made", "metrics_of", "needed", "prefix_of", "splits_of"]
+__all__ = [
+    "contenders",
+    "file_of",
+    "folder_of",
+    "load_variant",
+    "made",
+    "metrics_of",
+    "needed",
+    "prefix_of",
+    "splits_of",
+    "stored",
+]
 
 
 def prefix_of(variant: Variant) -> str:
@@ -86,23 +97,26 @@ def made(run: RunRecord, recipe: Recipe, precision: Precision, splits: Splits, t
         return run
     student, like = load_student(run, recipe, splits.train, tracking), splits.validation
     model = convert(student, splits.train, precision)
-    deployed = Deployed(model.SerializeToString(), like)
-    size = measure(compact(student, like), as_stored(like))
-    found = {
-        "parameters": size.parameters,
-        "multiply_adds": size.multiply_adds,
-        "model_bytes": stored_bytes(model),
-        **({} if recipe.data.train_on_validation else _measured(evaluate(deployed, like))),
-    }
+    found = _metrics(student, recipe, content := model.SerializeToString(), like)
     example = like.take(torch.arange(2))
-    tracking.log_onnx(run.run_id, model, example.images.numpy(), logits_of(deployed, example).numpy(), folder_of(precision))
+    gives = logits_of(Deployed(content, like), example).numpy()
+    seal(run.run_id, tracking.log_onnx(run.run_id, model, example.images.numpy(), gives, folder_of(precision)), tracking)
     tracking.log_metrics(run.run_id, {f"{prefix}{name}": value for name, value in found.items()})
     return tracking.read(run.run_id)
 
 
+def stored(run: RunRecord, recipe: Recipe, precision: Precision, splits: Splits, tracking: Tracking) -> dict[str, float]:
+    """A variant's metrics, measured with the file that is on its run's record. Raises RecordError."""
+    like = splits.validation
+    with tempfile.TemporaryDirectory() as temporary:
+        content = file_of(run, precision, Path(temporary), tracking).read_bytes()
+    found = _metrics(load_student(run, recipe, like, tracking), recipe, content, like)
+    return {f"{prefix_of(precision)}{name}": float(value) for name, value in found.items()}
+
+
 def file_of(run: RunRecord, precision: Precision, folder: Path, tracking: Tracking) -> Path:
-    """A variant's ONNX file out of its run's record."""
-    return tracking.download(run.run_id, f"{folder_of(precision)}/model.onnx", folder)
+    """A variant's ONNX file out of its run's record. Raises RecordError where it is another than was recorded."""
+    return artifact_of(run, f"{folder_of(precision)}/model.onnx", folder, tracking)
 
 
 def load_variant(run: RunRecord, recipe: Recipe, variant: Variant, like: Split, tracking: Tracking) -> nn.Module:
@@ -123,6 +137,17 @@ def splits_of(run: RunRecord, recipe: Recipe, settings: Settings) -> Splits:
                 f"accuracies would not compare. Put its {recipe.data.dataset} back, or name its folder (--data-dir)."
             )
     return splits
+
+
+def _metrics(student: nn.Module, recipe: Recipe, content: bytes, like: Split) -> dict[str, float]:
+    """Sizes and validation accuracy of a student's ONNX file."""
+    size = measure(compact(student, like), as_stored(like))
+    return {
+        "parameters": size.parameters,
+        "multiply_adds": size.multiply_adds,
+        "model_bytes": stored_bytes(content),
+        **({} if recipe.data.train_on_validation else _measured(evaluate(Deployed(content, like), like))),
+    }
 
 
 def _measured(result: Evaluation) -> dict[str, float]:

@@ -16,6 +16,7 @@ from kdexp.confirm import Confirmation, Verdict, confirm
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_splits
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.intervals import wilson_interval
 from kdexp.promote import candidates, looks, promote, recipe_of, sweep_of
 from kdexp.reproduce import reproduce
 from kdexp.selection import NothingPasses, select
@@ -51,7 +52,10 @@ def place(tmp_path_factory, empty_store) -> Settings:
     assert 0 < len(lucky) < len(every)
     for candidate in lucky:
         assert candidate.val_accuracy < BAR
-    tracking.log_metrics(lucky[0].run_id, {"val_accuracy": 0.99})
+    samples = lucky[0].val_samples
+    low, high = wilson_interval(samples - 3, samples)
+    luck = {"val_accuracy": (samples - 3) / samples, "val_accuracy_low": low, "val_accuracy_high": high}
+    tracking.log_metrics(lucky[0].run_id, luck)
     return settings
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -82,11 +84,96 @@ def test_a_cache_of_another_teacher_under_the_same_name_is_noticed(tmp_path, dig
     content = load_file(cache)
     with module_under_test.safe_open(cache, framework="pt") as file:
         facts = file.metadata()
+    del facts["sha256"]  # it would be noticed by that, where a version wrote it that had one
     content["logits"] = content["logits"].flip(1).contiguous()
     cache.unlink()
     save_file(content, cache, metadata=facts)
     with pytest.raises(TeacherError, match="disagrees with the live teacher"):
         prepared(tmp_path, digits)
+
+
+def changed(file: Path, change, **facts: str) -> None:
+    """A safetensors file with other tensors, or other metadata."""
+    with module_under_test.safe_open(file, framework="pt") as opened:
+        known = opened.metadata()
+    content = change(load_file(file))
+    file.unlink()
+    save_file(content, file, metadata={name: value for name, value in {**known, **facts}.items() if value})
+
+
+def one_logit(content):
+    content["logits"][1, 7, 3] += 0.25
+    return content
+
+
+def test_one_changed_logit_is_noticed_and_a_new_cache_made_once_it_is_deleted(tmp_path, digits) -> None:
+    first, _ = prepared(tmp_path, digits)
+    changed(first.cache, one_logit)
+    with pytest.raises(TeacherError) as error:
+        prepared(tmp_path, digits)
+    assert re.search(r"not the logits that were written \(SHA-256 \w{16}…, recorded \w{16}…\); delete it", str(error.value))
+    first.cache.unlink()
+    assert prepared(tmp_path, digits)[0].logits_sha256 == first.logits_sha256
+
+
+def test_a_worker_does_not_train_on_a_cache_that_was_changed_meanwhile(tmp_path, digits) -> None:
+    teacher, _ = prepared(tmp_path, digits)
+    sent = pickle.dumps(teacher)
+    assert torch.equal(pickle.loads(sent).soft.logits, teacher.soft.logits)
+    changed(teacher.cache, one_logit)
+    with pytest.raises(TeacherError, match=f"{teacher.cache.name}: not the logits that were written"):
+        pickle.loads(sent)
+
+
+@pytest.mark.parametrize("fact", ["parameters", "val_correct", "val_samples", "sha256"])
+def test_what_a_cache_says_of_its_teacher_is_covered_too(tmp_path, digits, fact) -> None:
+    teacher, _ = prepared(tmp_path, digits)
+    changed(teacher.cache, lambda content: content, **{fact: "1"})
+    with pytest.raises(TeacherError, match="not the logits that were written"):
+        prepared(tmp_path, digits)
+    changed(teacher.cache, lambda content: content, **{fact: ""})
+    if fact != "sha256":
+        with pytest.raises(TeacherError, match=f"damaged logits cache .it does not say {fact}"):
+            prepared(tmp_path, digits)
+
+
+def test_a_former_versions_cache_is_compared_with_the_teacher_and_then_has_a_checksum(tmp_path, digits) -> None:
+    teacher, _ = prepared(tmp_path, digits)
+    changed(teacher.cache, lambda content: content, sha256="")
+    again, events = prepared(tmp_path, digits)
+    assert not events
+    assert again.logits_sha256 == teacher.logits_sha256
+    changed(teacher.cache, one_logit)
+    with pytest.raises(TeacherError, match="not the logits that were written"):
+        prepared(tmp_path, digits)
+
+
+def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_version_is_read(tmp_path, digits) -> None:
+    teacher, _ = prepared(tmp_path, digits)
+    name = next(iter(load_file(teacher.weights)))
+
+    def nudged(content):
+        content[name] += 1e-3
+        return content
+
+    changed(teacher.weights, lambda content: content, sha256="")
+    assert prepared(tmp_path, digits)[0].sha256 == teacher.sha256
+    changed(teacher.weights, lambda content: content, sha256=teacher.sha256)
+    changed(teacher.weights, nudged)
+    with pytest.raises(
+        TeacherError, match=r"not the weights that were written .* delete .*, the teacher is then trained again"
+    ):
+        prepared(tmp_path, digits)
+
+
+def test_a_given_teachers_kept_weights_are_written_anew_where_they_were_changed(tmp_path, digits) -> None:
+    trained, _ = prepared(tmp_path / "a", digits)
+    given = TEACHER.model_copy(update={"weights": str(trained.weights)})
+    kept, _ = prepared(tmp_path / "b", digits, given)
+    for damage in (b"", kept.weights.read_bytes()[:-1] + b"x"):
+        kept.weights.write_bytes(damage)
+        prepared(tmp_path / "b", digits, given)
+        assert weights_hash(load_file(kept.weights)) == trained.sha256
 
 
 def test_a_cut_cache_is_noticed(tmp_path, digits) -> None:

@@ -81,9 +81,11 @@ def least_bytes(student: nn.Module, like: Split, precision: Precision) -> int:
 
 
 def stored_bytes(model: Any) -> int:
-    """Bytes of all numbers in an ONNX model: weights, biases, scales, constants."""
+    """Bytes of all numbers in an ONNX model, or in a file's content: weights, biases, scales, constants."""
+    import onnx
     from onnx import numpy_helper
 
+    model = onnx.load_from_string(model) if isinstance(model, bytes) else model
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
 
 

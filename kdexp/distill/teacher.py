@@ -4,7 +4,7 @@ The cache holds raw logits in half precision for every (view, training sample), 
 temperature and every loss on logits. Where a training has fewer epochs than there are views, it holds just what
 that training will draw: one row for each epoch of its seed (50 views and 5 epochs: a tenth of the teacher's
 work). It is keyed by the SHA-256 of weights, data, normalisation, views and draws, written atomically,
-memory-mapped, and compared with the live teacher each time it is opened.
+memory-mapped, and compared each time it is opened: with its own SHA-256, and with the live teacher on some samples.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ __all__ = [
 
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
 WEIGHTS, HISTORY = "weights.safetensors", "history.json"
+FACTS = ("parameters", "val_correct", "val_samples")
+"""What a cache says of its teacher."""
+SUM = "sha256"
+"""In a file's metadata: what its content is known by."""
 
 
 class Ensemble(nn.Module):
@@ -104,6 +108,8 @@ class CachedTeacher:
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, per = state.pop("device"), state.pop("per")
         logits, _ = _open(state["cache"])
+        if (found := weights_hash({"logits": logits})) != state["logits_sha256"]:
+            raise _damaged(state["cache"], found, state["logits_sha256"])
         vars(self).update(state, soft=SoftLabels(logits.to(device), per))
 
     @property
@@ -134,7 +140,7 @@ def prepare_teacher(
     given = weights or (expanded(teacher.weights) if teacher.weights else None)
     if given is None:
         home = yield from _trained(teacher, data, splits, folder)
-        module.load_state_dict(read_weights(home / WEIGHTS, module))
+        module.load_state_dict(_own_weights(home, module))
     else:
         found = find_weights(given, module)
         module.load_state_dict(found.state)
@@ -149,11 +155,15 @@ def prepare_teacher(
         if not cache.exists():
             yield from _fill(module, splits, rows, cache)
         logits, facts = _open(cache)
-    _spot_check(module, splits.train, rows, logits, cache)
+        logits_sha256 = weights_hash({"logits": logits})
+        _check_sum(cache, logits_sha256, facts)
+        _spot_check(module, splits.train, rows, logits, cache)
+        if SUM not in facts:  # a former version's: from now on it is known by what it holds
+            _store(cache, logits, facts)
     history = tuple(json.loads((home / HISTORY).read_text("utf-8"))) if (home / HISTORY).exists() else ()
     return CachedTeacher(
         sha256=sha256,
-        logits_sha256=weights_hash({"logits": logits}),
+        logits_sha256=logits_sha256,
         soft=SoftLabels(logits.to(splits.train.labels.device), rows.per),
         parameters=int(facts["parameters"]),
         val_correct=int(facts["val_correct"]),
@@ -191,7 +201,7 @@ def _trained(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Gene
 def _unite(homes: Sequence[Path], ensemble: Ensemble, home: Path) -> None:
     """The weights of all members in one file; their mean history."""
     for member, own in zip(ensemble.members, homes, strict=True):
-        member.load_state_dict(read_weights(own / WEIGHTS, member))
+        member.load_state_dict(_own_weights(own, member))
     epochs = zip(*(json.loads((own / HISTORY).read_text("utf-8")) for own in homes), strict=True)
     _write(home, ensemble.state_dict(), [{name: fmean(row[name] for row in rows) for name in rows[0]} for rows in epochs])
 
@@ -201,9 +211,17 @@ def _stored(module: nn.Module, folder: Path) -> Path:
     home = folder / f"given-{weights_hash(module.state_dict())[:16]}"
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):
-        if not (home / WEIGHTS).exists():
+        if not _holds(home, module):
             _write(home, module.state_dict())
     return home
+
+
+def _holds(home: Path, module: nn.Module) -> bool:
+    """Whether a home has the module's weights."""
+    try:
+        return weights_hash(read_weights(home / WEIGHTS, module)) == weights_hash(module.state_dict())
+    except TeacherError:  # none, or a damaged file
+        return False
 
 
 def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generator[EpochReport, None, None]:
@@ -249,8 +267,21 @@ def _write(home: Path, state: Mapping[str, Tensor], history: Sequence[Mapping[st
     """The history, where there is one, and then the weights: where they are, all is."""
     if history is not None:
         write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history), "utf-8"))
-    content = save({name: value.contiguous() for name, value in state.items()})
+    content = save({name: value.contiguous() for name, value in state.items()}, metadata={SUM: weights_hash(state)})
     write_atomically(home / WEIGHTS, lambda path: path.write_bytes(content))
+
+
+def _own_weights(home: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The weights that kdexp keeps in a home, which know their SHA-256 (a former version's did not). Raises TeacherError."""
+    state = read_weights(home / WEIGHTS, module)
+    with safe_open(home / WEIGHTS, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(SUM)
+    if recorded and (found := weights_hash(state)) != recorded:
+        raise TeacherError(
+            f"{home / WEIGHTS}: not the weights that were written (SHA-256 {found[:16]}…, recorded {recorded[:16]}…); "
+            f"delete {home}, the teacher is then trained again"
+        )
+    return state
 
 
 @dataclass(frozen=True)
@@ -297,19 +328,41 @@ def _fill(module: nn.Module, splits: Splits, rows: _Rows, cache: Path) -> Genera
         filled.append(half)
         yield CacheProgress(row + 1, rows.count, rows.per)
     own = evaluate(module, splits.validation)
-    facts = {
-        "parameters": str(measure(module, splits.train).parameters),
-        "val_correct": str(own.correct),
-        "val_samples": str(own.samples),
-    }
-    content = save({"logits": torch.stack(filled)}, metadata=facts)  # written by us: a full disk is then an OSError
+    facts = dict(zip(FACTS, map(str, (measure(module, splits.train).parameters, own.correct, own.samples)), strict=True))
+    _store(cache, torch.stack(filled), facts)
+
+
+def _store(cache: Path, logits: Tensor, facts: Mapping[str, str]) -> None:
+    known = {**facts, SUM: _sum(weights_hash({"logits": logits}), facts)}
+    content = save({"logits": logits}, metadata=known)  # written by us: a full disk is then an OSError
     write_atomically(cache, lambda path: path.write_bytes(content))
+
+
+def _sum(logits_sha256: str, facts: Mapping[str, str]) -> str:
+    """What a cache is known by: its logits, and what is said of their teacher."""
+    return _digest(logits_sha256, *(f"{name} {facts[name]}" for name in sorted(facts) if name != SUM))
+
+
+def _check_sum(cache: Path, logits_sha256: str, facts: Mapping[str, str]) -> None:
+    recorded = facts.get(SUM)
+    if recorded and (found := _sum(logits_sha256, facts)) != recorded:
+        raise _damaged(cache, found, recorded)
+
+
+def _damaged(cache: Path, found: str, recorded: str) -> TeacherError:
+    return TeacherError(
+        f"{cache}: not the logits that were written (SHA-256 {found[:16]}…, recorded {recorded[:16]}…); delete it, it will "
+        f"be made again"
+    )
 
 
 def _open(cache: Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with safe_open(cache, framework="pt") as file:
-            return file.get_tensor("logits"), file.metadata()
+            logits, facts = file.get_tensor("logits"), file.metadata() or {}
+            if missing := [name for name in FACTS if not facts.get(name, "").isdigit()]:
+                raise SafetensorError(f"it does not say {missing[0]}")
+            return logits, facts
     except (SafetensorError, OSError) as error:
         raise TeacherError(f"{cache}: damaged logits cache ({error}); delete it, it will be made again") from None
 
