@@ -7,6 +7,7 @@ import gc
 import shlex
 import signal
 import sys
+import traceback
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from kdexp import KdexpError, __version__
-from kdexp.settings import Settings, in_one_line, without_credentials
+from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,7 +218,7 @@ def select(
     from kdexp.environment import configure
     from kdexp.tracking import Tracking
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     _select(study, rule, settings, tracking, configure(settings.device, None), _console())
 
@@ -248,7 +249,7 @@ def confirm(
     from kdexp.screen import Screen, show_confirmation
     from kdexp.tracking import Tracking, TrackingAway
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
     try:
@@ -283,7 +284,7 @@ def reproduce(
     from kdexp.screen import Screen, differences_table
     from kdexp.tracking import Tracking
 
-    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    tracking, chosen = Tracking(settings, make=False), configure(settings.device, settings.threads)
     with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
         comparison = yield_all(events, screen)
     if comparison.identical:
@@ -327,7 +328,7 @@ def export(
     from kdexp.tracking import Tracking
 
     configure(settings.device, None)
-    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings)))
+    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings, make=False)))
 
 
 @app.command()
@@ -341,7 +342,24 @@ def ui(
     from kdexp.tracking import Tracking
     from kdexp.ui import serve
 
-    serve(Tracking(settings), port, _console())
+    serve(Tracking(settings, make=False), port, _console())
+
+
+@app.command()
+def doctor(
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Take databases of older versions along, each copied first.")
+    ] = False,
+    stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Say which versions are here, and whether the stores fit them; change nothing unless asked to."""
+    settings = _settings(stores, storage, tracking_uri, None, "cpu", None)
+    from kdexp.doctor import examine
+
+    if not examine(settings, upgrade, lambda line: print(without_credentials(line))):
+        sys.exit(1)
 
 
 def main() -> None:
@@ -363,7 +381,8 @@ def main() -> None:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
             _fail(f"{error.format_message()} See kdexp --help.", getattr(error, "exit_code", 2))
         if debug:
-            raise
+            print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
         _fail(in_one_line(error), 130 if str(error).startswith("Stopped") else 1)
 
 
@@ -434,7 +453,8 @@ def _settings(
     workers: int | None = 1,
     pack: int | None = 1,
 ) -> Settings:
-    return Settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
+    deaf()
+    return checked(Settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack))
 
 
 def _console() -> Console:

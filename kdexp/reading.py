@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -14,13 +15,23 @@ from pydantic import BaseModel, ValidationError
 
 from kdexp import KdexpError
 
-__all__ = ["ConfigError", "assign", "explain", "nearest", "parse", "show", "validate"]
+__all__ = ["ConfigError", "assign", "explain", "nearest", "parse", "show", "spellings", "study_name", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(KdexpError):
     """A sweep file or a --set that cannot be run."""
+
+
+def study_name(text: str) -> str:
+    """A study's name as it is kept: one code point for é (as typed, not as a Mac's file names have it), no blanks around."""
+    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")
+
+
+def spellings(name: str) -> list[str]:
+    """How a name may stand in a store: as it is kept now, and as earlier versions took it from a Mac's file name."""
+    return list(dict.fromkeys([study_name(name), unicodedata.normalize("NFD", study_name(name)), name]))
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from types import TracebackType
@@ -279,7 +280,8 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
         f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
-        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
+        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds",
+        markup=False,
     )
 
 
@@ -297,7 +299,7 @@ def show_confirmation(console: Console, done: Confirmation, tracking: str) -> No
         style="bold",
     )
     _note_looks(console, done.looks)
-    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}")
+    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}", markup=False)
 
 
 def _tta_line(accuracy: float | None) -> str:
@@ -306,7 +308,8 @@ def _tta_line(accuracy: float | None) -> str:
 
 def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
-        return f'          mlflow.set_tracking_uri("{tracking}"); {load_call(model, variant)}   in Python'
+        place = json.dumps(tracking, ensure_ascii=False)  # also a literal of Python's
+        return f"          mlflow.set_tracking_uri({place}); {load_call(model, variant)}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 
