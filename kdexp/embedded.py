@@ -126,7 +126,7 @@ def _changes(database: sqlite3.Connection, stores: Path) -> list[tuple[str, tupl
             changes.append(("update runs set artifact_uri = ? where run_uuid = ?", (place.as_uri(), run_id)))
     for column in ("source", "storage_location"):
         for name, version, address, run_id, number, recorded in database.execute(
-            f"select name, version, {column}, run_id, experiment_id, artifact_uri from model_versions "  # noqa: S608 - two names
+            f"select model_versions.name, version, {column}, run_id, experiment_id, artifact_uri from model_versions "  # noqa: S608 - two names
             f"join runs on run_uuid = run_id where {column} is not null and substr({column}, 1, ?) != ?",
             (len(inside), inside),
         ):

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +35,7 @@ from kdexp.sweep import (
     TrialSkipped,
     TrialStarted,
 )
+from kdexp.urls import sqlite_file
 
 __all__ = [
     "Screen",
@@ -309,7 +311,10 @@ def _tta_line(accuracy: float | None) -> str:
 def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
         place = json.dumps(tracking, ensure_ascii=False)  # also a literal of Python's
-        return f"          mlflow.set_tracking_uri({place}); {load_call(model, variant)}   in Python"
+        file, call = sqlite_file(tracking), load_call(model, variant)
+        if file and unquote(str(file)) != str(file):  # MLflow would decode the path once more, where it does not copy
+            call = f'{call.removesuffix(")")}, dst_path=__import__("tempfile").mkdtemp())'
+        return f"          mlflow.set_tracking_uri({place}); {call}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 
