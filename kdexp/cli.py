@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from kdexp import KdexpError, __version__
-from kdexp.settings import Settings, in_one_line, without_credentials
+from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import expanded, expanded_url, homeless, open_streams, speak_utf8, working_folder
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def select(
     from kdexp.environment import configure
     from kdexp.tracking import Tracking
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     _select(study, rule, settings, tracking, configure(settings.device, None), _console())
 
@@ -255,7 +256,7 @@ def confirm(
     from kdexp.screen import Screen, show_confirmation
     from kdexp.tracking import Tracking, TrackingAway
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
     try:
@@ -290,7 +291,7 @@ def reproduce(
     from kdexp.screen import Screen, show_comparison
     from kdexp.tracking import Tracking
 
-    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    tracking, chosen = Tracking(settings, make=False), configure(settings.device, settings.threads)
     with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
         comparison = yield_all(events, screen)
     show_comparison(console, comparison, tolerance)
@@ -317,7 +318,8 @@ def export(
     from kdexp.tracking import Tracking
 
     configure(settings.device, None)
-    show_export(_console(), written(run_id, precision, expanded(output) if output else None, settings, Tracking(settings)))
+    output = expanded(output) if output else None
+    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings, make=False)))
 
 
 @app.command()
@@ -331,7 +333,24 @@ def ui(
     from kdexp.tracking import Tracking
     from kdexp.ui import serve
 
-    serve(Tracking(settings), port, _console())
+    serve(Tracking(settings, make=False), port, _console())
+
+
+@app.command()
+def doctor(
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Take databases of older versions along, each copied first.")
+    ] = False,
+    stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Say which versions are here, and whether the stores fit them; change nothing unless asked to."""
+    settings = _settings(stores, storage, tracking_uri, None, "cpu", None)
+    from kdexp.doctor import examine
+
+    if not examine(settings, upgrade, lambda line: print(without_credentials(line))):
+        sys.exit(1)
 
 
 def main() -> None:
@@ -361,7 +380,8 @@ def main() -> None:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
             _fail(f"{error.format_message()} See kdexp --help.", getattr(error, "exit_code", 2))
         if debug:
-            raise
+            print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
         _fail(in_one_line(error), STOPPED if isinstance(error, Stopped) else 1)
 
 
@@ -435,9 +455,10 @@ def _settings(
     workers: int | None = 1,
     pack: int | None = 1,
 ) -> Settings:
+    deaf()
     storage, tracking_uri = (expanded_url(url) if url else None for url in (storage, tracking_uri))
     data_dir = expanded(data_dir) if data_dir else None
-    return Settings(expanded(stores), storage, tracking_uri, data_dir, device, threads, workers, pack)
+    return checked(Settings(expanded(stores), storage, tracking_uri, data_dir, device, threads, workers, pack))
 
 
 def _console() -> Console:

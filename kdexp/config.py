@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -20,10 +21,11 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    field_validator,
     model_validator,
 )
 
-from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, validate
+from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, study_name, validate
 
 __all__ = [
     "CONTROLS",
@@ -56,6 +58,8 @@ __all__ = [
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
+NAME_LENGTH = 100
+NOT_IN_NAMES = "/\\:?'\"`"  # what MLflow's names of models, its addresses and its searches cannot hold
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
@@ -343,14 +347,24 @@ class Selection(Frozen):
 class Sweep(Recipe):
     """A whole sweep file."""
 
-    name: str = Field(
-        pattern=r"^\w[\w .+-]*$",
-        max_length=100,
-        description="letters, digits, spaces and _ . + -, a letter or digit first (without `name:` it is the file's)",
-    )
+    name: str
     search: dict[str, Dimension] = {}
     study: Study = Study()
     selection: Selection = Selection()
+
+    @field_validator("name")
+    @classmethod
+    def _kept_as(cls, name: str) -> str:
+        kept = study_name(name)
+        bad = "".join(dict.fromkeys(c for c in kept if c in NOT_IN_NAMES or not c.isprintable()))
+        if bad or not re.match(r"[^.\-]", kept) or not re.search(r"\w", kept) or len(kept) > NAME_LENGTH:
+            instead = re.sub(r"[^\w.+]+", "-", kept)[:NAME_LENGTH].strip("-.") or "study"
+            why = f", and {show(name)} holds {show(bad)}" if bad else f", got {show(name)}"
+            raise ValueError(
+                f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither . nor -, and holds none of "
+                f"{' '.join(NOT_IN_NAMES)}{why}; give it another (name: … in the file, or --set name={instead})"
+            )
+        return kept
 
     @property
     def recipe(self) -> Recipe:

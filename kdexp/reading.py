@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from kdexp import KdexpError
 
-__all__ = ["ConfigError", "assign", "decoded", "explain", "nearest", "parse", "show", "validate"]
+__all__ = ["ConfigError", "assign", "decoded", "explain", "nearest", "parse", "show", "spellings", "study_name", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -31,6 +31,16 @@ class ConfigError(KdexpError):
 
 class _Refused(yaml.MarkedYAMLError):
     """Valid YAML that people do not mean as YAML reads it, and how to write what they mean."""
+
+
+def study_name(text: str) -> str:
+    """A study's name as it is kept: one code point for é (as typed, not as a Mac's file names have it), no blanks around."""
+    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")
+
+
+def spellings(name: str) -> list[str]:
+    """How a name may stand in a store: as it is kept now, and as earlier versions took it from a Mac's file name."""
+    return list(dict.fromkeys([study_name(name), unicodedata.normalize("NFD", study_name(name)), name]))
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +36,7 @@ from kdexp.sweep import (
     TrialSkipped,
     TrialStarted,
 )
+from kdexp.urls import sqlite_file
 
 __all__ = [
     "Screen",
@@ -293,7 +296,8 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
         f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
-        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
+        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds",
+        markup=False,
     )
 
 
@@ -311,7 +315,7 @@ def show_confirmation(console: Console, done: Confirmation, tracking: str) -> No
         style="bold",
     )
     _note_looks(console, done.looks)
-    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}")
+    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}", markup=False)
 
 
 def _tta_line(accuracy: float | None) -> str:
@@ -320,7 +324,11 @@ def _tta_line(accuracy: float | None) -> str:
 
 def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
-        return f'          mlflow.set_tracking_uri("{tracking}"); {load_call(model, variant)}   in Python'
+        place = json.dumps(tracking, ensure_ascii=False)  # also a literal of Python's
+        file, call = sqlite_file(tracking), load_call(model, variant)
+        if file and unquote(str(file)) != str(file):  # MLflow would decode the path once more, where it does not copy
+            call = f'{call.removesuffix(")")}, dst_path=__import__("tempfile").mkdtemp())'
+        return f"          mlflow.set_tracking_uri({place}); {call}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 

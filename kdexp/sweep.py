@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kdexp import KdexpError
 from kdexp.config import Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.execution import best_pack
@@ -16,9 +17,9 @@ from kdexp.records import log_text
 from kdexp.remembered import misremembered
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 from kdexp.study import check_study, open_study
-from kdexp.tracking import Tracking
+from kdexp.tracking import Tracking, TrackingGone
 from kdexp.trials import (
     EpochDone,
     TrialEvent,
@@ -79,8 +80,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     Returns how many trials other commands are still training: with 0 the study is finished. Close the
     generator to stop cleanly.
     """
-    experiment_id = tracking.experiment(sweep.name)
-    check_study(sweep, settings)
+    experiment_id, gone = _home(sweep, settings, tracking)
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
@@ -88,7 +88,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared, students=students)
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
-    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
+    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id), gone)
     worker, finished = Worker(settings.stores), False
     try:
         study.bind(_facts(prepared))
@@ -115,6 +115,35 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     return others
 
 
+def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, str]:
+    """The experiment that a study's runs belong to, whatever it is called by now; and the study's run, where that is gone.
+
+    Raises KdexpError where one of the two stores has lost what the other still builds upon.
+    """
+    name = sweep.name
+    recorded = tracking.studies(name)  # before Optuna is asked: a study that another command makes meanwhile is in both
+    begun = check_study(sweep, settings)
+    if begun is None:
+        for run in recorded:
+            trials = [t for t in tracking.find("trial", {"mlflow.parentRunId": run.run_id}) if t.status == "FINISHED"]
+            if trials:
+                raise KdexpError(
+                    f"Study '{name}' has {len(trials)} trials in {tracking.shown} (run {run.run_id}), but Optuna's storage "
+                    f"{without_credentials(settings.storage_url)} does not know it, so its search cannot go on: put that "
+                    f"database back (or name it with --storage), or begin anew under another name (--set name={name}-2)."
+                )
+        return tracking.experiment(name), ""
+    try:
+        return tracking.read(begun.parent_run).experiment_id, ""
+    except TrackingGone as error:
+        if not begun.done:
+            return tracking.experiment(name), begun.parent_run  # nothing is lost: its trials begin again
+        raise KdexpError(
+            f"Study '{name}' has {begun.done} trials in Optuna's storage, and their MLflow run is gone, with what was trained. "
+            f"{error} Restore it, or name the store that holds it; or begin anew under another name (--set name={name}-2)."
+        ) from None
+
+
 def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of their own."""
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
@@ -132,8 +161,8 @@ def _facts(prepared: Prepared) -> dict[str, str]:
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
-    for run in tracking.find("study", {"kdexp.study": sweep.name}):
-        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}):
+    for run in tracking.studies(sweep.name):
+        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id):
             return run.run_id  # made by a process that died before it could tell Optuna
     return tracking.start(
         experiment_id,

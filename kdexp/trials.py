@@ -245,7 +245,7 @@ class _Here:
 
     def _ask(self) -> _Begun | None:
         """The next trial that is worth its training."""
-        while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
+        while trial := self.study.next_trial(self.worker, self._ended):
             try:
                 if begun := self._worth_training(trial):
                     return begun
@@ -253,6 +253,9 @@ class _Here:
                 self.study.hand_back(trial, "released")
                 raise
         return None
+
+    def _ended(self, number: int) -> Ended | None:
+        return _ended(number, self.study, self.tracking, self.experiment_id)
 
     def _worth_training(self, trial: Trial) -> _Begun | None:
         checkpoint = self._checkpoint(trial)
@@ -267,7 +270,9 @@ class _Here:
 
     def _checkpoint(self, trial: Trial) -> Checkpoint | None:
         found = self.checkpoints.load(_name(trial)) if trial.retried else None
-        return found if found and goes_on_here(found, trial.recipe, self.prepared) else None
+        if found and goes_on_here(found, trial.recipe, self.prepared) and self.tracking.there(found.run_id):
+            return found
+        return None
 
     def _given_up(self, trial: Trial, checkpoint: Checkpoint | None) -> str:
         if not trial.broken:
@@ -275,7 +280,7 @@ class _Here:
         tries, retries = trial.tries(checkpoint.snapshot.epoch if checkpoint else 0), self.study.sweep.study.retries
         if tries <= retries:
             return ""
-        runs = self.tracking.find("trial", _tags(trial.number, self.study))
+        runs = self.tracking.find("trial", _tags(trial.number, self.study), self.experiment_id)
         last = next((run.tags["kdexp.error"] for run in reversed(runs) if run.tags.get("kdexp.error")), "its worker was killed")
         why = f"broke {tries} times without getting on (study.retries: {retries}): {last}"
         for run in runs:
@@ -339,7 +344,7 @@ class _Seat:
         if kind is None or self.left:
             return
         with self.here.tracking.at_once(), suppress(KdexpError):
-            _ended(self.trial.number, self.here.study, self.here.tracking)
+            _ended(self.trial.number, self.here.study, self.here.tracking, self.here.experiment_id)
         own = issubclass(kind, Exception) and not issubclass(kind, KdexpError | OSError)
         self.here.study.hand_back(self.trial, "failed" if own else "released")
 
@@ -487,9 +492,9 @@ def _tags(number: int, study: OpenStudy) -> dict[str, str]:
     return {"mlflow.parentRunId": study.parent_run, "kdexp.trial": str(number)}
 
 
-def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
+def _ended(number: int, study: OpenStudy, tracking: Tracking, experiment_id: str) -> Ended | None:
     """How a trial ended whose worker is gone; where it did not, whatever runs it left open are closed."""
-    for run in tracking.find("trial", _tags(number, study)):
+    for run in tracking.find("trial", _tags(number, study), experiment_id):
         if run.status == "FINISHED":
             size = Size(*(int(run.metrics[name]) for name in ("parameters", "multiply_adds", "model_bytes")))
             accuracy, samples = run.metrics["val_accuracy"], int(run.metrics.get("val_samples", 0))

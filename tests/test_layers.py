@@ -14,6 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "kdexp"
 LAYERS = {
     "kdexp": 0,
     "kdexp.files": 0,
+    "kdexp.urls": 0,
+    "kdexp.embedded": 0,
+    "kdexp.schema": 1,
     "kdexp.intervals": 0,
     "kdexp.reading": 0,
     "kdexp.surroundings": 0,
@@ -63,6 +66,7 @@ LAYERS = {
     "kdexp.fresh": 11,
     "kdexp.confirm": 12,
     "kdexp.ui": 9,
+    "kdexp.doctor": 10,
     "kdexp.screen": 13,
     "kdexp.cli": 14,
     "kdexp.__main__": 15,
