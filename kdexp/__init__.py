@@ -19,6 +19,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
     distill.{data, models, evaluate} what it is made of
+    distill.{images, folders, inspection} one image file as pixels · a folder's images · each opened once, and what was read
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
 
 Importing `kdexp` imports nothing heavy.
