@@ -39,7 +39,7 @@ from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers import Worker
 
-__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_study", "open_study"]
+__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Trial", "check_facts", "check_study", "open_study"]
 
 STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
@@ -310,13 +310,8 @@ class OpenStudy:
     def bind(self, facts: Mapping[str, str]) -> None:
         """All trials of a study share data and teacher: remember their hashes, or compare. Raises StudyError."""
         known = self._study.user_attrs
+        check_facts(self.sweep, known, facts)
         for name, value in facts.items():
-            if known.get(name, value) != value:
-                raise StudyError(
-                    f"Study '{self.sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
-                    f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
-                    f"(--set name={self.sweep.name}-2)."
-                )
             if name not in known:
                 self._study.set_user_attr(name, value)
 
@@ -400,8 +395,11 @@ class OpenStudy:
         return next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
 
 
-def check_study(sweep: Sweep, settings: Settings) -> None:
-    """Before any work: that there is something to search, and that a study of this name is this one. Raises StudyError."""
+def check_study(sweep: Sweep, settings: Settings) -> Mapping[str, Any]:
+    """Before any work: that there is something to search, and that a study of this name is this one. Raises StudyError.
+
+    Returns what such a study has on record: its run, and the facts that its trials share.
+    """
     if not sweep.search:
         raise StudyError(
             f"search of '{sweep.name}' is empty: there is nothing to search over. Add a range or choices, for example "
@@ -420,6 +418,19 @@ def check_study(sweep: Sweep, settings: Settings) -> None:
         study = optuna.load_study(storage=storage, study_name=sweep.name)
         if "sweep" in study.user_attrs:
             _check_same(study, sweep)
+        return study.user_attrs
+    return {}
+
+
+def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """That data or teacher are those which a study has on record, if it has. Raises StudyError."""
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise StudyError(
+                f"Study '{sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
+                f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
+                f"(--set name={sweep.name}-2)."
+            )
 
 
 def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str]) -> OpenStudy:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kdexp.config import Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
+from kdexp.distill.data import Splits
 from kdexp.distill.execution import best_pack
+from kdexp.distill.inspection import changed
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
 from kdexp.settings import Settings
-from kdexp.study import check_study, open_study
-from kdexp.tracking import Tracking
+from kdexp.study import StudyError, check_facts, check_study, open_study
+from kdexp.tracking import Tracking, TrackingError
 from kdexp.trials import (
     EpochDone,
     TrialEvent,
@@ -41,6 +45,9 @@ __all__ = [
     "TrialStarted",
     "run_sweep",
 ]
+
+
+IMAGES = "images.json"  # on a study's run: the digest of each image's pixels, by its file's name
 
 
 @dataclass(frozen=True)
@@ -70,18 +77,29 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     generator to stop cleanly.
     """
     experiment_id = tracking.experiment(sweep.name)
-    check_study(sweep, settings)
+    known = check_study(sweep, settings)
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
     students = [sweep.recipe.replace(choice).student for choice in sweep.student_choices]
-    prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared, students=students)
+    prepared = yield from prepare(
+        sweep.recipe,
+        settings,
+        tracking,
+        experiment_id,
+        device,
+        training=shared,
+        students=students,
+        check=lambda splits: _check_images(sweep, known, splits, tracking),
+    )
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
     study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
     worker, finished = Worker(settings.stores), False
     try:
         study.bind(_facts(prepared))
+        if prepared.splits.inspection:
+            tracking.log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0))
         tracking.finish(study.parent_run, "RUNNING")
         tracking.log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2))
         yield TeacherReady(prepared, study.done)
@@ -111,12 +129,27 @@ def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> 
 
 
 def _facts(prepared: Prepared) -> dict[str, str]:
-    splits = prepared.splits
-    return {
-        "teacher": prepared.teacher.sha256,
-        "training data": splits.train.fingerprint,
-        "validation data": splits.validation.fingerprint,
-    }
+    return {**_images(prepared.splits), "teacher": prepared.teacher.sha256}
+
+
+def _images(splits: Splits) -> dict[str, str]:
+    return {"training data": splits.train.fingerprint, "validation data": splits.validation.fingerprint}
+
+
+def _check_images(sweep: Sweep, known: Mapping[str, Any], splits: Splits, tracking: Tracking) -> None:
+    """That the images are those the study began with, before a teacher is trained on others. Raises StudyError."""
+    here = _images(splits)
+    if splits.inspection is None or all(known.get(name, value) == value for name, value in here.items()):
+        return check_facts(sweep, known, here)
+    try:
+        then = json.loads(tracking.read_text(known["mlflow_run_id"], IMAGES))
+        differ = changed(then, splits.inspection.digests) or "the same files, in other classes or splits"
+    except (TrackingError, KeyError, ValueError):
+        differ = "which ones is not on record, and an earlier kdexp may have read the same files differently"
+    raise StudyError(
+        f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: {differ}. Its trials would not "
+        f"compare: put the former images back, or rename the sweep (--set name={sweep.name}-2)."
+    )
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:

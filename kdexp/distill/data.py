@@ -364,7 +364,7 @@ class _Cut:
 
 
 def _folder(data: Data, data_dir: Path | None) -> Folder:
-    return survey((data_dir or Path("data")) / str(data.path))
+    return survey((data_dir or Path("data")) / str(data.path), str(data.path))
 
 
 def _folder_splits(data: Data, data_dir: Path | None) -> Splits:
@@ -392,7 +392,7 @@ def _read(folder: Folder, part: dict[Role, list[Sample]], data: Data) -> Split:
 
 def _image_folder(root: Path, data: Data) -> Raw:
     """All training images of a folder as they stand, before anything is cut off them."""
-    folder = survey(root)
+    folder = survey(root, str(data.path))
     whole = _read(folder, {"training": list(folder.splits["training"])}, data)
     return whole.images.numpy(), whole.labels.numpy(), whole.classes
 
@@ -424,19 +424,21 @@ def _cut_folder(folder: Folder, data: Data) -> _Cut:
 
 
 def _check_enough(folder: Folder) -> None:
-    """Every class needs an image for each split that is cut off, and one to train on. Raises DataError."""
+    """Every class needs an image in each split, and in training one more for each that is cut off it. Raises DataError."""
     missing = [role for role in ("validation", "test") if role not in folder.splits]
     lacking = []
     for role, samples in folder.splits.items():
-        needed, counts = 1 + len(missing) * (role == "training"), Counter(sample.label for sample in samples)
+        cut = missing if role == "training" else []
+        counts, why = Counter(sample.label for sample in samples), f": one to train on, one each for {' and '.join(cut)}"
         for label, name in enumerate(folder.classes):
-            if counts[label] < needed:
+            if counts[label] <= len(cut):
                 has = f"{counts[label] or 'no'} image{'s' * (counts[label] != 1)}"
-                lacking.append(f"class '{name}' has {has} in {shown(folder.places[role])}, and needs {needed}")
+                lacking.append(
+                    f"class '{name}' has {has} in {shown(folder.places[role])} and needs {1 + len(cut)}{why * bool(cut)}"
+                )
     if lacking:
-        why = f" (one to train on and one each for {' and '.join(missing)}, which are cut off it)" if missing else ""
-        left = f"; left out: {listed(f'{n} {kind}' for kind, n in folder.left_out.items())}" if folder.left_out else ""
-        raise DataError(f"{'; '.join(lacking[:3])}{f'; and {len(lacking) - 3} more' * (len(lacking) > 3)}{why}{left}")
+        left = f" (left out: {listed(f'{n} {kind}' for kind, n in folder.left_out.items())})" if folder.left_out else ""
+        raise DataError(f"{'; '.join(lacking[:3])}{f'; and {len(lacking) - 3} more' * (len(lacking) > 3)}{left}")
 
 
 def _cut_off(folder: Folder, data: Data) -> list[str]:

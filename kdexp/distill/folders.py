@@ -61,24 +61,25 @@ class Folder:
         return shown(file.relative_to(self.root).as_posix())
 
 
-def survey(root: Path) -> Folder:
-    """What an image folder holds. Raises DataError."""
+def survey(root: Path, path: str) -> Folder:
+    """What the image folder `root`, given as `path` in the recipe, holds. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"data.path: no folder {shown(root)}; give --data-dir, or correct data.path")
     try:
-        return _survey(root)
+        return _survey(root, path)
     except OSError as error:
         raise DataError(f"{shown(error.filename or root)}: cannot be read: {error.strerror}") from None
 
 
-def _survey(root: Path) -> Folder:
+def _survey(root: Path, path: str) -> Folder:
     left_out: Counter[str] = Counter()
     places = _places(root, left_out)
     by_split = {role: _classes(place, left_out) for role, place in places.items()}
     classes = by_split["training"]
     _same_classes(root, places, by_split)
     if len(classes) < 2:
-        raise DataError(f"{shown(root)}: only one class ({_names(classes)}/); there is nothing to tell apart{_deeper(root)}")
+        further = _deeper(places["training"], path) if places["training"] == root else ""
+        raise DataError(f"{shown(root)}: only one class ({listed(classes)}); there is nothing to tell apart{further}")
     numbers = {name: number for number, name in enumerate(classes)}
     splits = {
         role: [
@@ -211,15 +212,17 @@ def _same_classes(root: Path, places: Mapping[Role, Path], found: dict[Role, dic
         raise DataError(f"{shown(root)}: {folders} must hold the same class folders; {few}: {listed(odd)}")
 
 
-def _deeper(root: Path) -> str:
+def _deeper(root: Path, path: str) -> str:
     """Where the class folders are instead, if they are further down."""
     place, level = root, _look(root)
     while len(level.folders) == 1 and not level.files:
         place = level.folders[0]
         level = _look(place)
-    return f"; if the classes are those in {shown(place.name)}/, pass data.path=…/{shown(place.relative_to(root))}" * (
-        place != root and len(level.folders) > 1
-    )
+    inner = [folder for folder in level.folders if any(is_image(file) for file in _look(folder).files) or _role(folder)]
+    if place == root or len(inner) < 2:
+        return ""
+    there = shown((Path(path) / place.relative_to(root)).as_posix())
+    return f". The classes seem to be {_names(inner)} in {shown(place.name)}/: give that folder, --set data.path={there}"
 
 
 # --- one class ---
