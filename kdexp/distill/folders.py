@@ -152,7 +152,7 @@ def _places(root: Path, left_out: Counter[str]) -> dict[Role, Path]:
     _look(root, left_out)
     if beside := len(others) + len(named) - len(splits):
         left_out["beside the splits"] = beside
-    return places
+    return dict(sorted(places.items(), key=lambda pair: list(NAMES).index(pair[0])))
 
 
 def _refuse_layout(root: Path, places: Mapping[Role, Path], others: Sequence[Path]) -> None:

@@ -16,11 +16,12 @@ Colour profiles and gamma are not applied. An 8-bit grey or RGB image thus gives
 from __future__ import annotations
 
 import logging
+import os
 import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,6 +114,24 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _libtiff_unheard() -> Iterator[None]:
+    """libtiff writes its complaints to the process's standard error itself; what matters of them Pillow raises."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def shown(name: str | Path) -> str:
     """A file's name as text in one line that UTF-8 can encode, whatever bytes it is made of."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -138,11 +157,12 @@ def _read(file: Path, size: int, channels: int) -> Picture:
     formats = list(dict.fromkeys([*([own] if own else []), *BY_CONTENT]))
     with quietly(), Image.open(file, formats=formats) as image:
         raw = _raw_mode(image)  # `load` forgets it
-        image.load()
+        with _libtiff_unheard() if image.format == "TIFF" else nullcontext():
+            image.load()
         if not all(image.size):
             raise Unreadable("has no pixels")
         plain, done, top = _eight_bits(image, raw)
-        if turn := TURNS.get(_orientation(image)):
+        if (turn := TURNS.get(_orientation(image))) is not None:  # one of them is 0
             plain, done = plain.transpose(turn), done | {"turned"}
         if _animated(image):
             done |= {"frames"}

@@ -54,7 +54,9 @@ class Inspection:
     def __str__(self) -> str:
         parts = ", ".join(f"{count:,} {role}" for role, count in self.counts.items())
         left = sum(self.left_out.values())
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.left_out.items(), key=lambda pair: -pair[1]))
+        kinds = ", ".join(
+            f"{count:,} {kind}" for kind, count in sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+        )
         said = f"{sum(self.counts.values()):,} images ({parts}), {self.classes} classes"
         return said + (f", {left:,} left out: {kinds}" if left else "")
 
