@@ -24,6 +24,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
     distill.{data, models, plain, evaluate}    what it is made of
+    distill.{images, folders, inspection} one image file as pixels · a folder's images · each opened once, and what was read
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
     surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
     urls                             addresses of servers and databases, and the secrets in them

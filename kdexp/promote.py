@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
-from kdexp.distill.data import Split, load_splits, load_test
+from kdexp.distill.data import Split, load_example, load_test
 from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels
@@ -240,7 +240,7 @@ def tell(study: RunRecord, part: Literal["confirmed", "selected"], text: str, tr
 
 def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> str:
     """The run's student as an MLflow model among its artifacts; or why torch.export cannot export it."""
-    like = load_splits(recipe.data, settings.data_dir).train.take(torch.arange(2))  # what the network's input is like
+    like = load_example(recipe.data, settings.data_dir)
     module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
     try:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from kdexp import KdexpError
 from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
-from kdexp.distill.data import Split, Splits, load_splits, views
+from kdexp.distill.data import Inspection, Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
 from kdexp.distill.guard import check_network, stored_correct
 from kdexp.distill.models import Size, measure, outline, summary, weights_hash
@@ -56,7 +56,7 @@ EPOCH_METRICS = (
 )  # fmt: skip
 DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
 ELSEWHERE = ("threads", "commit")  # a resumed training sets its own threads; the source's hash says more than the commit
-TeacherProgress = EpochReport | CacheProgress | WeightsRead
+TeacherProgress = Inspection | EpochReport | CacheProgress | WeightsRead
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,19 @@ def prepare(
     weights: Path | None = None,
     training: Training | None = None,
     students: Sequence[Student] = (),
+    check: Callable[[Splits], object] | None = None,
 ) -> Generator[TeacherProgress, None, Prepared]:
-    """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made.
+    """Data and teacher of a recipe, ready for its trials; yields what was read, and progress while the teacher is made.
 
     `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it. That the
-    recipe's student and these `students` can be built and trained is found out before the teacher is.
+    recipe's student and these `students` can be built and trained is found out before the teacher is, and so is whatever
+    `check` raises of the data.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
+    if splits.inspection:
+        yield splits.inspection
+    if check:
+        check(splits)
     for student in (recipe.student, *students):
         check_network(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation

@@ -16,6 +16,7 @@ from rich.table import Table
 from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
+from kdexp.distill.data import Inspection
 from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead
 from kdexp.distill.train import EpochReport
@@ -78,6 +79,8 @@ class Screen:
         """How far the trials under way are, 0 to 1."""
         self.skipped: list[TrialSkipped] = []
         """Not trained since the last line about it."""
+        self.read: Inspection | None = None
+        """What was last said of the images."""
         self.done = 0
         self.best: Result | None = None
         self.smallest: int | None = None
@@ -106,6 +109,8 @@ class Screen:
                 self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
             case EpochDone():
                 self._epoch(event.report, event.number)
+            case Inspection():
+                self._read(event)
             case EpochReport():
                 self._epoch(event, None)
             case CacheProgress():
@@ -153,6 +158,14 @@ class Screen:
             self.progress.update(self.study, completed=self.done + sum(self.shares.values()))
         elif not self.console.is_terminal:
             self.console.print(f"epoch {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
+
+    def _read(self, event: Inspection) -> None:
+        """What was read of an image folder; once, where it is read again."""
+        if event != self.read:
+            self.console.print(f"images    {event}", markup=False, soft_wrap=True)
+            for note in event.notes:
+                self.console.print(f"          {note}", style="yellow", markup=False, soft_wrap=True)
+        self.read = event
 
     def _finished(self, event: TrialFinished) -> None:
         result, self.done = event.result, max(self.done, event.done)  # workers' news may overtake each other

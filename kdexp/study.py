@@ -52,6 +52,7 @@ __all__ = [
     "StudyError",
     "Told",
     "Trial",
+    "check_facts",
     "check_study",
     "open_study",
     "upgrade",
@@ -110,6 +111,8 @@ class Begun:
     """Its MLflow run."""
     done: int
     """How many of its trials have ended."""
+    facts: Mapping[str, Any]
+    """What its trials share, by name: the hashes of data and teacher."""
 
 
 class StudyError(KdexpError):
@@ -354,13 +357,8 @@ class OpenStudy:
     def bind(self, facts: Mapping[str, str]) -> None:
         """All trials of a study share data and teacher: remember their hashes, or compare. Raises StudyError."""
         known = self._study.user_attrs
+        check_facts(self.sweep, known, facts)
         for name, value in facts.items():
-            if known.get(name, value) != value:
-                raise StudyError(
-                    f"Study '{self.sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
-                    f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
-                    f"(--set name={self.sweep.name}-2)."
-                )
             if name not in known:
                 self._study.set_user_attr(name, value)
 
@@ -474,8 +472,19 @@ def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
         if "sweep" in study.user_attrs:
             _check_same(study, sweep)
             done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-            return Begun(str(study.user_attrs["mlflow_run_id"]), done)
+            return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs)
     return None
+
+
+def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """That data or teacher are those which a study has on record, if it has. Raises StudyError."""
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise StudyError(
+                f"Study '{sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
+                f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
+                f"(--set name={sweep.name}-2)."
+            )
 
 
 def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str], gone: str = "") -> OpenStudy:
