@@ -291,6 +291,11 @@ class OpenStudy:
         _patiently(lambda: trial._trial.set_user_attr("given_up", why))
         self._tell(trial.number, None, TrialState.FAIL)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether any trial has begun and not ended, whoever is at it."""
+        return any(trial.state == TrialState.RUNNING for trial in _patiently(self._trials))
+
     def hand_back(self, trial: Trial, how: HandedBack) -> None:
         """Leave a trial, if it is still this worker's, to whoever looks for one next."""
         with suppress(*AWAY):  # then it is found without its worker
@@ -497,7 +502,8 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
                 _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
     _check_same(study, sweep)
-    return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
+    # Only those who share the stores see each other's locks: with a storage of its own, SQLite too, hearts must beat.
+    return OpenStudy(study, sweep, settings.storage is None)
 
 
 def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
@@ -657,7 +663,7 @@ def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
     whole = all(isinstance(value, int) for value in (dimension.low, dimension.high, sweep.recipe.value(path)))
     suggest: Any = trial.suggest_int if whole else trial.suggest_float
     step = {"step": dimension.step} if dimension.step is not None else {}
-    return suggest(path, dimension.low, dimension.high, log=dimension.log, **step)
+    return suggest(path, dimension.low, dimension.last, log=dimension.log, **step)
 
 
 def _sampler(sweep: Sweep, number: int, untrained: int, path: str = "") -> optuna.samplers.BaseSampler:

@@ -35,7 +35,7 @@ import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError"]
+__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError", "too_long"]
 
 Kind = Literal["study", "trial", "confirmation", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
@@ -44,6 +44,7 @@ RACES = 5
 CONNECT_SECONDS = 10.0  # that a server may be busy at the start
 PATIENCE = 300.0  # seconds that it may be away later
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
+LONGEST = 6000  # characters of a param
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
@@ -149,7 +150,7 @@ class Tracking:
             **tags,
         }
         run_id = self._create(experiment_id, every, name)
-        flat = [Param(key, _text(value)) for key, value in params.items()]
+        flat = [Param(key, _shortened(_text(value))) for key, value in params.items()]
         for first in range(0, len(flat), PARAMS):
             self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
         return run_id
@@ -428,3 +429,16 @@ def _record(run: Run) -> RunRecord:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def too_long(params: Mapping[str, Any]) -> list[str]:
+    """Which params are longer than MLflow takes."""
+    return [name for name, value in params.items() if len(_text(value)) > LONGEST]
+
+
+def _shortened(text: str) -> str:
+    """As much as MLflow takes: it would cut the rest off without a word, or refuse all (MLFLOW_TRUNCATE_LONG_VALUES)."""
+    if len(text) <= LONGEST:
+        return text
+    said = f" … shortened: {len(text):,} characters, the run's artifacts hold all"
+    return text[: LONGEST - len(said)] + said

@@ -509,7 +509,7 @@ def test_a_diverged_trial_is_on_no_frontier_however_small_its_student(settings, 
 
 
 def test_a_training_that_came_to_nothing_is_worse_than_any_other() -> None:
-    assert worst("smallest", 70, [(50.0,), (90.0,)]) == (70.0,), "its size is known: that it misses the bar, its constraint says"
+    assert worst("smallest", 70, [(50.0,), (90.0,)]) == (70.0,), "that it misses the bar, its constraint says"
     assert worst("accuracy", 70, [(0.4,)]) == (0.0,)
     assert worst("pareto", 70, [(50.0, 0.4), (90.0, 0.8)]) == (90.0, 0.0)
     assert worst("pareto", 70, []) == (70.0, 0.0)
