@@ -237,7 +237,7 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
     like = load_example(recipe.data, settings.data_dir)
     module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
-    tracking.log_model(run.run_id, module, example)
+    tracking.log_model(run.run_id, module, example, like.classes)
 
 
 def load_call(model: str, variant: Variant = AS_TRAINED) -> str:

@@ -139,17 +139,20 @@ def _images(splits: Splits) -> dict[str, str]:
 def _check_images(sweep: Sweep, known: Mapping[str, Any], splits: Splits, tracking: Tracking) -> None:
     """That the images are those the study began with, before a teacher is trained on others. Raises StudyError."""
     here = _images(splits)
-    if splits.inspection is None or all(known.get(name, value) == value for name, value in here.items()):
+    if splits.inspection is None or not known.get("mlflow_run_id"):
         return check_facts(sweep, known, here)
+    same = all(known.get(name, value) == value for name, value in here.items())
     try:
         then = json.loads(tracking.read_text(known["mlflow_run_id"], IMAGES))
-        differ = changed(then, splits.inspection.digests) or "the same files, in other classes or splits"
-    except (TrackingError, KeyError, ValueError):
-        differ = "which ones is not on record, and an earlier kdexp may have read the same files differently"
-    raise StudyError(
-        f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: {differ}. Its trials would not "
-        f"compare: put the former images back, or rename the sweep (--set name={sweep.name}-2)."
-    )
+        differ = changed(then, splits.inspection.digests)  # test images among them: trials would be looked at on others
+    except (TrackingError, ValueError):
+        differ = "" if same else "which ones is not on record, and an earlier kdexp may have read the same files differently"
+    if differ or not same:
+        raise StudyError(
+            f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: "
+            f"{differ or 'the same files, in other classes or splits'}. Its trials would not compare: put the former images "
+            f"back, or rename the sweep (--set name={sweep.name}-2)."
+        )
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:

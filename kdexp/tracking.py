@@ -175,8 +175,11 @@ class Tracking:
             place = (Path(under or "") / file.relative_to(folder)).parent.as_posix()
             self._do(self.client.log_artifact, run_id, str(file), None if place == "." else place)
 
-    def log_model(self, run_id: str, module: Any, example: Any) -> None:
-        """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle."""
+    def log_model(self, run_id: str, module: Any, example: Any, classes: Sequence[str]) -> None:
+        """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle.
+
+        The names of its classes, by logit, are the model's metadata `classes`.
+        """
         import mlflow.pytorch
         from mlflow.models import infer_signature
 
@@ -189,10 +192,11 @@ class Tracking:
                 input_example=example.numpy(),
                 signature=infer_signature(example.numpy(), module(example).detach().numpy()),
                 pip_requirements=[f"torch=={version('torch')}"],
+                metadata={"classes": list(classes)},
             )
             self.log_files(run_id, folder, "model")
 
-    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str) -> None:
+    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str, classes: Sequence[str]) -> None:
         """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what MLflow keeps with it."""
         import mlflow.onnx
         from mlflow.models import infer_signature
@@ -205,6 +209,7 @@ class Tracking:
                 pip_requirements=[f"{name}=={version(name)}" for name in ("onnx", "onnxruntime")],
                 onnx_execution_providers=["CPUExecutionProvider"],
                 save_as_external_data=False,
+                metadata={"classes": list(classes)},
             )
             self.log_files(run_id, Path(temporary) / "model", folder)
 

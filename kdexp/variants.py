@@ -95,7 +95,8 @@ def made(run: RunRecord, recipe: Recipe, precision: Precision, splits: Splits, t
         **({} if recipe.data.train_on_validation else _measured(evaluate(deployed, like))),
     }
     example = like.take(torch.arange(2))
-    tracking.log_onnx(run.run_id, model, example.images.numpy(), logits_of(deployed, example).numpy(), folder_of(precision))
+    given, gives = example.images.numpy(), logits_of(deployed, example).numpy()
+    tracking.log_onnx(run.run_id, model, given, gives, folder_of(precision), like.classes)
     tracking.log_metrics(run.run_id, {f"{prefix}{name}": value for name, value in found.items()})
     return tracking.read(run.run_id)
 
