@@ -246,7 +246,7 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
         torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     except Exception as error:  # each network that it refuses in its own way
         return str(error) or type(error).__name__
-    seal(run.run_id, tracking.log_model(run.run_id, module, example), tracking)
+    seal(run.run_id, tracking.log_model(run.run_id, module, example, like.classes), tracking)
     return ""
 
 

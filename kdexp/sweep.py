@@ -201,17 +201,20 @@ def _images(splits: Splits) -> dict[str, str]:
 def _check_images(sweep: Sweep, begun: Begun | None, splits: Splits, tracking: Tracking) -> None:
     """That the images are those the study began with, before a teacher is trained on others. Raises StudyError."""
     here, known = _images(splits), begun.facts if begun else {}
-    if begun is None or splits.inspection is None or all(known.get(name, value) == value for name, value in here.items()):
+    if begun is None or splits.inspection is None:
         return check_facts(sweep, known, here)
+    same = all(known.get(name, value) == value for name, value in here.items())
     try:
         then = json.loads(tracking.read_text(begun.parent_run, IMAGES))
-        differ = changed(then, splits.inspection.digests) or "the same files, in other classes or splits"
-    except (TrackingError, KeyError, ValueError):
-        differ = "which ones is not on record, and an earlier kdexp may have read the same files differently"
-    raise StudyError(
-        f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: {differ}. Its trials would not "
-        f"compare: put the former images back, or rename the sweep (--set name={sweep.name}-2)."
-    )
+        differ = changed(then, splits.inspection.digests)  # test images among them: trials would be looked at on others
+    except (TrackingError, ValueError):
+        differ = "" if same else "which ones is not on record, and an earlier kdexp may have read the same files differently"
+    if differ or not same:
+        raise StudyError(
+            f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: "
+            f"{differ or 'the same files, in other classes or splits'}. Its trials would not compare: put the former images "
+            f"back, or rename the sweep (--set name={sweep.name}-2)."
+        )
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:

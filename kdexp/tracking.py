@@ -258,10 +258,10 @@ class Tracking:
                 self._do(self.client.log_artifact, run_id, str(file), where)
         return sums
 
-    def log_model(self, run_id: str, module: Any, example: Any) -> dict[str, str]:
+    def log_model(self, run_id: str, module: Any, example: Any, classes: Sequence[str]) -> dict[str, str]:
         """A torch module as an MLflow model in the artifact folder `model`: an exported program, no pickle.
 
-        SHA-256 of each file by its place.
+        The names of its classes, by logit, are the model's metadata `classes`. SHA-256 of each file by its place.
         """
         import mlflow.pytorch
         from mlflow.models import infer_signature
@@ -275,13 +275,16 @@ class Tracking:
                 input_example=example.numpy(),
                 signature=infer_signature(example.numpy(), module(example).detach().numpy()),
                 pip_requirements=[f"torch=={version('torch')}"],
+                metadata={"classes": list(classes)},
             )
             return self.log_files(run_id, folder, "model")
 
-    def log_onnx(self, run_id: str, model: Any, example: Any, gives: Any, folder: str) -> dict[str, str]:
+    def log_onnx(
+        self, run_id: str, model: Any, example: Any, gives: Any, folder: str, classes: Sequence[str]
+    ) -> dict[str, str]:
         """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what MLflow keeps with it.
 
-        SHA-256 of each file by its place.
+        The names of its classes, by logit, are the model's metadata `classes`. SHA-256 of each file by its place.
         """
         import mlflow.onnx
         from mlflow.models import infer_signature
@@ -294,6 +297,7 @@ class Tracking:
                 pip_requirements=[f"{name}=={version(name)}" for name in ("onnx", "onnxruntime")],
                 onnx_execution_providers=["CPUExecutionProvider"],
                 save_as_external_data=False,
+                metadata={"classes": list(classes)},
             )
             return self.log_files(run_id, Path(temporary) / "model", folder)
 

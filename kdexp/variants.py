@@ -99,8 +99,9 @@ def made(run: RunRecord, recipe: Recipe, precision: Precision, splits: Splits, t
     model = convert(student, splits.train, precision)
     found = _metrics(student, recipe, content := model.SerializeToString(), like)
     example = like.take(torch.arange(2))
-    gives = logits_of(Deployed(content, like), example).numpy()
-    seal(run.run_id, tracking.log_onnx(run.run_id, model, example.images.numpy(), gives, folder_of(precision)), tracking)
+    given, gives = example.images.numpy(), logits_of(Deployed(content, like), example).numpy()
+    sums = tracking.log_onnx(run.run_id, model, given, gives, folder_of(precision), like.classes)
+    seal(run.run_id, sums, tracking)
     tracking.log_metrics(run.run_id, {f"{prefix}{name}": value for name, value in found.items()})
     return tracking.read(run.run_id)
 

@@ -11,6 +11,7 @@ The only file that knows onnx and onnxruntime, which are an extra.
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,10 @@ def available() -> bool:
 
 
 def convert(student: nn.Module, train: Split, precision: Precision) -> Any:
-    """A student as an ONNX model, for images like those that it was trained on. Raises DeployError."""
+    """A student as an ONNX model, for images like those that it was trained on, whose class names it keeps as JSON.
+
+    Raises DeployError.
+    """
     _need_libraries()
     model = _exported(student, train)
     if precision == "float16":
@@ -71,6 +75,7 @@ def convert(student: nn.Module, train: Split, precision: Precision) -> Any:
         model = _quantized(model, train)
     _strip(model)
     _shorten(model.graph)
+    model.metadata_props.add(key="classes", value=json.dumps(train.classes, ensure_ascii=False))
     return model
 
 
