@@ -12,16 +12,22 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     study · workers                  Optuna (the only file that knows it) · which processes are alive
     runner                           one training, from recipe to finished MLflow run
     tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
+    embedded                         where the embedded store's artifacts are, wherever its folder is by now
+    doctor · schema                  whether the stores fit what is installed · which version a database is for
     objective, stopping              what a study aims at · what it can no longer select
     selection, intervals             the selection rule · how sure it is
     plots, environment, imported     pictures · what a result depends on besides its recipe · of one's own modules
-    distill.teacher                  the teacher, trained once, and the cache of its logits
+    distill.teacher, distill.weights the teacher, trained once, and the cache of its logits · weights out of any checkpoint
     distill.execution                how a training is carried out here: compiled, in which precision, how many at once
     distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
+    distill.guard                    that what is trained is the network that is stored
     distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
     distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
-    distill.{data, models, evaluate} what it is made of
+    distill.{data, models, plain, evaluate}    what it is made of
+    distill.{images, folders, inspection} one image file as pixels · a folder's images · each opened once, and what was read
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
+    surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
+    urls                             addresses of servers and databases, and the secrets in them
 
 Importing `kdexp` imports nothing heavy.
 """

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import shlex
 import signal
 import sys
-from contextlib import closing
+import traceback
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 from kdexp import KdexpError, __version__
-from kdexp.settings import Settings, in_one_line, without_credentials
+from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
+from kdexp.surroundings import expanded, expanded_url, homeless, open_streams, speak_utf8, working_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +77,11 @@ Confidence = Annotated[
 ]
 MostAccurate = Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")]
 DEFAULT_STORES = Path("mlruns")
+STOPPED = 130  # the exit code of what was interrupted
+
+
+class Stopped(KdexpError):
+    """Ended before its time by a person or the system, with nothing lost."""
 
 
 @app.callback()
@@ -119,7 +127,7 @@ def sweep(
         with Screen(console, config.study.trials, config.selection) as screen, closing(events):
             others = yield_all(events, screen)
     except KeyboardInterrupt:
-        raise KdexpError(
+        raise Stopped(
             f"Stopped; finished trials are kept, those under way go on from their last checkpoint. "
             f"Continue with the same command: {_again()}"
         ) from None
@@ -217,7 +225,7 @@ def select(
     from kdexp.environment import configure
     from kdexp.tracking import Tracking
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     _select(study, rule, settings, tracking, configure(settings.device, None), _console())
 
@@ -248,7 +256,7 @@ def confirm(
     from kdexp.screen import Screen, show_confirmation
     from kdexp.tracking import Tracking, TrackingAway
 
-    tracking = Tracking(settings)
+    tracking = Tracking(settings, make=False)
     rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
     try:
@@ -256,7 +264,7 @@ def confirm(
         with Screen(console) as screen, closing(events):
             done = yield_all(events, screen)
     except KeyboardInterrupt:
-        raise KdexpError(f"Stopped; what is trained is kept. Continue with the same command: {_again()}") from None
+        raise Stopped(f"Stopped; what is trained is kept. Continue with the same command: {_again()}") from None
     except TrackingAway as error:
         raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
     show_confirmation(console, done, settings.tracking_shown)
@@ -283,7 +291,7 @@ def reproduce(
     from kdexp.screen import Screen, show_comparison
     from kdexp.tracking import Tracking
 
-    tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    tracking, chosen = Tracking(settings, make=False), configure(settings.device, settings.threads)
     with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
         comparison = yield_all(events, screen)
     show_comparison(console, comparison, tolerance)
@@ -310,7 +318,8 @@ def export(
     from kdexp.tracking import Tracking
 
     configure(settings.device, None)
-    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings)))
+    output = expanded(output) if output else None
+    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings, make=False)))
 
 
 @app.command()
@@ -324,30 +333,56 @@ def ui(
     from kdexp.tracking import Tracking
     from kdexp.ui import serve
 
-    serve(Tracking(settings), port, _console())
+    serve(Tracking(settings, make=False), port, _console())
+
+
+@app.command()
+def doctor(
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Take databases of older versions along, each copied first.")
+    ] = False,
+    stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Say which versions are here, and whether the stores fit them; change nothing unless asked to."""
+    settings = _settings(stores, storage, tracking_uri, None, "cpu", None)
+    from kdexp.doctor import examine
+
+    if not examine(settings, upgrade, lambda line: print(without_credentials(line))):
+        sys.exit(1)
 
 
 def main() -> None:
     """The console script: every failure in one line on stderr, exit code not 0; --debug shows the traceback."""
+    speak_utf8()
+    open_streams()
+    homeless()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     arguments = arguments or ["--help"]
     if arguments == ["--version"]:
         print(f"kdexp {__version__}")
         return
-    sys.path.append(str(Path.cwd()))  # where architecture: package.module:callable is looked for
-    signal.signal(signal.SIGTERM, _interrupt)
+    for kind in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, kind) and signal.getsignal(getattr(signal, kind)) != signal.SIG_IGN:  # as under nohup
+            signal.signal(getattr(signal, kind), _interrupt)
     atexit.register(gc.freeze)  # at its end Python would look through all that the libraries made: 3 s
     try:
-        sys.exit(app(arguments, prog_name="kdexp", standalone_mode=False) or 0)
+        if "--help" not in arguments:
+            sys.path.append(str(working_folder()))  # where architecture: package.module:callable is looked for
+        code = app(arguments, prog_name="kdexp", standalone_mode=False) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(f"Stopped. To start again: {_again()}", 130)
+        _fail(f"Stopped. To start again: {_again()}", STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
             _fail(f"{error.format_message()} See kdexp --help.", getattr(error, "exit_code", 2))
         if debug:
-            raise
-        _fail(in_one_line(error), 130 if str(error).startswith("Stopped") else 1)
+            print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
+        _fail(in_one_line(error), STOPPED if isinstance(error, Stopped) else 1)
 
 
 def yield_all(events: Any, screen: Any) -> Any:
@@ -404,7 +439,10 @@ def _rule(
 def _load(file: Path, overrides: list[str] | None) -> Sweep:
     from kdexp.config import load
 
-    return load(file, overrides)
+    config, folder = load(expanded(file), overrides), str(expanded(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # where networks of one's own are looked for, too
+    return config
 
 
 def _settings(
@@ -417,13 +455,23 @@ def _settings(
     workers: int | None = 1,
     pack: int | None = 1,
 ) -> Settings:
-    return Settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
+    deaf()
+    storage, tracking_uri = (expanded_url(url) if url else None for url in (storage, tracking_uri))
+    data_dir = expanded(data_dir) if data_dir else None
+    return checked(Settings(expanded(stores), storage, tracking_uri, data_dir, device, threads, workers, pack))
 
 
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    class Heard(Console):
+        """Where nobody reads any more (| head), the command ends as if it had been interrupted."""
+
+        def on_broken_pipe(self) -> None:
+            _to_nowhere(sys.stdout)
+            raise Stopped(f"Stopped: nobody reads the output any more. Continue with the same command: {_again()}")
+
+    return Heard(highlight=False, soft_wrap=True)
 
 
 def _again() -> str:
@@ -435,5 +483,18 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"kdexp: {without_credentials(message)}", file=sys.stderr)  # whatever a library put into its message
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"kdexp: {without_credentials(message)}", file=sys.stderr)  # whatever a library put into its message
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
     sys.exit(code)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """From here on, what is printed is not written: Python would try it again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -20,10 +21,11 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    field_validator,
     model_validator,
 )
 
-from kdexp.reading import ConfigError, assign, nearest, parse, show, validate
+from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, study_name, validate
 
 __all__ = [
     "CONTROLS",
@@ -56,6 +58,8 @@ __all__ = [
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
+NAME_LENGTH = 100
+NOT_IN_NAMES = "/\\:?'\"`"  # what MLflow's names of models, its addresses and its searches cannot hold
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
@@ -343,10 +347,24 @@ class Selection(Frozen):
 class Sweep(Recipe):
     """A whole sweep file."""
 
-    name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=100)
+    name: str
     search: dict[str, Dimension] = {}
     study: Study = Study()
     selection: Selection = Selection()
+
+    @field_validator("name")
+    @classmethod
+    def _kept_as(cls, name: str) -> str:
+        kept = study_name(name)
+        bad = "".join(dict.fromkeys(c for c in kept if c in NOT_IN_NAMES or not c.isprintable()))
+        if bad or not re.match(r"[^.\-]", kept) or not re.search(r"\w", kept) or len(kept) > NAME_LENGTH:
+            instead = re.sub(r"[^\w.+]+", "-", kept)[:NAME_LENGTH].strip("-.") or "study"
+            why = f", and {show(name)} holds {show(bad)}" if bad else f", got {show(name)}"
+            raise ValueError(
+                f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither . nor -, and holds none of "
+                f"{' '.join(NOT_IN_NAMES)}{why}; give it another (name: … in the file, or --set name={instead})"
+            )
+        return kept
 
     @property
     def recipe(self) -> Recipe:
@@ -361,9 +379,14 @@ class Sweep(Recipe):
 
     @property
     def student_choices(self) -> list[dict[str, Any]]:
-        """Every choice of a part of the student by itself, by path."""
+        """Every choice of a part of the student by itself, and both ends of a range of an option of one's own, by path."""
         dimensions = {path: dimension for path, dimension in self.search.items() if path.startswith("student.")}
-        return [{path: c} for path, found in dimensions.items() if isinstance(found, Choices) for c in found.choices]
+        return [
+            {path: value}
+            for path, found in dimensions.items()
+            if isinstance(found, Choices) or path.startswith("student.options.")
+            for value in found.ends()
+        ]
 
     @property
     def beyond_controls(self) -> list[dict[str, Any]]:
@@ -469,16 +492,17 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     Raises ConfigError naming the file, the key, the value and what is allowed.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is no sweep file (at most {MAX_FILE_BYTES:,})")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # which may be a pipe
+            content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such sweep file{_nearest_file(path)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    tree = parse(text, str(path))
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes is no sweep file")
+    tree = parse(decoded(content, str(path)), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}")
     tree.setdefault("name", path.stem)

@@ -31,6 +31,7 @@ from kdexp.environment import configure
 from kdexp.runner import Prepared
 from kdexp.settings import Settings, in_one_line
 from kdexp.study import OpenStudy, check_study, open_study
+from kdexp.surroundings import open_streams
 from kdexp.tracking import Tracking
 from kdexp.trials import TrialEvent, TrialFailed, TrialFinished, TrialStarted, leave, run_trials
 from kdexp.workers import Worker, start_method
@@ -166,7 +167,7 @@ def _as_many_as_fit(device: torch.device, threads: int) -> int:
 def _free_memory() -> int:
     """Bytes that processes may still take; without an answer, more than they ever will."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 2**63
@@ -243,7 +244,10 @@ class _Failure:
 def _work(connection: Connection) -> None:
     """A worker's whole life, from its orders on."""
     try:
+        open_streams()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "SIGHUP"):  # our parent stops us, once it has heard of it
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _interrupt_once)
         threading.Thread(target=_stop_without_parent, daemon=True).start()
         _train(connection, pickle.loads(connection.recv_bytes()))  # noqa: S301 - our parent's own

@@ -18,6 +18,7 @@ from typing import Any
 from kdexp import __version__
 from kdexp.config import Recipe
 from kdexp.imported import own_modules
+from kdexp.own import own_file
 
 __all__ = ["configure", "cpu_name", "differing", "record", "remember_code"]
 
@@ -106,7 +107,7 @@ def cpu_name() -> str:
     """The processor as the system calls it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -138,11 +139,11 @@ def _own_networks(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files that hold the recipe's own networks: of each network's own, and of all that it imports."""
     found = {}
     for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):
-        place = network.architecture.partition(":")[0]
-        file = getattr(sys.modules.get(place), "__file__", None) if ":" in network.architecture else None
+        place, separator, _ = network.architecture.rpartition(":")
+        file = (own_file(place) or getattr(sys.modules.get(place), "__file__", None)) if separator else None
         if file:
             found[f"{role} source"] = _hash(Path(file))
-            imported = {name: path for name, path in own_modules(place).items() if name != place}
+            imported = {name: path for name, path in own_modules(place, Path(file)).items() if name != place}
             found |= {f"{role} imports {name}": _hash(path) for name, path in sorted(imported.items())}
     return found
 
@@ -152,5 +153,14 @@ def _hash(file: Path) -> str:
 
 
 def _git(*arguments: str, folder: Path) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=True,
+        timeout=10,
+    )
     return done.stdout.strip()

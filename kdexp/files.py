@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import tempfile
+import uuid
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -14,11 +14,13 @@ __all__ = ["sha256_of", "write_ahead", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, then rename it there: whole, or not at all."""
+    """Let `write` make a temporary file beside `path`, then rename it there: whole, or not at all.
+
+    Its mode is what any new file's is here, by the umask: others may share the folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{uuid.uuid4().hex}.partial"  # not by the file's name, which may be as long as names can be
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(temporary)
         with temporary.open("rb") as file:

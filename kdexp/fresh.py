@@ -134,7 +134,7 @@ class Retrainer:
         return _Seed(number, candidate, recipe.replace({"training.seed": value}), images)
 
     def _find_or_train(self, seed: _Seed, trial: RunRecord) -> Generator[SeedEvent, None, RunRecord]:
-        known = self.tracking.find("confirmation", seed.tags(self.study))
+        known = self.tracking.find("confirmation", seed.tags(self.study), self.study.experiment_id)
         run = next((run for run in known if run.status == "FINISHED"), None)
         if run is None:
             prepared = yield from self._prepared(seed, trial)
@@ -165,6 +165,7 @@ class Retrainer:
     def _train(self, seed: _Seed, prepared: Prepared, known: Sequence[RunRecord]) -> Generator[EpochDone, None, str]:
         checkpoints = Checkpoints(self.folder)
         begun = _going_on(checkpoints.load(seed.name), seed.recipe, prepared)
+        begun = begun if begun and self.tracking.there(begun.run_id) else None
         for run in known:  # ours is the lock: whoever trained there is gone
             if run.status == "RUNNING" and not (begun and run.run_id == begun.run_id):
                 self.tracking.finish(run.run_id, "KILLED")

@@ -19,13 +19,16 @@ __all__ = ["own_modules"]
 LIBRARIES = ("site-packages", "dist-packages")
 
 
-def own_modules(name: str) -> dict[str, Path]:
-    """The files of this module and of all that it imports, directly or not, by name; libraries and kdexp itself left out."""
+def own_modules(name: str, file: Path | None = None) -> dict[str, Path]:
+    """The files of this module and of all that it imports, directly or not, by name; libraries and kdexp itself left out.
+
+    `file` where the module's is known: one that was loaded by its path need not be what Python finds by its name.
+    """
     found: dict[str, Path] = {}
-    waiting = [name]
+    waiting, first = [name], {name: file}
     while waiting:
         name = waiting.pop()
-        file = _own_file(name)
+        file = first.get(name) or _own_file(name)
         if name not in found and file:
             found[name] = file
             waiting += {*_parents(name), *_written(name, file), *_held(sys.modules.get(name))}

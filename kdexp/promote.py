@@ -13,9 +13,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from kdexp import KdexpError
 from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
-from kdexp.distill.data import Split, load_splits, load_test
+from kdexp.distill.data import Split, load_example, load_test
 from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels
@@ -97,7 +96,7 @@ def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tr
     found = metrics_of(run, chosen.variant)
     text = f"Validation accuracy {found['val_accuracy']:.2%}, test accuracy {found['test_accuracy']:.2%}"
     model = register(run, recipe, name, rule.goal.replace("_", "-"), text, settings, tracking, chosen.variant)
-    for other in tracking.find("trial", {"kdexp.study": name, "kdexp.selected": rule.goal}):
+    for other in tracking.find("trial", {"mlflow.parentRunId": study.run_id, "kdexp.selected": rule.goal}, study.experiment_id):
         if other.run_id != chosen.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
     tracking.tag(chosen.run_id, {"kdexp.selected": rule.goal})
@@ -219,17 +218,12 @@ def register(
     text = f"{measured}, {parameters:,} parameters{_as(variant)}. Takes pixels 0 to 255 as {takes}, gives logits."
     tag = f"{prefix_of(variant)}kdexp.model_version"
     version = run.tags.get(tag)
-    if version:
+    if version and tracking.registered(run.run_id, name, version):
         tracking.describe(name, version, text)
         tracking.alias(name, alias, version)
     else:
-        try:
-            if variant == AS_TRAINED:
-                _log_model(run, recipe, settings, tracking)
-        except KdexpError:
-            raise
-        except Exception as error:  # torch.export refuses some networks, each in its own way
-            tracking.tag(run.run_id, {"kdexp.not_registered": str(error)[:500]})
+        if variant == AS_TRAINED and (why := _log_model(run, recipe, settings, tracking)):
+            tracking.tag(run.run_id, {"kdexp.not_registered": why[:500]})
             return ""
         version = tracking.register(run.run_id, name, alias, text, folder_of(variant))
         tracking.tag(run.run_id, {tag: version})
@@ -244,16 +238,22 @@ def tell(study: RunRecord, part: Literal["confirmed", "selected"], text: str, tr
     tracking.tag(study.run_id, {**new, "mlflow.note.content": note[:8000]})
 
 
-def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> None:
-    like = load_splits(recipe.data, settings.data_dir).train.take(torch.arange(2))  # what the network's input is like
+def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> str:
+    """The run's student as an MLflow model among its artifacts; or why torch.export cannot export it."""
+    like = load_example(recipe.data, settings.data_dir)
     module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
+    try:
+        torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    except Exception as error:  # each network that it refuses in its own way
+        return str(error) or type(error).__name__
     seal(run.run_id, tracking.log_model(run.run_id, module, example), tracking)
+    return ""
 
 
 def load_call(model: str, variant: Variant = AS_TRAINED) -> str:
     """How a registered model is loaded in Python."""
-    return f'mlflow.{"pytorch" if variant == AS_TRAINED else "onnx"}.load_model("{model}")'
+    return f'mlflow.{"pytorch" if variant == AS_TRAINED else "onnx"}.load_model("{model}")'  # no name holds a quote
 
 
 def _as(variant: Variant) -> str:

@@ -23,11 +23,12 @@ from safetensors.torch import save_file
 from kdexp import KdexpError
 from kdexp.config import Data, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
-from kdexp.distill.data import Split, Splits, load_splits, views
+from kdexp.distill.data import Inspection, Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
+from kdexp.distill.guard import check_network, stored_correct
 from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane, Source
-from kdexp.distill.teacher import CachedTeacher, CacheProgress, prepare_teacher
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead, prepare_teacher
 from kdexp.distill.train import EpochReport, Snapshot, train
 from kdexp.environment import record
 from kdexp.intervals import wilson_interval
@@ -55,7 +56,7 @@ EPOCH_METRICS = (
 )  # fmt: skip
 DELIVER_SECONDS = 30.0  # an epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones
 ELSEWHERE = ("threads", "commit")  # a resumed training sets its own threads; the source's hash says more than the commit
-TeacherProgress = EpochReport | CacheProgress
+TeacherProgress = Inspection | EpochReport | CacheProgress | WeightsRead
 
 
 @dataclass(frozen=True)
@@ -184,15 +185,21 @@ def prepare(
     weights: Path | None = None,
     training: Training | None = None,
     students: Sequence[Student] = (),
+    check: Callable[[Splits], object] | None = None,
 ) -> Generator[TeacherProgress, None, Prepared]:
-    """Data and teacher of a recipe, ready for its trials; yields progress while the teacher is made.
+    """Data and teacher of a recipe, ready for its trials; yields what was read, and progress while the teacher is made.
 
     `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it. That the
-    recipe's student and these `students` can be built for the data is found out before the teacher is trained.
+    recipe's student and these `students` can be built and trained is found out before the teacher is, and so is whatever
+    `check` raises of the data.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
+    if splits.inspection:
+        yield splits.inspection
+    if check:
+        check(splits)
     for student in (recipe.student, *students):
-        outline(student, splits.train)
+        check_network(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights
@@ -289,9 +296,9 @@ def _log_record(running: Running, summary: str) -> None:
     tracking, run_id, splits = running.tracking, running.run_id, running.prepared.splits
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2))
-        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2))
-        (folder / "model_summary.txt").write_text(summary)
+        (folder / "config.json").write_text(running.recipe.model_dump_json(indent=2), "utf-8")
+        (folder / "environment.json").write_text(json.dumps(running.environment, indent=2), "utf-8")
+        (folder / "model_summary.txt").write_text(summary, "utf-8")
         seal(run_id, tracking.log_files(run_id, folder), tracking)
     _log_datasets(tracking, run_id, running.recipe.data, {"training": splits.train, "validation": splits.validation})
 
@@ -325,6 +332,8 @@ def _conclude(running: Running) -> Result:
     tracking, run_id, kept, size = running.tracking, running.run_id, running.kept, running.size
     validation = running.prepared.splits.validation
     correct = kept.val_correct if kept else 0
+    if kept and kept.weights:
+        correct = stored_correct(running.recipe.student, kept.weights, correct, validation)
     low, high = wilson_interval(correct, len(validation))
     sha256 = weights_hash(kept.weights) if kept and kept.weights else ""
     held_out = not running.recipe.data.train_on_validation
@@ -423,7 +432,7 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, trac
         measured = {"val_accuracy": teacher.val_accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
         tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
         folder = Path(temporary)
-        (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+        (folder / "config.json").write_text(recipe.model_dump_json(indent=2), "utf-8")
         (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
         seal(run_id, tracking.log_files(run_id, folder), tracking)
         _log_datasets(tracking, run_id, recipe.data, {"training": splits.train, "validation": splits.validation})

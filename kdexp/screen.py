@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,8 +16,9 @@ from rich.table import Table
 from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.confirm import Confirmation, Verdict
 from kdexp.crew import Crew, WorkerLost
+from kdexp.distill.data import Inspection
 from kdexp.distill.deploy import available
-from kdexp.distill.teacher import CachedTeacher, CacheProgress
+from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead
 from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
@@ -34,6 +37,7 @@ from kdexp.sweep import (
     TrialSkipped,
     TrialStarted,
 )
+from kdexp.urls import sqlite_file
 
 __all__ = [
     "Screen",
@@ -75,6 +79,8 @@ class Screen:
         """How far the trials under way are, 0 to 1."""
         self.skipped: list[TrialSkipped] = []
         """Not trained since the last line about it."""
+        self.read: Inspection | None = None
+        """What was last said of the images."""
         self.done = 0
         self.best: Result | None = None
         self.smallest: int | None = None
@@ -103,10 +109,14 @@ class Screen:
                 self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
             case EpochDone():
                 self._epoch(event.report, event.number)
+            case Inspection():
+                self._read(event)
             case EpochReport():
                 self._epoch(event, None)
             case CacheProgress():
                 self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
+            case WeightsRead():
+                self.console.print(f"weights   {event.said}", markup=False)
             case TrialFinished():
                 self._finished(event)
             case TrialSkipped():
@@ -148,6 +158,14 @@ class Screen:
             self.progress.update(self.study, completed=self.done + sum(self.shares.values()))
         elif not self.console.is_terminal:
             self.console.print(f"epoch {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
+
+    def _read(self, event: Inspection) -> None:
+        """What was read of an image folder; once, where it is read again."""
+        if event != self.read:
+            self.console.print(f"images    {event}", markup=False, soft_wrap=True)
+            for note in event.notes:
+                self.console.print(f"          {note}", style="yellow", markup=False, soft_wrap=True)
+        self.read = event
 
     def _finished(self, event: TrialFinished) -> None:
         result, self.done = event.result, max(self.done, event.done)  # workers' news may overtake each other
@@ -291,7 +309,8 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
         f"\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
         f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
-        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds"
+        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds",
+        markup=False,
     )
 
 
@@ -309,7 +328,7 @@ def show_confirmation(console: Console, done: Confirmation, tracking: str) -> No
         style="bold",
     )
     _note_looks(console, done.looks)
-    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}")
+    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}", markup=False)
 
 
 def _tta_line(accuracy: float | None) -> str:
@@ -318,7 +337,11 @@ def _tta_line(accuracy: float | None) -> str:
 
 def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
-        return f'          mlflow.set_tracking_uri("{tracking}"); {load_call(model, variant)}   in Python'
+        place = json.dumps(tracking, ensure_ascii=False)  # also a literal of Python's
+        file, call = sqlite_file(tracking), load_call(model, variant)
+        if file and unquote(str(file)) != str(file):  # MLflow would decode the path once more, where it does not copy
+            call = f'{call.removesuffix(")")}, dst_path=__import__("tempfile").mkdtemp())'
+        return f"          mlflow.set_tracking_uri({place}); {call}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import optuna
@@ -35,11 +37,26 @@ from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values
+from kdexp.reading import spellings, study_name
+from kdexp.schema import Library, StoreError, fitting
 from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers import Worker
 
-__all__ = ["Ended", "OpenStudy", "StudyAway", "StudyError", "Told", "Trial", "check_study", "open_study"]
+__all__ = [
+    "OPTUNA",
+    "Begun",
+    "Ended",
+    "OpenStudy",
+    "StudyAway",
+    "StudyError",
+    "Told",
+    "Trial",
+    "check_facts",
+    "check_study",
+    "open_study",
+    "upgrade",
+]
 
 STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
@@ -51,6 +68,14 @@ LEASE_SECONDS = 60.0  # a worker elsewhere whose beat stands still for so long i
 PATIENCE = 300.0  # seconds that a database may be away
 AWAY = (OperationalError, InterfaceError, optuna.exceptions.StorageInternalError)
 LASTING = ("disk I/O error", "disk is full", "No space left", "readonly database", "unable to open")  # waiting does not help
+OPTUNA = Library(
+    "Optuna",
+    "optuna",
+    "--storage",
+    version("optuna"),
+    Path(str(optuna.__file__)).parent / "storages" / "_rdb" / "alembic" / "versions",
+    "studies",
+)
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
 
@@ -76,6 +101,18 @@ class Told:
     limits: Mapping[str, float]
     recipe: Recipe | None
     curve: Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A study that Optuna's storage knows."""
+
+    parent_run: str
+    """Its MLflow run."""
+    done: int
+    """How many of its trials have ended."""
+    facts: Mapping[str, Any]
+    """What its trials share, by name: the hashes of data and teacher."""
 
 
 class StudyError(KdexpError):
@@ -320,13 +357,8 @@ class OpenStudy:
     def bind(self, facts: Mapping[str, str]) -> None:
         """All trials of a study share data and teacher: remember their hashes, or compare. Raises StudyError."""
         known = self._study.user_attrs
+        check_facts(self.sweep, known, facts)
         for name, value in facts.items():
-            if known.get(name, value) != value:
-                raise StudyError(
-                    f"Study '{self.sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
-                    f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
-                    f"(--set name={self.sweep.name}-2)."
-                )
             if name not in known:
                 self._study.set_user_attr(name, value)
 
@@ -416,8 +448,11 @@ class OpenStudy:
         return next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
 
 
-def check_study(sweep: Sweep, settings: Settings) -> None:
-    """Before any work: that there is something to search, and that a study of this name is this one. Raises StudyError."""
+def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
+    """Before any work: that there is something to search, and that a study of this name is this one. Raises StudyError.
+
+    Returns what is known of the study, if it has been set up.
+    """
     if not sweep.search:
         raise StudyError(
             f"search of '{sweep.name}' is empty: there is nothing to search over. Add a range or choices, for example "
@@ -433,19 +468,37 @@ def check_study(sweep: Sweep, settings: Settings) -> None:
         if settings.storage is None:
             write_ahead(settings.stores / "optuna.db")
     with suppress(KeyError):  # there is none yet
-        study = optuna.load_study(storage=storage, study_name=sweep.name)
+        study = optuna.load_study(storage=storage, study_name=_stored_name(storage, sweep.name))
         if "sweep" in study.user_attrs:
             _check_same(study, sweep)
+            done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+            return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs)
+    return None
 
 
-def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str]) -> OpenStudy:
-    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run. Raises StudyError."""
+def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """That data or teacher are those which a study has on record, if it has. Raises StudyError."""
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise StudyError(
+                f"Study '{sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…, here "
+                f"{value[:12]}…): they would not compare. Put the former {name} back, or rename the sweep "
+                f"(--set name={sweep.name}-2)."
+            )
+
+
+def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str], gone: str = "") -> OpenStudy:
+    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for one that is `gone`.
+
+    Raises StudyError.
+    """
     with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
         storage = _storage(settings)
+        name = _stored_name(storage, sweep.name)
         try:
-            study = optuna.create_study(storage=storage, study_name=sweep.name, directions=DIRECTIONS[sweep.study.objective])
+            study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS[sweep.study.objective])
         except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(storage=storage, study_name=sweep.name)
+            study = optuna.load_study(storage=storage, study_name=name)
             if settings.storage:  # on one machine the lock says that nobody is at it
                 _wait_for_set_up(study)
         study.pruner = _pruner(sweep)
@@ -457,6 +510,8 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
             if sweep.study.sampler == "grid":
                 _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
+        elif gone and study.user_attrs["mlflow_run_id"] == gone:
+            study.set_user_attr("mlflow_run_id", new_parent_run())
     _check_same(study, sweep)
     return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
 
@@ -522,8 +577,26 @@ def _check_directions(study: optuna.Study, sweep: Sweep) -> None:
         )
 
 
+def _stored_name(storage: optuna.storages.BaseStorage, name: str) -> str:
+    """A study's name as the storage has it: earlier versions took it as it came, from a Mac's file name for example."""
+    for spelling in spellings(name):
+        with suppress(KeyError):
+            storage.get_study_id_from_name(spelling)
+            return spelling
+    return next((other for other in optuna.get_all_study_names(storage) if study_name(other) == study_name(name)), name)
+
+
+def upgrade(url: str) -> None:
+    """Take a storage of an older Optuna along to the installed one's tables, by Optuna's own scripts."""
+    try:
+        optuna.storages.RDBStorage(url, skip_compatibility_check=True, skip_table_creation=True).upgrade()
+    except Exception as error:  # SQLAlchemy, Alembic and Optuna each raise their own
+        raise StoreError(f"Optuna's own upgrade failed: {str(error).splitlines()[0]}") from error
+
+
 def _storage(settings: Settings) -> optuna.storages.BaseStorage:
     url = settings.storage_url
+    fitting(url, OPTUNA, lambda: None)
     for attempt in range(3):  # two machines that make the tables at the same moment disturb each other once
         try:
             storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
@@ -534,11 +607,6 @@ def _storage(settings: Settings) -> optuna.storages.BaseStorage:
             if attempt < 2 and "already exists" in str(error):
                 time.sleep(1)
                 continue
-            if isinstance(error, ImportError):
-                raise StudyError(
-                    f"--storage {without_credentials(url)} needs a driver that is not installed ({error}); "
-                    f"for PostgreSQL: pip install 'kdexp[postgresql]'"
-                ) from None
             raise StudyError(
                 f"Optuna storage {without_credentials(url)}: {_cause(error)}; correct --storage, or start the database"
             ) from None

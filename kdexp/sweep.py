@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
+from kdexp import KdexpError
 from kdexp.config import Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
+from kdexp.distill.data import Splits
 from kdexp.distill.execution import best_pack
+from kdexp.distill.inspection import changed
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
 from kdexp.records import log_text
 from kdexp.remembered import misremembered
 from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
-from kdexp.settings import Settings
-from kdexp.study import check_study, open_study
-from kdexp.tracking import Tracking
+from kdexp.settings import Settings, without_credentials
+from kdexp.study import Begun, StudyError, check_facts, check_study, open_study
+from kdexp.tracking import Tracking, TrackingError, TrackingGone
 from kdexp.trials import (
     EpochDone,
     TrialEvent,
@@ -44,6 +48,9 @@ __all__ = [
     "TrialStarted",
     "run_sweep",
 ]
+
+
+IMAGES = "images.json"  # on a study's run: the digest of each image's pixels, by its file's name
 
 
 @dataclass(frozen=True)
@@ -79,19 +86,29 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     Returns how many trials other commands are still training: with 0 the study is finished. Close the
     generator to stop cleanly.
     """
-    experiment_id = tracking.experiment(sweep.name)
-    check_study(sweep, settings)
+    experiment_id, begun, gone = _home(sweep, settings, tracking)
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
     students = [sweep.recipe.replace(choice).student for choice in sweep.student_choices]
-    prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared, students=students)
+    prepared = yield from prepare(
+        sweep.recipe,
+        settings,
+        tracking,
+        experiment_id,
+        device,
+        training=shared,
+        students=students,
+        check=lambda splits: _check_images(sweep, begun, splits, tracking),
+    )
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
-    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
+    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id), gone)
     worker, finished = Worker(settings.stores), False
     try:
         study.bind(_facts(prepared))
+        if prepared.splits.inspection:
+            log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
         tracking.finish(study.parent_run, "RUNNING")
         log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
         yield TeacherReady(prepared, study.done)
@@ -115,6 +132,35 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     return others
 
 
+def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Begun | None, str]:
+    """The experiment of a study's runs, whatever it is called by now; the study, if there is one; and its run, if that is gone.
+
+    Raises KdexpError where one of the two stores has lost what the other still builds upon.
+    """
+    name = sweep.name
+    recorded = tracking.studies(name)  # before Optuna is asked: a study that another command makes meanwhile is in both
+    begun = check_study(sweep, settings)
+    if begun is None:
+        for run in recorded:
+            trials = [t for t in tracking.find("trial", {"mlflow.parentRunId": run.run_id}) if t.status == "FINISHED"]
+            if trials:
+                raise KdexpError(
+                    f"Study '{name}' has {len(trials)} trials in {tracking.shown} (run {run.run_id}), but Optuna's storage "
+                    f"{without_credentials(settings.storage_url)} does not know it, so its search cannot go on: put that "
+                    f"database back (or name it with --storage), or begin anew under another name (--set name={name}-2)."
+                )
+        return tracking.experiment(name), None, ""
+    try:
+        return tracking.read(begun.parent_run).experiment_id, begun, ""
+    except TrackingGone as error:
+        if not begun.done:
+            return tracking.experiment(name), begun, begun.parent_run  # nothing is lost: its trials begin again
+        raise KdexpError(
+            f"Study '{name}' has {begun.done} trials in Optuna's storage, and their MLflow run is gone, with what was trained. "
+            f"{error} Restore it, or name the store that holds it; or begin anew under another name (--set name={name}-2)."
+        ) from None
+
+
 def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of their own."""
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
@@ -123,17 +169,32 @@ def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> 
 
 
 def _facts(prepared: Prepared) -> dict[str, str]:
-    splits = prepared.splits
-    return {
-        "teacher": prepared.teacher.sha256,
-        "training data": splits.train.fingerprint,
-        "validation data": splits.validation.fingerprint,
-    }
+    return {**_images(prepared.splits), "teacher": prepared.teacher.sha256}
+
+
+def _images(splits: Splits) -> dict[str, str]:
+    return {"training data": splits.train.fingerprint, "validation data": splits.validation.fingerprint}
+
+
+def _check_images(sweep: Sweep, begun: Begun | None, splits: Splits, tracking: Tracking) -> None:
+    """That the images are those the study began with, before a teacher is trained on others. Raises StudyError."""
+    here, known = _images(splits), begun.facts if begun else {}
+    if begun is None or splits.inspection is None or all(known.get(name, value) == value for name, value in here.items()):
+        return check_facts(sweep, known, here)
+    try:
+        then = json.loads(tracking.read_text(begun.parent_run, IMAGES))
+        differ = changed(then, splits.inspection.digests) or "the same files, in other classes or splits"
+    except (TrackingError, KeyError, ValueError):
+        differ = "which ones is not on record, and an earlier kdexp may have read the same files differently"
+    raise StudyError(
+        f"Study '{sweep.name}' began with other images than are in {sweep.data.path} now: {differ}. Its trials would not "
+        f"compare: put the former images back, or rename the sweep (--set name={sweep.name}-2)."
+    )
 
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
-    for run in tracking.find("study", {"kdexp.study": sweep.name}):
-        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}):
+    for run in tracking.studies(sweep.name):
+        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id):
             return run.run_id  # made by a process that died before it could tell Optuna
     return tracking.start(
         experiment_id,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +24,12 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from filelock import FileLock
 
 from kdexp import KdexpError, __version__
+from kdexp.embedded import folder_for, is_local, readdressed, run_place, shown
 from kdexp.files import sha256_of, write_ahead, write_atomically
-from kdexp.settings import Settings, without_credentials
+from kdexp.reading import spellings, study_name
+from kdexp.schema import Library, StoreError, fitting
+from kdexp.settings import Settings, deaf, without_credentials
+from kdexp.urls import sqlite_file, sqlite_url
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported: kdexp does not phone home
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -32,10 +38,24 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # waiting is done
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import mlflow.exceptions
 import requests
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
 
-__all__ = ["EpochMetrics", "Kind", "RunRecord", "Tracking", "TrackingAway", "TrackingError", "as_param", "dataset"]
+__all__ = [
+    "MLFLOW",
+    "EpochMetrics",
+    "Kind",
+    "RunRecord",
+    "Tracking",
+    "TrackingAway",
+    "TrackingError",
+    "TrackingGone",
+    "as_param",
+    "dataset",
+    "upgrade",
+]
 
 Kind = Literal["study", "trial", "confirmation", "train", "teacher", "reproduction"]
 P = ParamSpec("P")
@@ -43,8 +63,18 @@ R = TypeVar("R")
 RACES = 5
 CONNECT_SECONDS = 10.0  # that a server may be busy at the start
 PATIENCE = 300.0  # seconds that it may be away later
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
 DATASET = ("name", "digest", "source_type", "source", "profile")
+EXPERIMENTS = 1000  # in one page, and in one search for runs
+MLFLOW = Library(
+    "MLflow",
+    "mlflow",
+    "--tracking-uri",
+    version("mlflow"),
+    Path(str(mlflow.__file__)).parent / "store" / "db_migrations" / "versions",
+    "experiments",
+)
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
@@ -62,6 +92,10 @@ class TrackingError(KdexpError):
 
 class TrackingAway(TrackingError):
     """MLflow's store does not answer now; it may in a while."""
+
+
+class TrackingGone(TrackingError):
+    """A run that MLflow has deleted, or does not hold."""
 
 
 @dataclass(frozen=True)
@@ -89,49 +123,87 @@ class EpochMetrics:
 class Tracking:
     """A handle to one MLflow store."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.url = settings.tracking_url
+    def __init__(self, settings: Settings, make: bool = True) -> None:
+        """Open it. Where it is not there yet it is made, unless this is only for reading."""
+        deaf()
+        self.url, embedded = settings.tracking_url, settings.tracking_uri is None
         self.patience = CONNECT_SECONDS
-        self.shown = "the embedded store" if settings.tracking_uri is None else without_credentials(self.url)
-        self.artifacts = None if self.url.startswith("http") else settings.stores.resolve() / "artifacts"
+        self.shown = "the embedded store" if embedded else without_credentials(self.url)
+        self.address = settings.tracking_shown
+        self.stores, self.embedded = settings.stores.resolve(), embedded
+        self._places: dict[str, Path | None] = {}
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised too, and said once
         if self.url.startswith("http"):
             self._knock()
-        if self.artifacts is None:
             self.client = self._connect(self.url)
         else:
-            try:
-                self.artifacts.mkdir(parents=True, exist_ok=True)
-                with FileLock(settings.stores / ".mlflow.lock"):  # two processes must not migrate one new store
-                    if settings.tracking_uri is None:
-                        self._make(settings.stores / "mlflow.db")
-                    self.client = self._connect(self.url)
-                    if settings.tracking_uri is None:
-                        write_ahead(settings.stores / "mlflow.db")
-            except OSError as error:
-                raise TrackingError(f"{settings.stores}: {error.strerror}; choose another folder with --stores") from None
+            self.client = self._open(settings, make)
         self.patience = PATIENCE
+
+    def _open(self, settings: Settings, make: bool) -> MlflowClient:
+        """A database of this machine's, or one that its clients write to by themselves."""
+        file = sqlite_file(self.url)
+        if file and not make and not file.exists():
+            where = settings.stores / "mlflow.db" if self.embedded else file
+            option = "--stores" if self.embedded else "--tracking-uri"
+            raise TrackingError(
+                f"{where} is not there, so no run is recorded here ({Path.cwd()}): run kdexp sweep first, go to the folder "
+                f"where it was run, or name the store with {option}."
+            )
+        fitting(self.url, MLFLOW, self._last_version)
+        try:
+            if make:
+                self.stores.mkdir(parents=True, exist_ok=True)
+                with FileLock(settings.stores / ".mlflow.lock"):  # two processes must not migrate one new store
+                    if self.embedded:
+                        self._make(settings.stores / "mlflow.db")
+                    client = self._connect(self.url)
+            else:
+                client = self._connect(self.url)
+            if self.embedded:
+                write_ahead(settings.stores / "mlflow.db")
+                readdressed(self.stores)
+        except OSError as error:
+            raise TrackingError(f"{settings.stores}: {error.strerror}; choose another folder with --stores") from None
+        return client
+
+    def _last_version(self) -> str | None:
+        """The MLflow that the newest run's own record names."""
+        records = (self.stores / "artifacts").glob("*/*/artifacts/environment.json")
+        with suppress(OSError, ValueError):
+            newest = max(records, key=lambda path: path.stat().st_mtime)
+            return str(json.loads(newest.read_text("utf-8"))["mlflow"])
+        return None
 
     # --- writing ---
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of that name, made if it is new."""
-        found = self._do(self.client.get_experiment_by_name, name)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                raise TrackingError(f"MLflow experiment '{name}' is deleted; restore it, or rename the sweep (name: …)")
-            return str(found.experiment_id)
-        place = (self.artifacts / name).as_uri() if self.artifacts else None
+        if found := self._experiment_named(name):
+            return found
+        place = (self.stores / "artifacts" / folder_for(name)).as_uri() if not self.url.startswith("http") else None
         try:
             return str(self._do(self.client.create_experiment, name, artifact_location=place, tags=EXPERIMENT_TAGS))
         except TrackingAway:
             raise
         except TrackingError:  # another process made it just now, or this one did and never heard of it
-            found = self._do(self.client.get_experiment_by_name, name)
+            if found := self._experiment_named(name):
+                return found
+            raise
+
+    def _experiment_named(self, name: str) -> str | None:
+        for spelling in spellings(name):
+            found = self._do(self.client.get_experiment_by_name, spelling)
             if found is None:
-                raise
+                continue
+            if found.lifecycle_stage != "active":
+                raise TrackingGone(
+                    f"MLflow experiment '{name}' is deleted in {self.shown}: restore it ({self._again('experiments', found)}), "
+                    f"or give the sweep another name (--set name={name}-2)."
+                )
             return str(found.experiment_id)
+        return None
 
     def start(
         self,
@@ -172,11 +244,15 @@ class Tracking:
 
     def log_files(self, run_id: str, folder: Path, under: str | None = None) -> dict[str, str]:
         """Every file of a folder as an artifact, `under` a folder of that name if given; SHA-256 of each by its place."""
-        sums = {}
+        own, sums = self._artifacts(run_id), {}
         for file in sorted(each for each in folder.rglob("*") if each.is_file()):  # each tried again by itself
             artifact = Path(under or "") / file.relative_to(folder)
             place, sums[artifact.as_posix()] = artifact.parent.as_posix(), sha256_of(file)
-            self._do(self.client.log_artifact, run_id, str(file), None if place == "." else place)
+            where = None if place == "." else place
+            if own:
+                own.log_artifact(str(file), where)
+            else:
+                self._do(self.client.log_artifact, run_id, str(file), where)
         return sums
 
     def log_model(self, run_id: str, module: Any, example: Any) -> dict[str, str]:
@@ -187,7 +263,7 @@ class Tracking:
         import mlflow.pytorch
         from mlflow.models import infer_signature
 
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _writing(run_id):
             folder = Path(temporary) / "model"
             mlflow.pytorch.save_model(
                 module,
@@ -207,7 +283,7 @@ class Tracking:
         import mlflow.onnx
         from mlflow.models import infer_signature
 
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _writing(run_id):
             mlflow.onnx.save_model(
                 model,
                 Path(temporary) / "model",
@@ -220,7 +296,9 @@ class Tracking:
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """A text as an artifact."""
-        self._do(self.client.log_text, run_id, text, name)
+        with tempfile.TemporaryDirectory() as temporary:
+            (Path(temporary) / name).write_text(text, "utf-8")
+            self.log_files(run_id, Path(temporary))
 
     def log_dataset(self, run_id: str, name: str, role: str, fingerprint: str, profile: Mapping[str, Any]) -> None:
         """A dataset input of the run; `role` is training, validation or test."""
@@ -249,10 +327,21 @@ class Tracking:
         except TrackingError as error:
             if _code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = self._do(self.client.get_run, run_id).info.artifact_uri + f"/{folder}"
+        place = self._place(run_id)
+        address = place.as_uri() if place else self._do(self.client.get_run, run_id).info.artifact_uri
+        source = f"{address}/{folder}"
         registered = self._do(self.client.create_model_version, name, source, run_id=run_id, description=description)
         self.alias(name, alias, str(registered.version))
         return str(registered.version)
+
+    def registered(self, run_id: str, name: str, version: str) -> bool:
+        """Whether that version of a registered model is there, and this run's: it may have been deleted, or made anew."""
+        try:
+            return str(self._do(self.client.get_model_version, name, version).run_id) == run_id
+        except TrackingError as error:
+            if _code(error) in MISSING:
+                return False
+            raise
 
     def describe(self, name: str, version: str, description: str) -> None:
         """Describe a version of a registered model anew."""
@@ -265,45 +354,93 @@ class Tracking:
     # --- reading ---
 
     def read(self, run_id: str) -> RunRecord:
-        """The run of that id. Raises TrackingError where there is none."""
+        """The run of that id. Raises TrackingGone where there is none, or it is deleted."""
         try:
-            return _record(self._do(self.client.get_run, run_id))
+            run = self._do(self.client.get_run, run_id)
         except TrackingError as error:
-            if _code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise TrackingError(
+            if _code(error) in MISSING:
+                raise TrackingGone(
                     f"No run '{run_id}' in {self.shown}. Copy the run ID from `kdexp select` or the MLflow UI "
                     f"(kdexp ui); --tracking-uri or --stores names another store."
                 ) from None
             raise
+        if run.info.lifecycle_stage != "active":
+            raise TrackingGone(f"Run {run_id} is deleted in {self.shown}: restore it ({self._again('runs', run)}).")
+        return _record(run)
 
-    def find(self, kind: Kind, tags: Mapping[str, str]) -> list[RunRecord]:
-        """The runs of a kind with these tags, oldest first, of every experiment."""
-        experiments = [str(found.experiment_id) for found in self._do(self.client.search_experiments)]
+    def there(self, run_id: str) -> bool:
+        """Whether a run of that id can be written to."""
+        try:
+            self.read(run_id)
+        except TrackingGone:
+            return False
+        return True
+
+    def find(self, kind: Kind, tags: Mapping[str, str], experiment_id: str | None = None) -> list[RunRecord]:
+        """The runs of a kind with these tags, oldest first: those of this experiment, else of every one."""
+        if experiment_id and (runs := self._search(kind, tags, [experiment_id])):
+            return [_record(run) for run in runs]
+        return [_record(run) for run in self._everywhere(kind, tags)]
+
+    def study(self, name: str) -> RunRecord:
+        """The parent run of a study. Raises TrackingError naming the studies there are."""
+        runs = self.studies(name)
+        if runs:
+            return runs[-1]
+        if deleted := self._named(name, ViewType.ALL):
+            raise TrackingGone(
+                f"Study '{name}' is deleted in {self.shown} (run {deleted[-1].info.run_id}): restore it with its trials "
+                f"({self._again('runs', deleted[-1])}; in kdexp ui all at once, State: Deleted), or run the sweep under "
+                f"another name (--set name={name}-2)."
+            )
+        known = sorted({run.tags["kdexp.study"] for run in self.find("study", {})})
+        there = f"Studies there: {', '.join(known)}." if known else "There is no study yet; run kdexp sweep first."
+        raise TrackingError(f"No study '{name}' in {self.shown}. {there}")
+
+    def studies(self, name: str) -> list[RunRecord]:
+        """The parent runs of the studies of that name, oldest first, however its letters were stored."""
+        return [_record(run) for run in self._named(name)]
+
+    def _named(self, name: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+        asked = [spelling for spelling in spellings(name) if not set(spelling) & set("'\"`\\")]
+        found = [run for spelling in asked for run in self._everywhere("study", {"kdexp.study": spelling}, view)]
+        if not found:  # as an earlier version took it, blanks and all
+            found = self._everywhere("study", {}, view)
+        same = [run for run in found if study_name(run.data.tags.get("kdexp.study", "")) == study_name(name)]
+        return sorted(same, key=lambda run: run.info.start_time)
+
+    def _everywhere(self, kind: Kind, tags: Mapping[str, str], view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+        """Runs of every experiment, page by page."""
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self._do(self.client.search_experiments, view_type=view, max_results=EXPERIMENTS, page_token=token)
+            if page:
+                runs += self._search(kind, tags, [str(found.experiment_id) for found in page], view)
+            token = page.token
+            if not token:
+                break
+        return sorted(runs, key=lambda run: run.info.start_time)
+
+    def _search(
+        self, kind: Kind, tags: Mapping[str, str], experiments: list[str], view: int = ViewType.ACTIVE_ONLY
+    ) -> list[Run]:
         quoted = [f"tags.`{key}` = '{value}'" for key, value in {"kdexp.kind": kind, **tags}.items()]
         runs: list[Run] = []
         token: str | None = None
-        while experiments:
+        while True:
             page = self._do(
                 self.client.search_runs,
                 experiments,
                 filter_string=" and ".join(quoted),
+                run_view_type=view,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
             runs += page
             token = page.token
             if not token:
-                break
-        return [_record(run) for run in runs]
-
-    def study(self, name: str) -> RunRecord:
-        """The parent run of a study. Raises TrackingError naming the studies there are."""
-        runs = self.find("study", {"kdexp.study": name}) if "'" not in name else []
-        if not runs:
-            known = sorted({run.tags["kdexp.study"] for run in self.find("study", {})})
-            there = f"Studies there: {', '.join(known)}." if known else "There is no study yet; run kdexp sweep first."
-            raise TrackingError(f"No study '{name}' in {self.shown}. {there}")
-        return runs[-1]
+                return runs
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """Every (step, value) of a metric, by step."""
@@ -312,6 +449,8 @@ class Tracking:
 
     def places(self, run_id: str, folder: str | None = None) -> list[str]:
         """Where in a run's artifacts its files are, all of them."""
+        if own := self._place(run_id):
+            return sorted(file.relative_to(own).as_posix() for file in (own / (folder or "")).rglob("*") if file.is_file())
         found = self._do(self.client.list_artifacts, run_id, folder)
         each = (self.places(run_id, one.path) if one.is_dir else [one.path] for one in found)
         return [place for places in each for place in places]
@@ -325,6 +464,8 @@ class Tracking:
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """An artifact as a local file. Raises TrackingError where the run has none of that name."""
+        if place := self._place(run_id):
+            return _copied(run_id, place, artifact, folder)
         for attempt in range(RACES):
             try:
                 return Path(self._do(self.client.download_artifacts, run_id, artifact, str(folder)))
@@ -343,7 +484,11 @@ class Tracking:
     def read_text(self, run_id: str, artifact: str) -> str:
         """What a text artifact says. Raises TrackingError where the run has none of that name."""
         with tempfile.TemporaryDirectory() as temporary:
-            return self.download(run_id, artifact, Path(temporary)).read_text()
+            return self.download(run_id, artifact, Path(temporary)).read_text("utf-8")
+
+    def shown_by_ui(self) -> AbstractContextManager[None]:
+        """Around a UI on this store."""
+        return shown(self.stores) if self.embedded else nullcontext()
 
     # --- talking ---
 
@@ -355,6 +500,30 @@ class Tracking:
             yield
         finally:
             self.patience = before
+
+    def _place(self, run_id: str) -> Path | None:
+        """The folder of a run's artifacts in the embedded store; None: MLflow knows where they are."""
+        if not self.embedded:
+            return None
+        if run_id not in self._places:
+            info = self._do(self.client.get_run, run_id).info
+            address = info.artifact_uri or ""
+            local = is_local(address)
+            self._places[run_id] = run_place(self.stores, address, str(info.experiment_id), run_id) if local else None
+        return self._places[run_id]
+
+    def _artifacts(self, run_id: str) -> LocalArtifactRepository | None:
+        place = self._place(run_id)
+        return LocalArtifactRepository(place.as_uri()) if place else None
+
+    def _again(self, what: Literal["runs", "experiments"], found: Any) -> str:
+        """The command that restores a deleted run, or the experiment that was deleted with it."""
+        if what == "runs":
+            home = self._do(self.client.get_experiment, found.info.experiment_id)
+            if home.lifecycle_stage == "active":
+                return f"MLFLOW_TRACKING_URI={shlex.quote(self.address)} mlflow runs restore --run-id {found.info.run_id}"
+            found = home
+        return f"MLFLOW_TRACKING_URI={shlex.quote(self.address)} mlflow experiments restore -x {found.experiment_id}"
 
     def _create(self, experiment_id: str, tags: Mapping[str, str], name: str) -> str:
         """A new run, once, also where the server went away before it could say so."""
@@ -374,7 +543,7 @@ class Tracking:
     def _make(self, database: Path) -> None:
         """A new embedded store, whole or not at all: MLflow does not recover one whose tables are made in part."""
         if not database.exists():
-            write_atomically(database, lambda path: self._connect(f"sqlite:///{path.resolve()}"))
+            write_atomically(database, lambda path: self._connect(sqlite_url(path.resolve())))
 
     def _connect(self, url: str) -> MlflowClient:
         client = MlflowClient(url, registry_uri=url)
@@ -387,14 +556,38 @@ class Tracking:
         return client
 
     def _knock(self) -> None:
-        """Fail in seconds where no server listens; MLflow itself would retry for minutes."""
+        """Fail in seconds where no MLflow server listens; MLflow itself would retry for minutes."""
         try:
-            requests.get(self.url.rstrip("/") + "/health", timeout=10)
+            health = self._get("/health")
+            if health.status_code == 200 and health.text.strip() == "OK":
+                return
+            if health.status_code in (401, 403, 429) or (health.status_code >= 500 and health.status_code != 501):
+                return  # a server that refuses us or is busy: the first real request will tell
+            answer = self._get("/api/2.0/mlflow/experiments/search?max_results=1")
+            if answer.headers.get("content-type", "").startswith("application/json"):
+                return  # behind a proxy that keeps /health to itself
+        except requests.exceptions.SSLError as error:
+            raise TrackingError(f"MLflow, {self.shown}: {_tls(error)}") from None
         except requests.RequestException as error:
             raise TrackingError(
                 f"No MLflow server answers at {self.shown} ({type(error).__name__}). Start it, or correct "
                 f"--tracking-uri; without it kdexp uses the embedded store."
             ) from None
+        raise TrackingError(
+            f"What answers at {self.shown} is no MLflow server ({health.status_code} for /health, {answer.status_code} for its "
+            f"API). Correct --tracking-uri (an MLflow server's root, such as http://HOST:5000); without it kdexp uses the "
+            f"embedded store."
+        )
+
+    def _get(self, path: str) -> requests.Response:
+        """One request with the user's credentials and certificates, not repeated."""
+        creds = get_default_host_creds(self.url)
+        login = (creds.username, creds.password) if creds.username else None
+        verify = False if creds.ignore_tls_verification else creds.server_cert_path or True
+        headers = {"Authorization": f"Bearer {creds.token}"} if creds.token and not login else {}
+        return requests.get(
+            self.url + path, timeout=10, auth=login, verify=verify, cert=creds.client_cert_path, headers=headers
+        )
 
     def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         deadline, pause = time.monotonic() + self.patience, 0.5
@@ -424,6 +617,58 @@ def _may_pass(error: Exception) -> bool:
     refused = "error code 4" in text and "error code 429" not in text
     passing = "API request to" in text and "failed with" in text and not refused
     return isinstance(error, requests.ConnectionError | requests.Timeout) or passing or "database is locked" in text
+
+
+@contextmanager
+def _writing(run_id: str) -> Iterator[None]:
+    """A model that cannot be written (a full disk, …) is one line: torch, ONNX and MLflow each raise their own."""
+    try:
+        yield
+    except (KdexpError, OSError):
+        raise
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TrackingError(
+            f"The model of run {run_id} could not be written: {without_credentials(first)}. Is there room in "
+            f"{tempfile.gettempdir()} and in the store? The same command tries again."
+        ) from error
+
+
+def _tls(error: Exception) -> str:
+    """Why no secure connection comes about, and what to do."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            "its certificate is not trusted here; name the authority's file in MLFLOW_TRACKING_SERVER_CERT_PATH, or set "
+            "MLFLOW_TRACKING_INSECURE_TLS=true"
+        )
+    return "what answers there does not speak TLS; write http:// in place of https://, or correct --tracking-uri"
+
+
+def _copied(run_id: str, place: Path, artifact: str, folder: Path) -> Path:
+    """An artifact of the embedded store, copied into a folder."""
+    source, target = place / artifact, folder / artifact
+    if not source.exists():
+        raise TrackingError(
+            f"Run {run_id} holds no artifact '{artifact}': {source} is not there. It was deleted, or the store was copied "
+            f"without it: put {place.parent.parent.parent} back as it was, or begin a study anew (--set name=…)."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
+    return target
+
+
+def upgrade(url: str) -> None:
+    """Take a database of an older MLflow along to the installed one's tables, by MLflow's own scripts."""
+    import sqlalchemy
+    from mlflow.store.db.utils import _upgrade_db
+
+    try:
+        _upgrade_db(sqlalchemy.create_engine(url))
+    except Exception as error:  # SQLAlchemy, Alembic and MLflow each raise their own
+        raise StoreError(f"MLflow's own upgrade failed: {str(error).splitlines()[0]}") from error
 
 
 def _code(error: TrackingError) -> str:

@@ -22,10 +22,12 @@ from kdexp.distill.execution import choose
 from kdexp.distill.models import ModelError, Size, measure, outline
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
+from kdexp.own import own_line
 from kdexp.runner import Prepared, Result, goes_on_here, started
-from kdexp.settings import in_one_line
+from kdexp.settings import first_line, in_one_line, without_credentials
 from kdexp.stopping import hopeless
 from kdexp.study import Ended, OpenStudy, Trial
+from kdexp.surroundings import out_of_memory
 from kdexp.tracking import Tracking
 from kdexp.workers import Worker
 
@@ -42,6 +44,10 @@ __all__ = [
 ]
 
 log = logging.getLogger("kdexp")
+
+
+class TrialsFail(KdexpError):
+    """A failure that all trials of a study share."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class _Begun:
         if self.checkpoint is None:
             return (self.lane.fuse_key,)
         how, _ = Execution.recorded(self.checkpoint.environment)
-        epoch = self.checkpoint.snapshot.epoch if how.shared else ""
+        together = how.shared or self.lane.training.max_steps  # which may cut their last epoch short
+        epoch = self.checkpoint.snapshot.epoch if together else ""
         return (self.lane.fuse_key, repr(how), self.checkpoint.environment["threads"], str(epoch))
 
     @property
@@ -183,6 +190,8 @@ class _Here:
     starting: list[_Begun] = field(default_factory=list)
     """Taken to be trained, without a seat yet."""
     not_begun: list[TrialSkipped | TrialGivenUp] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of trials that broke off by themselves, in words."""
 
     def next_group(self) -> list[_Begun]:
         """The next trials that can train as one: asked for together, of one key."""
@@ -206,6 +215,19 @@ class _Here:
         self.starting.extend(taken)
         return taken
 
+    def stop_where_all_fail(self, error: Exception, recipe: Recipe) -> None:
+        """Raises TrialsFail for a failure that is no single trial's: nothing has been trained to its end yet, and it comes
+        from a network of the user's own, or for the second time. Their retries are left for when it is mended."""
+        if isinstance(error, KdexpError | OSError):
+            return
+        why, own = _why(error, recipe), _own_line(error, recipe)
+        if not self.study.done and not out_of_memory(error) and (own or why in self.failures):
+            raise TrialsFail(
+                f"Every trial would fail as this one: {why}. {'Correct the network' if own else 'Mend that'} and give the "
+                f"same command again: it goes on from here."
+            ) from error
+        self.failures.append(why)
+
     def news(self) -> list[TrialSkipped | TrialGivenUp]:
         """What was not begun since this was last asked."""
         news = list(self.not_begun)
@@ -223,7 +245,7 @@ class _Here:
 
     def _ask(self) -> _Begun | None:
         """The next trial that is worth its training."""
-        while trial := self.study.next_trial(self.worker, lambda number: _ended(number, self.study, self.tracking)):
+        while trial := self.study.next_trial(self.worker, self._ended):
             try:
                 if begun := self._worth_training(trial):
                     return begun
@@ -231,6 +253,9 @@ class _Here:
                 self.study.hand_back(trial, "released")
                 raise
         return None
+
+    def _ended(self, number: int) -> Ended | None:
+        return _ended(number, self.study, self.tracking, self.experiment_id)
 
     def _worth_training(self, trial: Trial) -> _Begun | None:
         checkpoint = self._checkpoint(trial)
@@ -245,7 +270,9 @@ class _Here:
 
     def _checkpoint(self, trial: Trial) -> Checkpoint | None:
         found = self.checkpoints.load(_name(trial)) if trial.retried else None
-        return found if found and goes_on_here(found, trial.recipe, self.prepared) else None
+        if found and goes_on_here(found, trial.recipe, self.prepared) and self.tracking.there(found.run_id):
+            return found
+        return None
 
     def _given_up(self, trial: Trial, checkpoint: Checkpoint | None) -> str:
         if not trial.broken:
@@ -253,7 +280,7 @@ class _Here:
         tries, retries = trial.tries(checkpoint.snapshot.epoch if checkpoint else 0), self.study.sweep.study.retries
         if tries <= retries:
             return ""
-        runs = self.tracking.find("trial", _tags(trial.number, self.study))
+        runs = self.tracking.find("trial", _tags(trial.number, self.study), self.experiment_id)
         last = next((run.tags["kdexp.error"] for run in reversed(runs) if run.tags.get("kdexp.error")), "its worker was killed")
         why = f"broke {tries} times without getting on (study.retries: {retries}): {last}"
         for run in runs:
@@ -317,7 +344,7 @@ class _Seat:
         if kind is None or self.left:
             return
         with self.here.tracking.at_once(), suppress(KdexpError):
-            _ended(self.trial.number, self.here.study, self.here.tracking)
+            _ended(self.trial.number, self.here.study, self.here.tracking, self.here.experiment_id)
         own = issubclass(kind, Exception) and not issubclass(kind, KdexpError | OSError)
         self.here.study.hand_back(self.trial, "failed" if own else "released")
 
@@ -364,7 +391,11 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
     seats: dict[int, _Seat] = {}
     try:
         with ExitStack() as everyone:
-            yield from _train_pack(group, here, seats, everyone)
+            try:
+                yield from _train_pack(group, here, seats, everyone)
+            except Exception as error:
+                here.stop_where_all_fail(error, group[0].trial.recipe)
+                raise
     except (KdexpError, OSError):  # the surroundings fail (a full disk, a server that is gone): no trial's fault
         raise
     except Exception as error:
@@ -372,7 +403,7 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
         for begun in here.starting:
             here.study.hand_back(begun.trial, "failed")
         for trial in (*(seat.trial for seat in seats.values()), *(begun.trial for begun in here.starting)):
-            yield TrialFailed(trial.number, in_one_line(error))
+            yield TrialFailed(trial.number, _why(error, trial.recipe))
         here.starting.clear()
 
 
@@ -442,6 +473,16 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _why(error: Exception, recipe: Recipe) -> str:
+    """Why a trial broke off: where a network of the user's own is at fault, with the line of it."""
+    own = _own_line(error, recipe)
+    return f"{type(error).__name__}: {without_credentials(first_line(error))} ({own})" if own else in_one_line(error)
+
+
+def _own_line(error: Exception, recipe: Recipe) -> str:
+    return own_line(error) if ":" in recipe.student.architecture else ""
+
+
 def _name(trial: Trial) -> str:
     return f"trial-{trial.number}"
 
@@ -451,9 +492,9 @@ def _tags(number: int, study: OpenStudy) -> dict[str, str]:
     return {"mlflow.parentRunId": study.parent_run, "kdexp.trial": str(number)}
 
 
-def _ended(number: int, study: OpenStudy, tracking: Tracking) -> Ended | None:
+def _ended(number: int, study: OpenStudy, tracking: Tracking, experiment_id: str) -> Ended | None:
     """How a trial ended whose worker is gone; where it did not, whatever runs it left open are closed."""
-    for run in tracking.find("trial", _tags(number, study)):
+    for run in tracking.find("trial", _tags(number, study), experiment_id):
         if run.status == "FINISHED":
             size = Size(*(int(run.metrics[name]) for name in ("parameters", "multiply_adds", "model_bytes")))
             accuracy, samples = run.metrics["val_accuracy"], int(run.metrics.get("val_samples", 0))

@@ -28,7 +28,7 @@ def serve(tracking: Tracking, port: int, console: Console) -> None:
     """Serve until Ctrl-C; where a tracking server is given, only print its pages. Raises KdexpError."""
     if tracking.url.startswith("http"):
         for line in _pages(tracking, tracking.shown.rstrip("/")):
-            console.print(line)
+            console.print(line, markup=False)
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
@@ -37,17 +37,20 @@ def serve(tracking: Tracking, port: int, console: Console) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
     console.print(f"Starting the MLflow UI on {address} …")
     # By the environment, not the command line: a URL may hold a password, and everyone can read command lines.
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": tracking.url, "MLFLOW_REGISTRY_STORE_URI": tracking.url}
+    # What is meant for another server of the user's was taken out of it before (settings.deaf), but for its programs'.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UVICORN_", "GUNICORN_"))}
+    environment = kept | {"MLFLOW_BACKEND_STORE_URI": tracking.url, "MLFLOW_REGISTRY_STORE_URI": tracking.url}
     # A session of its own: MLflow starts further processes, and all of them must go when this one does.
     server = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
     )
     try:
-        _wait(server, address)
-        for line in _pages(tracking, address):
-            console.print(line)
-        console.print("Ctrl-C stops the UI.")
-        server.wait()
+        with tracking.shown_by_ui():
+            _wait(server, address)
+            for line in _pages(tracking, address):
+                console.print(line, markup=False)
+            console.print("Ctrl-C stops the UI.")
+            server.wait()
     except KeyboardInterrupt:
         console.print("The UI is stopped.")
     finally:
@@ -63,12 +66,13 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know our 127.0.0.1
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise KdexpError(f"mlflow server ended at once (exit code {server.returncode}); run it by hand to see why")
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
+            with direct.open(f"{address}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)

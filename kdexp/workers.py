@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import tempfile
 import uuid
-from multiprocessing import forkserver
+from collections.abc import Iterator
+from multiprocessing import forkserver, util
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kdexp import KdexpError
 from kdexp.files import write_atomically
 
 __all__ = ["Worker", "start_method", "warm_up"]
+
+SOCKET_ROOM = 60  # bytes, of the 108 that a socket's path may have: multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx
 
 
 class Worker:
@@ -62,20 +68,48 @@ def _place(folder: Path) -> str:
     """What names a folder of workers, whatever host or container it is seen from."""
     file = folder / "place"
     if not file.exists():
-        write_atomically(file, lambda path: path.write_text(uuid.uuid4().hex[:8]))
-    return file.read_text()
+        write_atomically(file, lambda path: path.write_text(uuid.uuid4().hex[:8], "utf-8"))
+    return file.read_text("utf-8")
 
 
 def warm_up() -> None:
     """Begin to import what worker processes need, beside whatever this process does meanwhile: some seconds."""
     if start_method() != "forkserver":
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
-    try:
+    _make_room_for_sockets()
+    with _deaf(signal.SIGINT), _deaf(getattr(signal, "SIGHUP", None)):
         forkserver.set_forkserver_preload(["kdexp.preload"])
         forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf(kind: signal.Signals | None) -> Iterator[None]:
+    """Ignore a signal in here, and in whatever is started here: Ctrl-C and a hang-up are for this process alone."""
+    before = signal.signal(kind, signal.SIG_IGN) if kind else None
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if kind:
+            signal.signal(kind, before)
+
+
+def _make_room_for_sockets() -> None:
+    """Where TMPDIR is too deep for a socket's path, multiprocessing keeps its own in a folder that is not."""
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) <= SOCKET_ROOM:
+        return
+    for folder in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - mkdtemp's within
+        if not folder or len(os.fsencode(folder)) > SOCKET_ROOM:
+            continue
+        try:
+            tempfile.tempdir = folder
+            util.get_temp_dir()  # is made once, and kept
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = before
+        return
+    raise KdexpError(f"{tempfile.gettempdir()}: too deep for the sockets of workers; set TMPDIR to a short path, such as /tmp")
 
 
 def start_method() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdexp.config import Augment, Data, Distillation, Student, Training
+from kdexp.config import Augment, Data, Distillation, Recipe, Student, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints, Kept
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, SoftLabels, train
 from kdexp.files import write_atomically
+from kdexp.trials import _Begun
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 EPOCHS = 4
@@ -220,6 +223,51 @@ def test_lanes_with_batches_of_their_own_resume_in_different_epochs(digits) -> N
     assert [numbers(reports[1]) for reports in rest if reports[1]] == [numbers(whole[3][1])]
     with pytest.raises(ValueError, match="one epoch"):
         trained(lanes, digits, soft, Execution(2, shared=True), snapshots)
+
+
+def cut_short(place: int, digits) -> Lane:
+    """A lane whose fourth and last epoch has one step."""
+    one = lane(place, seed=place)
+    steps = len(digits.train) // one.training.batch_size
+    return dataclasses.replace(one, training=one.training.model_copy(update={"max_steps": 3 * steps + 1}))
+
+
+def test_lanes_whose_last_epoch_is_cut_short_resume_in_one_epoch_only(digits) -> None:
+    """Together, the one that is ahead would have ended the other's epoch after its own last step."""
+    lanes, how, soft = [cut_short(place, digits) for place in range(2)], Execution(2, shared=False), soft_labels(digits)
+    whole = trained(lanes, digits, soft, how)
+    assert len(whole) == 4
+    apart = [stopped(lanes, digits, soft, how, epochs)[place] for place, epochs in enumerate((2, 3))]
+    with pytest.raises(ValueError, match="cut short by max_steps"):
+        trained(lanes, digits, soft, how, apart)
+    for place, snapshot in enumerate(apart):  # so each goes on by itself, in its place
+        alone = [snapshot if place == other else None for other in range(2)]
+        there = [one if place == other else None for other, one in enumerate(lanes)]
+        rest = trained(there, digits, soft, how, alone)
+        assert [numbers(reports[place]) for reports in rest] == [numbers(reports[place]) for reports in whole[snapshot.epoch :]]
+
+
+@pytest.mark.parametrize("over", [4, 3])
+def test_a_lane_that_is_over_does_not_cut_the_epochs_of_the_others(digits, over) -> None:
+    """Also where it was at its last, short epoch; one that was given up before it goes along."""
+    lanes, how, soft = [cut_short(place, digits) for place in range(2)], Execution(2, shared=False), soft_labels(digits)
+    whole = trained(lanes, digits, soft, how)
+    snapshots = [stopped(lanes, digits, soft, how, epochs)[place] for place, epochs in enumerate((1, over))]
+    there = [lanes[0], lanes[1] if over == 4 else None]
+    rest = trained(there, digits, soft, how, [snapshots[0], snapshots[1] if over == 4 else None])
+    assert [numbers(reports[0]) for reports in rest] == [numbers(reports[0]) for reports in whole[1:]]
+
+
+def test_trials_that_go_on_with_max_steps_share_a_pack_only_in_one_epoch(digits) -> None:
+    def begun(epoch: int, max_steps: int | None) -> tuple[str, ...]:
+        recipe = Recipe(student=lane().network, training=Training(epochs=4, max_steps=max_steps))
+        trial = types.SimpleNamespace(recipe=recipe)
+        environment = {"threads": "1", **Execution(2, shared=False).record(0)}
+        return _Begun(trial, dataclasses.replace(checkpoint(), environment=environment, snapshot=Snapshot(epoch, 0, {}))).key
+
+    assert begun(1, None) == begun(2, None)
+    assert begun(1, 100) != begun(2, 100)
+    assert begun(1, 100) == begun(1, 100)
 
 
 def test_a_training_that_was_at_its_end_has_nothing_left_to_do(digits) -> None:

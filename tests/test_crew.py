@@ -53,7 +53,7 @@ def test_what_a_worker_ended_of_is_one_line() -> None:
     assert str(WorkerLost(2, (7, 9), "x")) == "worker 2 ended in trial 7, 9: x"
     assert str(WorkerLost(2, (), "x")) == "worker 2 ended: x"
     assert in_one_line(OSError(28, "No space left on device", "a/b")) == "a/b: No space left on device"
-    assert in_one_line(KdexpError("postgresql://me:secret@host is away")) == "postgresql://me:***@host is away"
+    assert in_one_line(KdexpError("postgresql://me:secret@host is away")) == "postgresql://***@host is away"
     assert in_one_line(ValueError("one\ntwo")).startswith("Unexpected ValueError: one (--debug")
 
 

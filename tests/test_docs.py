@@ -48,7 +48,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

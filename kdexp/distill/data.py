@@ -10,7 +10,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,25 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from kdexp import KdexpError
 from kdexp.config import Augment, Data
+from kdexp.distill.folders import Folder, Role, Sample, listed, survey
+from kdexp.distill.images import DataError, shown
+from kdexp.distill.inspection import Inspection, inspect
+from kdexp.surroundings import expanded
 
-__all__ = ["DataError", "Split", "Splits", "load_splits", "load_test", "pixels", "rectangles", "stratified", "views"]
+__all__ = [
+    "DataError",
+    "Inspection",
+    "Split",
+    "Splits",
+    "load_example",
+    "load_splits",
+    "load_test",
+    "pixels",
+    "rectangles",
+    "stratified",
+    "views",
+]
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 # MD5 of the unpacked files: archives of the same content differ in their gzip headers.
@@ -33,10 +49,6 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
-
-
-class DataError(KdexpError):
-    """A dataset that is missing, corrupt or unusable."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +93,49 @@ class Splits:
 
     train: Split
     validation: Split
+    inspection: Inspection | None = None
+    """Of an image folder: what was read, of all its splits."""
+
+    def to(self, device: torch.device) -> Splits:
+        """The same on `device`."""
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
 
 def load_splits(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Splits:
-    """The training set, cut into train and validation (or, with `train_on_validation`, whole). Raises DataError."""
-    whole, _ = _train_and_test(data, data_dir, test=False)
-    kept, held = stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes))
-    splits = Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
-    return Splits(splits.train.to(device), splits.validation.to(device)) if device else splits
+    """The training set, cut into train and validation (or, with `train_on_validation`, whole). Raises DataError.
+
+    Of an image folder the test images are opened too, so that a broken one is found now and not after a sweep.
+    """
+    if data.dataset == "image_folder":
+        splits = _folder_splits(data, data_dir)
+    else:
+        whole, _ = _train_and_test(data, data_dir, test=False)
+        splits = _held_out(
+            whole, *stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes)), data
+        )
+    return splits.to(device) if device else splits
 
 
 def load_test(data: Data, data_dir: Path | None = None, device: torch.device | None = None) -> Split:
     """The test split. Nothing in a search may call this. Raises DataError."""
-    _, test = _train_and_test(data, data_dir, test=True)
-    assert test is not None
+    if data.dataset == "image_folder":
+        folder = _folder(data, data_dir)
+        test = _read(folder, {"test": _cut_folder(folder, data).test}, data)
+    else:
+        _, found = _train_and_test(data, data_dir, test=True)
+        assert found is not None
+        test = found
     return test.to(device) if device else test
+
+
+def load_example(data: Data, data_dir: Path | None = None) -> Split:
+    """Two training images: what a network's input is like. Raises DataError."""
+    if data.dataset == "image_folder":
+        folder = _folder(data, data_dir)
+        cut = _cut_folder(folder, data)
+        first = cut.kept[:2] if not data.train_on_validation else range(2)
+        return _read(folder, {"training": [cut.fit[number] for number in first]}, data)
+    return load_splits(data, data_dir).train.take(torch.arange(2))
 
 
 def stratified(
@@ -188,24 +228,16 @@ def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Spli
     folder = data_dir or Path("data")
     if data.dataset == "digits":
         return _cut(_split(_digits(), data), data)
-    if data.dataset == "image_folder":
-        root = folder / str(data.path)
-        if not root.is_dir():
-            raise DataError(f"data.path: no folder {root}; give --data-dir, or correct data.path")
-        if (root / "train").is_dir():
-            _check_same_classes(root)
-        else:
-            return _cut(_split(_image_folder(root, data), data), data)
-        return (
-            _split(_image_folder(root / "train", data), data),
-            _split(_image_folder(root / "test", data), data) if test else None,
-        )
     if data.dataset == "cifar10":
         read: Callable[[bool], Raw] = lambda train: _cifar10(folder, data_dir is None, train)  # noqa: E731
     else:
         name = data.dataset
         read = lambda train: _mnist_like(name, folder, data_dir is not None, train)  # noqa: E731
     return _split(read(True), data), _split(read(False), data) if test else None
+
+
+def _held_out(whole: Split, kept: Int64[Tensor, " kept"], held: Int64[Tensor, " held"], data: Data) -> Splits:
+    return Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
 
 
 def _cut(whole: Split, data: Data) -> tuple[Split, Split]:
@@ -268,14 +300,6 @@ def _mnist_like(name: str, folder: Path, only_folder: bool, train: bool) -> Raw:
     return images[:, None], labels, tuple(kind.classes)
 
 
-def _check_same_classes(root: Path) -> None:
-    """Labels are numbered by folder: train and test must have the same ones."""
-    train, test = (sorted(c.name for c in root.glob(f"{part}/*") if c.is_dir()) for part in ("train", "test"))
-    if train != test:
-        odd = ", ".join(sorted(set(train) ^ set(test)))
-        raise DataError(f"{root}: train/ and test/ must hold the same class folders; only one of them has: {odd}")
-
-
 def _idx_file(place: Path, stem: str) -> Path | None:
     return next((file for file in (place / f"{stem}.gz", place / stem) if file.is_file()), None)
 
@@ -327,16 +351,105 @@ def _download(make: Callable[[], object], name: str, folder: Path):  # type: ign
         ) from None
 
 
-def _image_folder(root: Path, data: Data) -> Raw:
-    from torchvision.datasets import ImageFolder
+# --- image folders ---
 
-    size = int(data.image_size or 0)
-    try:
-        folder = ImageFolder(str(root))
-        images = []
-        for file, _ in folder.samples:
-            image = folder.loader(file).convert("L" if data.channels == 1 else "RGB").resize((size, size))
-            images.append(np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{root}: not readable as an image folder (one sub-folder per class): {error}") from None
-    return np.stack(images), np.array(folder.targets), tuple(folder.classes)
+
+@dataclass(frozen=True)
+class _Cut:
+    """An image folder's samples: those to fit with, which of them are for training and which are held out, and test's."""
+
+    fit: list[Sample]
+    kept: Int64[Tensor, " kept"]
+    held: Int64[Tensor, " held"]
+    test: list[Sample]
+
+
+def _folder(data: Data, data_dir: Path | None) -> Folder:
+    return survey((data_dir or Path("data")) / expanded(str(data.path)), str(data.path))
+
+
+def _folder_splits(data: Data, data_dir: Path | None) -> Splits:
+    folder = _folder(data, data_dir)
+    cut = _cut_folder(folder, data)
+    parts: dict[Role, list[Sample]] = {
+        "training": [cut.fit[number] for number in cut.kept],
+        "validation": [cut.fit[number] for number in cut.held],
+        "test": cut.test,
+    }
+    images, inspection = inspect(folder, parts, _size(data), data.channels, keep=("training", "validation"))
+    train, validation = (_labelled(images.pop(role), parts[role], folder, data) for role in ("training", "validation"))
+    if data.train_on_validation:
+        order = torch.cat([cut.kept, cut.held]).argsort()
+        joined = torch.cat([train.images, validation.images])[order], torch.cat([train.labels, validation.labels])[order]
+        train = replace(train, images=joined[0], labels=joined[1])
+    return Splits(train, validation, replace(inspection, notes=(*_cut_off(folder, data), *inspection.notes)))
+
+
+def _read(folder: Folder, part: dict[Role, list[Sample]], data: Data) -> Split:
+    (role,) = part
+    images, _ = inspect(folder, part, _size(data), data.channels, keep=(role,))
+    return _labelled(images[role], part[role], folder, data)
+
+
+def _image_folder(root: Path, data: Data) -> Raw:
+    """All training images of a folder as they stand, before anything is cut off them."""
+    folder = survey(root, str(data.path))
+    whole = _read(folder, {"training": list(folder.splits["training"])}, data)
+    return whole.images.numpy(), whole.labels.numpy(), whole.classes
+
+
+def _labelled(images: np.ndarray, samples: list[Sample], folder: Folder, data: Data) -> Split:
+    return Split(torch.from_numpy(images), _labels(samples), folder.classes, data.channels, data.mean, data.std)
+
+
+def _labels(samples: Sequence[Sample]) -> Int64[Tensor, " samples"]:
+    return torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+
+
+def _size(data: Data) -> int:
+    return int(data.image_size or 0)
+
+
+def _cut_folder(folder: Folder, data: Data) -> _Cut:
+    """Its splits; what it does not hold is cut off the training split, first test, then validation. Raises DataError."""
+    _check_enough(folder)
+    train, classes = list(folder.splits["training"]), len(folder.classes)
+    test = list(folder.splits.get("test", ()))
+    if not test:
+        kept, held = stratified(_labels(train), data.test_fraction, data.split_seed, classes)
+        train, test = [train[number] for number in kept], [train[number] for number in held]
+    if validation := list(folder.splits.get("validation", ())):
+        numbers = torch.arange(len(train) + len(validation))
+        return _Cut([*train, *validation], numbers[: len(train)], numbers[len(train) :], test)
+    return _Cut(train, *stratified(_labels(train), data.validation_fraction, data.split_seed, classes), test)
+
+
+def _check_enough(folder: Folder) -> None:
+    """Every class needs an image in each split, and in training one more for each that is cut off it. Raises DataError."""
+    missing = [role for role in ("validation", "test") if role not in folder.splits]
+    lacking = []
+    for role, samples in folder.splits.items():
+        cut = missing if role == "training" else []
+        counts, why = Counter(sample.label for sample in samples), f": one to train on, one each for {' and '.join(cut)}"
+        for label, name in enumerate(folder.classes):
+            if counts[label] <= len(cut):
+                has = f"{counts[label] or 'no'} image{'s' * (counts[label] != 1)}"
+                lacking.append(
+                    f"class '{name}' has {has} in {shown(folder.places[role])} and needs {1 + len(cut)}{why * bool(cut)}"
+                )
+    if lacking:
+        left = f" (left out: {listed(f'{n} {kind}' for kind, n in folder.left_out.items())})" if folder.left_out else ""
+        raise DataError(f"{'; '.join(lacking[:3])}{f'; and {len(lacking) - 3} more' * (len(lacking) > 3)}{left}")
+
+
+def _cut_off(folder: Folder, data: Data) -> list[str]:
+    """What is said of splits that a folder with splits has, or lacks."""
+    if folder.places["training"] == folder.root:
+        return []
+    train = f"{shown(folder.places['training'].name)}/"
+    said = []
+    if "validation" in folder.places:
+        said.append(f"validation is {shown(folder.places['validation'].name)}/; data.validation_fraction has no effect")
+    if "test" not in folder.places:
+        said.append(f"there is no test/: {data.test_fraction:.0%} of {train} are set apart as test (data.test_fraction)")
+    return said

@@ -11,22 +11,41 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchinfo
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from kdexp import KdexpError
-from kdexp.config import FAMILIES, Network
+from kdexp.config import FAMILIES, Network, Teacher
 from kdexp.distill.data import Split
+from kdexp.own import load_own, own_line
 
-__all__ = ["FromPixels", "ModelError", "Residual", "Size", "build", "measure", "outline", "summary", "weights_hash"]
+__all__ = [
+    "FromPixels",
+    "ModelError",
+    "Residual",
+    "Size",
+    "build",
+    "layout_of",
+    "measure",
+    "outline",
+    "summary",
+    "weights_hash",
+    "what_and_where",
+]
 
 State = Mapping[str, Tensor]
+Shape = tuple[int, int, int]
+
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's that give further logits in training
+PROBE_IMAGES = 4
 
 
 class ModelError(KdexpError):
@@ -49,18 +68,69 @@ def build(network: Network, like: Split) -> nn.Module:
     """
     shape, classes = (like.channels, *like.image_size), len(like.classes)
     try:
-        if network.architecture in FAMILIES:
-            module: nn.Module = _family(network, shape, classes)
-        elif ":" in network.architecture:
-            module = _own(network.architecture)(channels=shape[0], image_size=shape[1:], classes=classes, **network.options)
-        else:
-            module = _torchvision(network.architecture, network.stem, shape[0], classes)
+        module = _made(network, shape, classes)
         _check_fit(module, shape, classes, network.architecture)
     except ModelError:
         raise
     except Exception as error:  # a network of one's own may raise anything
-        raise ModelError(f"{network.architecture}: cannot be built for {shape} images: {_first_line(error)}") from error
+        raise ModelError(f"{network.architecture}: cannot be built for {shape} images: {what_and_where(error)}") from error
+    if ":" in network.architecture and _wants_contiguous(
+        network.model_dump_json(include={"architecture", "options"}), shape, classes
+    ):
+        module.register_forward_pre_hook(_Contiguous())
     return module
+
+
+def _made(network: Network, shape: Shape, classes: int) -> Any:
+    """What an architecture makes: a module, unless a callable of one's own makes something else."""
+    if network.architecture in FAMILIES:
+        return _family(network, shape, classes)
+    if ":" in network.architecture:
+        made: nn.Module = _own(network.architecture)(
+            channels=shape[0], image_size=shape[1:], classes=classes, **network.options
+        )
+        return made
+    given = isinstance(network, Teacher) and network.weights is not None  # whose file may hold the auxiliary parts too
+    return _torchvision(network.architecture, network.stem, shape[0], classes, keep_auxiliary=given)
+
+
+def _trained_once(module: nn.Module, shape: Shape, classes: int) -> Any:
+    """What it gives in training, after one pass forward and backward."""
+    images = torch.randn(PROBE_IMAGES, *shape).to(memory_format=torch.channels_last)
+    logits = module.train()(images)
+    if isinstance(logits, Tensor) and logits.shape == (PROBE_IMAGES, classes):
+        F.cross_entropy(logits.float(), torch.arange(PROBE_IMAGES) % classes).backward()
+    return logits
+
+
+class _Contiguous:
+    """Images in the plain layout, for a network that works in no other."""
+
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def layout_of(module: nn.Module) -> torch.memory_format:
+    """How a network that `build` made keeps its weights: channels last, where it can: a quarter less time on a CPU."""
+    plain = any(isinstance(hook, _Contiguous) for hook in module._forward_pre_hooks.values())
+    return torch.contiguous_format if plain else torch.channels_last
+
+
+@lru_cache(256)
+def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
+    """Whether a network of one's own trains in the plain layout and not in channels last, as where it calls x.view(…)."""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        with torch.random.fork_rng([]):
+            try:
+                module = _made(Network.model_validate_json(network), shape, classes)
+                module.eval()(torch.zeros(2, *shape))  # lazy layers find their sizes
+                if layout == torch.contiguous_format:
+                    module.register_forward_pre_hook(_Contiguous())
+                _trained_once(module.to(memory_format=layout), shape, classes)
+            except Exception:  # noqa: S112 - whatever it is, the other layout may do without
+                continue
+            return layout == torch.contiguous_format
+    return False
 
 
 def outline(network: Network, like: Split) -> nn.Module:
@@ -190,11 +260,11 @@ def _torchinfo(module: nn.Module, like: Split) -> torchinfo.ModelStatistics:
         col_names=("input_size", "output_size", "kernel_size", "num_params", "mult_adds"),
         depth=4,
         verbose=0,
-        device=next(module.parameters()).device,
+        device=next((parameter.device for parameter in module.parameters()), torch.device("cpu")),
     )
 
 
-def _torchvision(name: str, stem: str, channels: int, classes: int) -> nn.Module:
+def _torchvision(name: str, stem: str, channels: int, classes: int, keep_auxiliary: bool) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -209,7 +279,8 @@ def _torchvision(name: str, stem: str, channels: int, classes: int) -> nn.Module
             f"{name}: torchvision's networks take 3 channels, data.channels is {channels}; set it to 3, "
             f"or for a ResNet stem to small"
         )
-    module = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    extra = {"aux_logits": keep_auxiliary, "init_weights": True} if name in AUXILIARY else {}
+    module = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
     return module if stem == "imagenet" else _with_small_stem(module, name, channels)
 
 
@@ -227,13 +298,15 @@ def _with_small_stem(module: nn.Module, name: str, channels: int) -> nn.Module:
     return module
 
 
-def _own(name: str):  # type: ignore[no-untyped-def]
-    place, _, attribute = name.partition(":")
+def _own(name: str) -> Any:
     try:
-        return getattr(importlib.import_module(place), attribute)
+        return load_own(name)
+    except ModelError:
+        raise
     except Exception as error:  # the user's module is run, and may raise anything
         raise ModelError(
-            f"architecture: cannot import '{name}': {_first_line(error)}; write it as package.module:callable"
+            f"architecture: cannot import '{name}': {what_and_where(error)}; write it as package.module:callable or "
+            f"path/to/file.py:callable, looked for in the working folder and the sweep file's"
         ) from None
 
 
@@ -249,5 +322,7 @@ def _check_fit(module: object, shape: tuple[int, int, int], classes: int, name: 
         raise ModelError(f"{name}: gives {got} for 2 images, expected logits of shape {(2, classes)}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def what_and_where(error: Exception) -> str:
+    """An error's first line, and the user's own line that it came from."""
+    line, where = str(error).splitlines()[0] if str(error) else type(error).__name__, own_line(error)
+    return f"{line} ({where})" if where else line

@@ -19,12 +19,25 @@ from torch import Tensor, nn
 from kdexp.config import Distillation, Network, Recipe, Training
 from kdexp.distill.data import Split, pixels
 from kdexp.distill.losses import Loss, Term, distillation_loss, label_loss
-from kdexp.distill.models import build
+from kdexp.distill.models import ModelError, build, layout_of
 from kdexp.distill.optimizers import Average, Optimizer
 from kdexp.distill.randomness import dropout_mask, seed_of
 from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward, plan_of
 
-__all__ = ["Batch", "Drawn", "Execution", "Lane", "Pack", "Separate", "Source", "Stacked", "gather", "pack_of", "plan_for"]
+__all__ = [
+    "Batch",
+    "Drawn",
+    "Execution",
+    "Lane",
+    "Pack",
+    "Separate",
+    "Source",
+    "Stacked",
+    "fresh",
+    "gather",
+    "pack_of",
+    "plan_for",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -146,7 +159,7 @@ class Stacked:
     def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.how, self.dtype = source, how, dtype
         self.device = source.split.labels.device
-        one, first = lanes[0], _fresh(lanes[0], source.split)
+        one, first = lanes[0], fresh(lanes[0], source.split)
         plan = _plan(first, source.split)
         assert plan is not None
         self.form = Form(plan, how.lowering, dtype, torch.bfloat16 if how.precision == "bf16" else dtype)
@@ -178,14 +191,16 @@ class Stacked:
 
     def put(self, place: int, lane: Lane) -> None:
         """A fresh network in a lane's place."""
-        module = _fresh(lane, self.source.split)
+        module = fresh(lane, self.source.split)
+        if _plan(module, self.source.split) != self.form.plan:
+            raise ModelError(f"{lane.network.architecture}: is built otherwise with another seed; let it draw weights only")
         for stack in (self.live, self.kept):
             for name, parameter in module.named_parameters():
                 stack.leaves[name].data[place] = parameter.detach()
             for name in stack.running:
                 stack.running[name][place] = module.get_buffer(name)
         self.hyper[:, place] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
-        shares = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
+        shares = [module.get_submodule(layer.name).p for layer in dropouts(self.form.plan)]
         self.drop[:, place] = torch.tensor(shares, dtype=self.dtype)
         self.keys[place] = seed_of(lane.training.seed, "dropout") % 2**32
         self.optimizer.reset(place, lane.training.weight_decay)
@@ -262,9 +277,8 @@ class Separate:
 
     def put(self, place: int, lane: Lane) -> None:
         """A fresh network in a lane's place."""
-        module = _fresh(lane, self.source.split)
-        # Channels last: a quarter less time on a CPU, and what a GPU's convolutions want.
-        module.to(self.source.split.labels.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = fresh(lane, self.source.split)
+        module.to(self.source.split.labels.device, self.dtype, memory_format=layout_of(module))  # type: ignore[call-overload]
         self.lanes[place], self.modules[place] = lane, module
         self.optimizers[place] = _torch_optimizer(module, lane.training)
         self.averages[place] = Average(lane.training.ema, _floats(module)) if lane.training.ema else None
@@ -275,14 +289,16 @@ class Separate:
         flat = {f"optimizer/{index}/{name}": value for index, slots in optimizer.items() for name, value in slots.items()}
         average = self.averages[place]
         averages = {f"average/{number}": tensor for number, tensor in enumerate(average.tensors if average else ())}
-        return _copies(
-            {f"module/{name}": tensor for name, tensor in self.modules[place].state_dict().items()} | flat | averages
-        )
+        module = self.modules[place]
+        state = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}
+        return _copies(state | _unstored(module) | flat | averages)
 
     def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
         """Go on from what `save` gave; the lane is already in this place."""
         module, optimizer = self.modules[place], self.optimizers[place]
         module.load_state_dict({name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")})
+        for name, buffer in _unstored(module).items():
+            buffer.copy_(progress.get(name, buffer))  # which former versions did not save
         average = self.averages[place]
         for number, tensor in enumerate(average.tensors if average else ()):
             tensor.copy_(progress[f"average/{number}"])
@@ -299,6 +315,8 @@ class Separate:
         batch, losses = gather(self.source, drawn, self.dtype), []
         for place, (step, rate) in enumerate(zip(steps.tolist(), rates.tolist(), strict=True)):
             own = Batch(*(None if t is None else t[place] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
+            if place + 1 < len(self.modules):  # a network may work in place, and the next one sees the same images
+                own = own._replace(images=own.images.clone())
             with torch.random.fork_rng(_cuda_devices(rates.device)):
                 torch.manual_seed(seed_of(self.lanes[place].training.seed, "dropout", step))
                 losses.append(self._step(place, own, rate))
@@ -314,7 +332,8 @@ class Separate:
         for place, module in enumerate(self.modules):
             module.eval()
             kept = self._kept(place) if self.averages[place] else {}
-            each.append(torch.func.functional_call(module, kept, (images.to(self.dtype),)))
+            own = images.to(self.dtype, copy=place + 1 < len(self.modules))  # a network may work in place
+            each.append(torch.func.functional_call(module, kept, (own,), tie_weights=False))
             module.train()
         return torch.stack(each)
 
@@ -353,7 +372,7 @@ def pack_of(lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.
 
 def plan_for(lane: Lane, like: Split) -> Plan | None:
     """The plan of a lane's network; None where it has no stacked form."""
-    return _plan(_fresh(lane, like), like)
+    return _plan(fresh(lane, like), like)
 
 
 def _plan(module: nn.Module, like: Split) -> Plan | None:
@@ -421,11 +440,17 @@ def _columns(parameters: Float[Tensor, "lanes parameters"], shapes: Mapping[str,
     }
 
 
-def _fresh(lane: Lane, like: Split) -> nn.Module:
+def fresh(lane: Lane, like: Split) -> nn.Module:
     """A lane's network at its start: the same weights whatever was drawn before."""
     with torch.random.fork_rng([]):
         torch.manual_seed(lane.training.seed)
         return build(lane.network, like)
+
+
+def _unstored(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not in a module's state_dict."""
+    stored = module.state_dict().keys()
+    return {f"buffer/{name}": buffer for name, buffer in module.named_buffers() if name not in stored}
 
 
 def _floats(module: nn.Module) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """The forward pass of K networks of one plan as one network.
 
 A *plan* is what a network is made of, layer by layer, without its numbers: `plan_of` reads it off a module that is
-built of nn.Sequential, `models.Residual` and the layers named below, whoever wrote it. Activations are
+built of nn.Sequential, `models.Residual` and the layers named below, whoever wrote it. It takes only what is provably
+plain (plain.py): all else steps as the module it is. Activations are
 [batch, lanes * channels, height, width], so that ReLU, pooling and BatchNorm are the ordinary ones, a convolution has
 its groups once for each lane, and a linear layer is one batched matrix product. With one lane it is the plain network.
 """
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdexp.distill.models import Residual
+from kdexp.distill.plain import is_plain, is_plain_sequence, is_plainly_trained, resembles
 
 __all__ = ["Form", "Lowering", "Plan", "Stack", "convolve", "dropouts", "forward", "inner_convolutions", "plan_of"]
 
@@ -64,6 +66,7 @@ class Mean(NamedTuple):
 class Dropout(NamedTuple):
     """The network's dropout of that number, over so many values of an image."""
 
+    name: str
     number: int
     width: int
 
@@ -125,6 +128,8 @@ LIFTED = (
     nn.AdaptiveAvgPool2d,
 )
 """What a plan may be read off, besides nn.Sequential and nn.Identity."""
+SPATIAL = (nn.Conv2d, nn.BatchNorm2d, nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+"""Of these, what here takes images: torch has a meaning for some of them on vectors too."""
 
 
 class _NoForm(Exception):
@@ -138,6 +143,7 @@ def plan_of(module: nn.Module, shape: tuple[int, int, int]) -> Plan | None:
     """What a network for images of `shape` (channels, height, width) is made of; None where it has no stacked form."""
     training = module.training
     try:
+        _prove(module, set())
         with torch.no_grad():
             plan, _ = _plan(list(_flat("", module.eval())), torch.zeros(1, *shape), count())
     except _NoForm:
@@ -171,10 +177,38 @@ def _plain(layer: Convolution) -> bool:
     return (layer.stride, layer.padding, layer.groups, *layer.shape[2:]) == (1, 1, 1, 3, 3)
 
 
+def _prove(module: nn.Module | None, owned: set[int]) -> None:
+    """That the module and all in it are plain, and no weight stands in two places. Raises _NoForm.
+
+    Of a layer without weights each place is a layer. `owned` is the memory of the weights met so far.
+    """
+    if module is None or not _is_known(module):
+        raise _NoForm
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.numel():
+            memory = tensor.untyped_storage().data_ptr()
+            if memory in owned:
+                raise _NoForm
+            owned.add(memory)
+    for child in module._modules.values():  # children() leaves out what stands there twice
+        _prove(child, owned)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it does what its type says, and no more."""
+    if isinstance(module, nn.Sequential):
+        return is_plain_sequence(module)
+    if isinstance(module, Residual):
+        fresh = Residual(nn.Sequential(), nn.Identity())
+        return type(module) is Residual and resembles(module, fresh) and module._modules.keys() == fresh._modules.keys()
+    return is_plain(module) and is_plainly_trained(module)
+
+
 def _flat(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers of nested nn.Sequentials, by name; what does nothing is left out."""
     if type(module) is nn.Sequential:
-        for key, child in module.named_children():
+        for key, child in module._modules.items():
+            assert child is not None
             yield from _flat(f"{name}.{key}" if name else key, child)
     elif type(module) is not nn.Identity:
         yield name, module
@@ -190,29 +224,48 @@ def _plan(layers: list[tuple[str, nn.Module]], x: Tensor, numbers: Iterator[int]
 
 
 def _layer(name: str, module: nn.Module, x: Tensor, following: list[type], numbers: Iterator[int]) -> Layer:
-    if type(module) not in LIFTED:  # a subclass may do anything
+    if type(module) not in LIFTED or (x.ndim != 4 and isinstance(module, SPATIAL)):  # a subclass may do anything
         raise _NoForm
     match module:
         case Residual():
-            body, _ = _plan(list(_flat(f"{name}.body", module.body)), x, numbers)
-            return Sum(body, _plan(list(_flat(f"{name}.shortcut", module.shortcut)), x, numbers)[0])
+            return _sum(name, module, x, numbers)
         case nn.Conv2d():
             return _convolution(name, module, x, following[:1] == [nn.BatchNorm2d])
         case nn.BatchNorm2d():
             return _norm(name, module, following == [nn.ReLU, nn.AvgPool2d])
-        case nn.Dropout():
-            return Dropout(next(numbers), x[0].numel())
+        case nn.Dropout() if module.p < 1:
+            return Dropout(name, next(numbers), x[0].numel())
         case nn.Linear() if x.ndim == 2 and module.bias is not None:
             return Linear(name, last=False)
         case nn.ReLU():
             return Relu()
         case nn.Flatten(start_dim=1, end_dim=-1):
             return Flatten()
-        case nn.AvgPool2d() if repr(module) == repr(nn.AvgPool2d(2)):
+        case nn.AvgPool2d() if resembles(module, nn.AvgPool2d(2, count_include_pad=module.count_include_pad)):
             return Halve()
         case nn.AdaptiveAvgPool2d(output_size=1 | (1, 1)):
             return Mean()
     raise _NoForm
+
+
+def _sum(name: str, module: Residual, x: Tensor, numbers: Iterator[int]) -> Sum:
+    parts = [list(_flat(f"{name}.{part}", child)) for part, child in module._modules.items() if child is not None]
+    if any(_writes_into_its_input(part) for part in parts):  # which the other part, too, is given
+        raise _NoForm
+    (body, one), (shortcut, other) = (_plan(part, x, numbers) for part in parts)
+    if one.shape != other.shape:
+        raise _NoForm
+    return Sum(body, shortcut)
+
+
+def _writes_into_its_input(layers: list[tuple[str, nn.Module]]) -> bool:
+    """Whether a layer works in place before any has made a new tensor."""
+    for _, layer in layers:
+        if getattr(layer, "inplace", False):
+            return True
+        if not isinstance(layer, nn.Flatten | nn.Dropout):
+            return False
+    return False
 
 
 def _convolution(name: str, module: nn.Conv2d, x: Tensor, held_bias: bool) -> Convolution:
@@ -224,7 +277,8 @@ def _convolution(name: str, module: nn.Conv2d, x: Tensor, held_bias: bool) -> Co
 
 
 def _norm(name: str, module: nn.BatchNorm2d, by_windows: bool) -> Norm:
-    if (module.eps, module.momentum, module.affine, module.track_running_stats) != (BN_EPS, BN_MOMENTUM, True, True):
+    found = module.eps, module.momentum, module.affine, module.track_running_stats, module.bias is None
+    if found != (BN_EPS, BN_MOMENTUM, True, True, False):
         raise _NoForm
     return Norm(name, by_windows)
 

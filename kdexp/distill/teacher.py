@@ -23,34 +23,39 @@ import torch
 from filelock import FileLock
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from kdexp import KdexpError, __version__
+from kdexp import __version__
 from kdexp.config import Data, Distillation, Teacher, Training
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Checkpoints, Kept
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 from kdexp.distill.execution import choose
-from kdexp.distill.models import build, measure, weights_hash
+from kdexp.distill.guard import check_network, stored_correct
+from kdexp.distill.models import build, layout_of, measure, weights_hash
 from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
+from kdexp.distill.weights import TeacherError, find_weights, read_weights
 from kdexp.files import write_atomically
+from kdexp.surroundings import expanded
 
-__all__ = ["CacheProgress", "CachedTeacher", "Ensemble", "TeacherError", "prepare_teacher", "read_weights"]
+__all__ = [
+    "CacheProgress",
+    "CachedTeacher",
+    "Ensemble",
+    "TeacherError",
+    "WeightsRead",
+    "prepare_teacher",
+    "read_weights",
+]
 
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
-NESTS = ("model_state_dict", "state_dict", "model", "weights")
 WEIGHTS, HISTORY = "weights.safetensors", "history.json"
 FACTS = ("parameters", "val_correct", "val_samples")
 """What a cache says of its teacher."""
 SUM = "sha256"
 """In a file's metadata: what its content is known by."""
-MEMBERS = "members"  # how the names in an ensemble's state begin: its attribute
-
-
-class TeacherError(KdexpError):
-    """A teacher that is missing, does not fit, or disagrees with its cache."""
 
 
 class Ensemble(nn.Module):
@@ -72,6 +77,13 @@ class CacheProgress:
     done: int
     rows: int
     per: Literal["view", "epoch"]
+
+
+@dataclass(frozen=True)
+class WeightsRead:
+    """The checkpoint that the recipe names was read; `said`: what of it was taken."""
+
+    said: str
 
 
 @dataclass(frozen=True)
@@ -118,21 +130,24 @@ def prepare_teacher(
     folder: Path,
     weights: Path | None = None,
     training: Training | None = None,
-) -> Generator[EpochReport | CacheProgress, None, CachedTeacher]:
+) -> Generator[EpochReport | CacheProgress | WeightsRead, None, CachedTeacher]:
     """The teacher of a recipe with its logits, out of `folder` or made now; yields progress while it makes them.
 
     `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given the one
     `training` that all students share in seed and epochs, the cache may hold its draws only. Raises TeacherError.
     """
     module = _built(teacher, splits.train)
-    given = weights or (Path(teacher.weights) if teacher.weights else None)
+    given = weights or (expanded(teacher.weights) if teacher.weights else None)
     if given is None:
         home = yield from _trained(teacher, data, splits, folder)
         module.load_state_dict(_own_weights(home, module))
     else:
-        module.load_state_dict(read_weights(given, module))
+        found = find_weights(given, module)
+        module.load_state_dict(found.state)
         home = _stored(module, folder)
-    module.to(splits.train.labels.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        if weights is None:
+            yield WeightsRead(found.said)
+    module.to(splits.train.labels.device, memory_format=layout_of(module)).eval()  # type: ignore[call-overload]
     sha256 = weights_hash(module.state_dict())
     rows = _rows(data, splits, training)
     cache = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
@@ -145,7 +160,7 @@ def prepare_teacher(
         _spot_check(module, splits.train, rows, logits, cache)
         if SUM not in facts:  # a former version's: from now on it is known by what it holds
             _store(cache, logits, facts)
-    history = tuple(json.loads((home / HISTORY).read_text())) if (home / HISTORY).exists() else ()
+    history = tuple(json.loads((home / HISTORY).read_text("utf-8"))) if (home / HISTORY).exists() else ()
     return CachedTeacher(
         sha256=sha256,
         logits_sha256=logits_sha256,
@@ -157,55 +172,6 @@ def prepare_teacher(
         history=history,
         cache=cache,
     )
-
-
-def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """A state that fits `module`, from .safetensors, .pt or .pth; nothing in the file is executed.
-
-    Accepts a state nested under model_state_dict (or state_dict, model, weights) and names prefixed by a
-    wrapper module. Raises TeacherError naming what does not fit.
-    """
-    if not path.is_file():
-        raise TeacherError(f"{path}: no such checkpoint; correct teacher.weights, or set it to null to train one")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise TeacherError(
-            f"{path}: cannot be read: {str(error).splitlines()[0]}; the file is damaged or no checkpoint"
-        ) from None
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise TeacherError(
-            f"{path}: not a checkpoint of weights alone ({type(error).__name__}); save its state_dict() with "
-            f"torch.save or safetensors: kdexp never runs code from a checkpoint"
-        ) from None
-    for nest in NESTS:
-        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
-            state = state[nest]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise TeacherError(f"{path}: holds no weights by name; save the network's state_dict()")
-    expected = module.state_dict()
-    state = _without_prefix({str(name): value for name, value in state.items()}, set(expected))
-    if (held := _members(state)) != (wanted := _members(expected)):
-        raise TeacherError(
-            f"{path}: holds the weights of {held} network{'s' if held > 1 else ''}, teacher.members is {wanted}; give the "
-            f"weights.safetensors of an ensemble of so many (kdexp keeps it in the teacher's run), or set members to {held}"
-        )
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        example = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the network has not"
-        raise TeacherError(
-            f"{path}: is of another network than teacher.architecture: it {example} "
-            f"({len(missing)} names missing, {len(extra)} too many)"
-        )
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise TeacherError(
-                f"{path}: wrong shape: {name} is {tuple(state[name].shape)}, the teacher of this sweep needs "
-                f"{tuple(tensor.shape)}; correct the teacher section or give the matching checkpoint"
-            )
-        if not torch.isfinite(state[name].float()).all():
-            raise TeacherError(f"{path}: {name} holds NaN or infinity; give a checkpoint of a training that did not diverge")
-    return {name: state[name] for name in expected}
 
 
 def _built(teacher: Teacher, like: Split) -> nn.Module:
@@ -221,6 +187,7 @@ def _trained(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Gene
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):  # N processes that start together train it once
         if not (home / WEIGHTS).exists() and teacher.members == 1:
+            check_network(teacher, splits.train)
             yield from _train(teacher, data, splits, home)
         elif not (home / WEIGHTS).exists():
             homes = []
@@ -235,7 +202,7 @@ def _unite(homes: Sequence[Path], ensemble: Ensemble, home: Path) -> None:
     """The weights of all members in one file; their mean history."""
     for member, own in zip(ensemble.members, homes, strict=True):
         member.load_state_dict(_own_weights(own, member))
-    epochs = zip(*(json.loads((own / HISTORY).read_text()) for own in homes), strict=True)
+    epochs = zip(*(json.loads((own / HISTORY).read_text("utf-8")) for own in homes), strict=True)
     _write(home, ensemble.state_dict(), [{name: fmean(row[name] for row in rows) for name in rows[0]} for rows in epochs])
 
 
@@ -284,6 +251,7 @@ def _train(teacher: Teacher, data: Data, splits: Splits, home: Path) -> Generato
             saved = time.monotonic()
         yield replace(report, epochs=last)
     assert kept is not None
+    stored_correct(teacher, kept.weights, kept.val_correct, splits.validation)
     _write(home, kept.weights, history)
     checkpoints.remove("teacher")
 
@@ -298,7 +266,7 @@ def _last_epoch(teacher: Teacher, samples: int) -> int:
 def _write(home: Path, state: Mapping[str, Tensor], history: Sequence[Mapping[str, int | float]] | None = None) -> None:
     """The history, where there is one, and then the weights: where they are, all is."""
     if history is not None:
-        write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history)))
+        write_atomically(home / HISTORY, lambda path: path.write_text(json.dumps(history), "utf-8"))
     content = save({name: value.contiguous() for name, value in state.items()}, metadata={SUM: weights_hash(state)})
     write_atomically(home / WEIGHTS, lambda path: path.write_bytes(content))
 
@@ -431,18 +399,3 @@ def _fingerprints(splits: Splits) -> tuple[str, str]:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _members(state: Mapping[str, Tensor]) -> int:
-    """How many networks an ensemble's state holds; 1 for any other."""
-    return len({name.split(".")[1] for name in state if name.startswith(f"{MEMBERS}.")}) or 1
-
-
-def _without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """Names without the wrapper's, such as 'module.' or 'model.', where all of them carry it."""
-    while not expected & state.keys():
-        prefixes = {name.split(".", 1)[0] for name in state if "." in name}
-        if len(prefixes) != 1 or prefixes == {MEMBERS} or not all("." in name for name in state):
-            break
-        state = {name.split(".", 1)[1]: value for name, value in state.items()}
-    return state

@@ -22,7 +22,8 @@ from torch import Tensor
 from kdexp.config import Data, Training
 from kdexp.distill.data import Split, Splits, pixels, rectangles, views
 from kdexp.distill.evaluate import BATCH
-from kdexp.distill.packs import Drawn, Execution, Lane, Source, pack_of
+from kdexp.distill.guard import check_network, check_plan
+from kdexp.distill.packs import Drawn, Execution, Lane, Source, fresh, pack_of, plan_for
 from kdexp.distill.randomness import seed_of
 
 __all__ = [
@@ -119,12 +120,21 @@ def train(
     if len({lane.fuse_key for lane in present}) != 1:
         raise ValueError("lanes of one pack must share their fuse key")
     how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in present}) == 1)
+    _check(present[:2], splits.train, how)  # two: what is wrong between lanes is wrong between any
     crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
     crew.resume(resumed)
     while crew.working:
         changes = yield crew.epoch()
         for place, lane in (changes or {}).items():
             crew.change(place, lane)
+
+
+def _check(lanes: Sequence[Lane], like: Split, how: Execution) -> None:
+    """That these lanes train the network that will be stored. Raises ModelError."""
+    network, plan = lanes[0].network, plan_for(lanes[0], like)
+    check_network(network, like)
+    if plan:
+        check_plan([fresh(lane, like) for lane in lanes], plan, how.lowering, like, network.architecture)
 
 
 def draw(seed: int, epoch: int, samples: int, views: int) -> tuple[Int64[Tensor, " samples"], Int64[Tensor, " samples"]]:
@@ -188,8 +198,11 @@ class _Crew:
                 place = self.places[at]
                 self.pack.load(at, snapshot.tensors)
                 place.epoch, place.best, place.idle = snapshot.epoch, snapshot.best, snapshot.epoch == self.epochs
+        together = len({place.epoch for place in self.places if not place.idle}) <= 1
+        if not together and not whole_epochs(self.places[0].lane.training, len(self.splits.train)):
+            raise ValueError("with a last epoch cut short by max_steps, lanes are in one epoch")
         if self.how.shared:
-            if len({place.epoch for place in self.places if not place.idle}) > 1:
+            if not together:
                 raise ValueError("lanes that share their mini-batches are in one epoch")
             for place in self.places:  # also an empty place draws along
                 place.epoch = max(place.epoch for place in self.places)
@@ -211,12 +224,13 @@ class _Crew:
     def epoch(self) -> Reports:
         """Every lane's next epoch, then its evaluation on validation."""
         started = time.perf_counter()
+        working = [place for place in self.places if not place.idle]
         for place in self.places:
             place.epoch = min(place.epoch + 1, self.epochs)  # an idle network repeats its last
         if self.soft and self.soft.per == "epoch":
             row = self.soft.logits[self.places[0].epoch - 1]
             self.pack.source = replace(self.source, logits=row.expand(len(self.source.views), -1, -1))
-        losses, rates, bad = self._steps()
+        losses, rates, bad = self._steps(max(place.epoch for place in working))
         correct, val_losses = self._evaluate()
         seconds = time.perf_counter() - started
         columns = zip(self.places, losses.T.tolist(), rates, bad, correct, val_losses, strict=True)
@@ -255,12 +269,15 @@ class _Crew:
             snapshot=lambda: Snapshot(place.epoch, place.best, self.pack.save(at)),
         )
 
-    def _steps(self) -> tuple[Float[Tensor, "3 lanes"], list[float], list[int | None]]:
-        """The epoch's optimiser steps: mean losses (total, distillation, student), last learning rates, first bad steps."""
+    def _steps(self, latest: int) -> tuple[Float[Tensor, "3 lanes"], list[float], list[int | None]]:
+        """The epoch's optimiser steps: mean losses (total, distillation, student), last learning rates, first bad steps.
+
+        `latest` of the epochs that lanes in training are in: the last one may be cut short.
+        """
         training, samples = self.places[0].lane.training, len(self.splits.train)
         size, total = min(training.batch_size, samples), steps_of(training, samples)
         first = [(place.epoch - 1) * _steps_per_epoch(training, samples) for place in self.places]
-        count = min(_steps_per_epoch(training, samples), total - max(first))
+        count = min(_steps_per_epoch(training, samples), total - (latest - 1) * _steps_per_epoch(training, samples))
         drawn = self._draw()
         rates = [
             [learning_rate(place.lane.training, start + step, total) for start, place in zip(first, self.places, strict=True)]
