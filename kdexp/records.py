@@ -28,6 +28,7 @@ __all__ = [
     "WEIGHTS",
     "RecordError",
     "artifact_of",
+    "environment_of_run",
     "load_student",
     "log_text",
     "recipe_of",
@@ -58,6 +59,18 @@ def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
         ) from None
     source = f"config.json of run {run.run_id}, recorded by another version of kdexp"
     return validate(Recipe, upgrade(stored), source)
+
+
+def environment_of_run(run: RunRecord, tracking: Tracking) -> dict[str, str]:
+    """What a run recorded of code, libraries, machine, and of how it was trained. Raises RecordError."""
+    try:
+        recorded = json.loads(tracking.read_text(run.run_id, "environment.json"))
+        return {str(name): str(value) for name, value in recorded.items()}
+    except (ValueError, AttributeError) as error:
+        raise RecordError(
+            f"Run {run.run_id}: environment.json is damaged ({error}); put it back from a copy of the store: it says in which "
+            f"form the run was trained"
+        ) from None
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:

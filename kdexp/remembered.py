@@ -38,10 +38,8 @@ def _agree(told: Told, run: RunRecord, sweep: Sweep, tracking: Tracking) -> bool
     limits = constraints(aim, size, accuracy, rule, samples) if samples or not rule.confidence else told.limits
     if told.limits and not (told.limits.keys() == limits.keys() and _near(told.limits.values(), limits.values())):
         return False
-    recipe = flatten(told.recipe) if told.recipe else {}
-    if any(
-        run.params.get(path, text) != text for path, text in ((p, as_param(recipe[p])) for p in sweep.search if p in recipe)
-    ):
+    chosen = {path: as_param(value) for path, value in flatten(told.recipe).items()} if told.recipe else {}
+    if any(run.params.get(path, text) != text for path, text in chosen.items() if path in sweep.search):
         return False
     return told.curve is None or _near(told.curve, [value for _, value in tracking.history(run.run_id, "epoch/val_accuracy")])
 

@@ -6,7 +6,6 @@ the record is held against itself (verify.py); after it, against the record of t
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from kdexp.distill.train import EpochReport
 from kdexp.environment import differing
 from kdexp.files import sha256_of
 from kdexp.promote import on_test
-from kdexp.records import RecordError, recipe_of, weights_of
+from kdexp.records import RecordError, environment_of_run, recipe_of, weights_of
 from kdexp.runner import Prepared, TeacherProgress, environment_of, facts, prepare, profile_of, started
 from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
@@ -121,13 +120,13 @@ def _check(run: RunRecord, tracking: Tracking) -> None:
 
 def _environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
     """What the run recorded of how and where it was trained. Raises RecordError where that makes no sense."""
+    recorded = environment_of_run(run, tracking)
     try:
-        recorded: dict[str, str] = json.loads(tracking.read_text(run.run_id, "environment.json"))
         int(recorded["threads"]), Execution.recorded(recorded)
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, StopIteration) as error:
         raise RecordError(
-            f"Run {run.run_id}: environment.json is damaged ({type(error).__name__}: {error}); put it back from a copy of the "
-            f"store: it says in which form the run was trained"
+            f"Run {run.run_id}: environment.json does not say how the run was trained ({type(error).__name__}: {error}); put "
+            f"it back from a copy of the store"
         ) from None
     return recorded
 

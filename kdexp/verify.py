@@ -6,7 +6,6 @@ accuracy beside its interval. And what its weights come to can be measured again
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
@@ -24,7 +23,7 @@ from kdexp.distill.models import measure
 from kdexp.environment import record
 from kdexp.files import sha256_of
 from kdexp.intervals import wilson_interval
-from kdexp.records import ARTIFACTS, RecordError, load_student, sealed, weights_of
+from kdexp.records import ARTIFACTS, RecordError, environment_of_run, load_student, sealed, weights_of
 from kdexp.selection import AS_TRAINED
 from kdexp.tracking import LONGEST, RunRecord, Tracking, TrackingAway, TrackingError, as_param
 from kdexp.variants import load_variant, metrics_of, prefix_of
@@ -102,7 +101,7 @@ def _accuracy(
 
 def allowance(run: RunRecord, recipe: Recipe, samples: int, tracking: Tracking, device: torch.device) -> int:
     """By how many images two measurements of the same weights may be apart, here and where the run was trained."""
-    then, here = json.loads(tracking.read_text(run.run_id, "environment.json")), record(device.type, recipe)
+    then, here = environment_of_run(run, tracking), record(device.type, recipe)
     return ROUNDING if all(then.get(name) == here[name] for name in MACHINE) else ROUNDING + math.ceil(ELSEWHERE * samples)
 
 
@@ -230,6 +229,8 @@ def _teacher(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
     """The run of its teacher, which holds that teacher's weights."""
     where, weights = run.tags.get("kdexp.teacher_run"), run.tags.get("kdexp.teacher_sha256")
     if where is None or weights is None:
+        if where != weights:
+            yield Difference("kdexp.teacher_run (kdexp.teacher_sha256)", where or "—", (weights or "—")[:16])
         return
     try:
         teacher = tracking.read(where)

@@ -150,7 +150,7 @@ def test_a_former_versions_cache_is_compared_with_the_teacher_and_then_has_a_che
 
 def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_version_is_read(tmp_path, digits) -> None:
     teacher, _ = prepared(tmp_path, digits)
-    name = next(iter(load_file(teacher.weights)))
+    name = next(name for name, tensor in load_file(teacher.weights).items() if tensor.is_floating_point())
 
     def nudged(content):
         content[name] += 1e-3
@@ -160,9 +160,7 @@ def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_ver
     assert prepared(tmp_path, digits)[0].sha256 == teacher.sha256
     changed(teacher.weights, lambda content: content, sha256=teacher.sha256)
     changed(teacher.weights, nudged)
-    with pytest.raises(
-        TeacherError, match=r"not the weights that were written .* delete .*, the teacher is then trained again"
-    ):
+    with pytest.raises(TeacherError, match=r"not the weights that were written .* the teacher is then trained again"):
         prepared(tmp_path, digits)
 
 
