@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -51,12 +52,14 @@ __all__ = [
     "flatten",
     "learns_alike",
     "load",
+    "nearly_alike",
     "recorded",
     "select_rule",
     "upgrade",
 ]
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
+NEAR = 0.01  # share of a searched range: numbers that lie closer together train nearly the same
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 NAME_LENGTH = 100
 NOT_IN_NAMES = "/\\:?'\"`"  # what MLflow's names of models, its addresses and its searches cannot hold
@@ -277,6 +280,27 @@ class Range(Frozen):
         inside = isinstance(value, int | float) and self.low <= value <= self.high
         return inside and (self.step is None or math.isclose(((value - self.low) / self.step + 0.5) % 1, 0.5, abs_tol=1e-9))
 
+    @property
+    def last(self) -> int | float:
+        """The greatest value that is searched: `high`, or where the steps from `low` end before it."""
+        if self.step is None:
+            return self.high
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))  # 0.3 is three steps of 0.1
+        if (high - low) % step == 0:
+            return self.high
+        last = low + (high - low) // step * step
+        return int(last) if isinstance(self.low, int) and isinstance(self.high, int) else float(last)
+
+    def apart(self, one: float, other: float) -> float:
+        """How far two values lie apart: a share of the range, on the log scale where that is searched."""
+        if one == other:
+            return 0.0
+        if not (self.low <= min(one, other) and max(one, other) <= self.high):  # a control's alpha may lie outside
+            return math.inf
+        if self.log:
+            return abs(math.log(one) - math.log(other)) / (math.log(self.high) - math.log(self.low))
+        return abs(one - other) / (self.high - self.low)
+
     def ends(self) -> tuple[int | float, ...]:
         """The values that must be valid for all in between to be."""
         return (self.low, self.high)
@@ -289,9 +313,11 @@ class Choices(Frozen):
 
     @model_validator(mode="after")
     def _each_is_another(self) -> Self:
-        twice = [choice for number, choice in enumerate(self.choices) if choice in self.choices[:number]]
-        if twice:
-            raise ValueError(f"choices: {show(twice[0])} stands twice; every choice once")
+        seen = set[Hashable]()
+        for choice in self.choices:
+            if choice in seen:
+                raise ValueError(f"choices: {show(choice)} stands twice; every choice once")
+            seen.add(choice)
         return self
 
     def __contains__(self, value: Any) -> bool:
@@ -393,12 +419,24 @@ class Sweep(Recipe):
         """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
         trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
         axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
-        trained = [self.recipe, self.recipe.replace({"distillation.alpha": 0.0})]
+        recipe, learned = self.recipe, dict[Hashable, str]()
+
+        def learns(point: Mapping[str, Any]) -> tuple[str, ...]:
+            """The same for points that learn alike. Each section's part is made once: 10,000 recipes would take seconds."""
+            found = []
+            for section in SEARCHABLE:
+                part = {path: value for path, value in point.items() if path.startswith(f"{section}.")}
+                key = section, *part.items()
+                if key not in learned:
+                    learned[key] = _learns(getattr(recipe.replace(part), section))
+                found.append(learned[key])
+            return tuple(found)
+
+        seen = {learns({}), learns({"distillation.alpha": 0.0})}
         points = []
         for point in (dict(zip(self.search, values, strict=True)) for values in product(*axes)):
-            recipe = self.recipe.replace(point)
-            if not any(learns_alike(recipe, other) for other in trained):
-                trained.append(recipe)
+            if (here := learns(point)) not in seen:
+                seen.add(here)
                 points.append(point)
         return points
 
@@ -481,6 +519,34 @@ def learns_alike(one: Recipe, other: Recipe) -> bool:
     if one.distillation.alpha == 0 == other.distillation.alpha:
         other = other.model_copy(update={"distillation": one.distillation})
     return one == other
+
+
+def _learns(section: BaseModel) -> str:
+    """What a recipe's section says of how it trains: with labels only, the distillation says nothing more."""
+    labels_only = isinstance(section, Distillation) and section.alpha == 0
+    return "labels only" if labels_only else section.model_dump_json()
+
+
+def nearly_alike(one: Recipe, other: Recipe, search: Mapping[str, Dimension]) -> bool:
+    """Whether two recipes of one search train nearly the same: numbers lie within NEAR of their ranges, all else is equal."""
+    labels_only = one.distillation.alpha == 0 == other.distillation.alpha
+    paths = dict.fromkeys([*search, "distillation.alpha"])  # which a control sets whether it is searched or not
+    deciding = [path for path in paths if not (labels_only and path.startswith("distillation."))]
+    return all(_close(search.get(path), path, _leaf(one, path), _leaf(other, path)) for path in deciding)
+
+
+def _close(dimension: Dimension | None, path: str, one: Any, other: Any) -> bool:
+    if isinstance(dimension, Range) and path != "training.seed":  # the next seed is another training altogether
+        return dimension.apart(one, other) < NEAR
+    return bool(one == other)
+
+
+def _leaf(recipe: Recipe, path: str) -> Any:
+    """The value at a dotted path, as the recipe holds it."""
+    node: Any = recipe
+    for step in path.split("."):
+        node = node[step] if isinstance(node, Mapping) else getattr(node, step)
+    return tuple(node) if isinstance(node, list) else node
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -3,18 +3,18 @@
     kdexp confirm STUDY
 
 The best of many noisy trials overstates itself; seeds that took part in no choice do not. The first recipe, in the
-rule's order, whose fresh seeds meet the bar is confirmed; it alone is looked at on test, each of its models once.
-Every seed follows from the study's and the trial: the same command finds what is trained and trains what is not.
+rule's order, whose fresh seeds meet the bar, none of them diverging, is confirmed; it alone is looked at on test, each
+of its models once. Every seed follows from the study's and the trial: the same command finds what is trained and trains
+what is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kdexp import KdexpError
 from kdexp.config import Selection
 from kdexp.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
 from kdexp.promote import candidates, look_at_test, looks, one_at_a_time, register, sweep_of, tell
@@ -33,15 +33,17 @@ class Verdict:
     candidate: Candidate
     seeds: FreshSeeds
     rule: Selection
+    diverged: str = ""
+    """Which seeds diverged, in which runs; nothing where none did."""
 
     @property
     def confirmed(self) -> bool:
-        """Whether they confirm it."""
-        return confirms(self.seeds, self.rule)
+        """Whether they confirm it. A recipe that diverges with some seed does not hold, whatever its mean."""
+        return not self.diverged and confirms(self.seeds, self.rule)
 
     def __str__(self) -> str:
         low = f", lower end {100 * self.seeds.held_against(self.rule):.2f} %" if self.rule.confidence else ""
-        return f"{self.seeds}{low}"
+        return f"{self.seeds}{low}" + (f"; {self.diverged}" if self.diverged else "")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Confirmation:
     tta: FreshSeeds | None
     """The same with flip test-time augmentation; None where the recipe does not flip."""
     looks: int
-    """How many of the study's trials have been looked at on test, here and before."""
+    """How many models of the study have been looked at on test, here and before."""
     model: str
     """Where MLflow loads the first of the models from; empty where the network cannot be exported."""
 
@@ -79,24 +81,39 @@ def confirm(
     """
     work = Retrainer(study, sweep_of(study, tracking), settings, tracking, device)
     left, tried = candidates(study, tracking), list[Verdict]()
+    images = TRAIN_AND_VALIDATION if train_and_validation else TRAIN_ONLY
     while True:
         chosen = _next(left, rule, tried, work.sweep.name)
         work.check_trial(tracking.read(chosen.run_id))
         runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
-        verdict = Verdict(chosen, _measured(runs, "val_accuracy", "val_samples"), rule)
-        said = "yes" if verdict.confirmed else "no"
-        tracking.tag(chosen.run_id, {"kdexp.confirmed": f"{said}: {verdict}, required {requirement(rule)}"})
-        yield verdict
+        verdict = Verdict(chosen, _measured(runs, "val_accuracy", "val_samples"), rule, _diverged(runs, TRAIN_ONLY))
+        yield _said(verdict, tracking)
+        if verdict.confirmed and train_and_validation:
+            runs = yield from work.train(chosen, seeds, images)
+            if broken := _diverged(runs, images):
+                yield _said(verdict := replace(verdict, diverged=broken), tracking)
         if verdict.confirmed:
             break
         tried.append(verdict)
         left.remove(chosen)
-    images = TRAIN_AND_VALIDATION if train_and_validation else TRAIN_ONLY
-    if train_and_validation:
-        runs = yield from work.train(chosen, seeds, images)
     done = _look(verdict, tried, runs, images, work)
     _report(done, work)
     return done
+
+
+def _said(verdict: Verdict, tracking: Tracking) -> Verdict:
+    """The verdict, once its trial's run says so too."""
+    said = "yes" if verdict.confirmed else "no"
+    text = f"{said}: {verdict}, required {requirement(verdict.rule)}"
+    tracking.tag(verdict.candidate.run_id, {"kdexp.confirmed": text})
+    return verdict
+
+
+def _diverged(runs: Sequence[RunRecord], images: str) -> str:
+    """Which of the fresh seeds diverged on these images, or nothing."""
+    found = [(number, run) for number, run in enumerate(runs, start=1) if run.tags.get("kdexp.state") == "diverged"]
+    on = "" if images == TRAIN_ONLY else f" on {images}"
+    return ", ".join(f"fresh seed {number} diverged{on} (run {run.run_id})" for number, run in found)
 
 
 def _next(left: Sequence[Candidate], rule: Selection, tried: Sequence[Verdict], study: str) -> Candidate:
@@ -106,12 +123,20 @@ def _next(left: Sequence[Candidate], rule: Selection, tried: Sequence[Verdict], 
     except NothingPasses:
         if not tried:
             raise
-    nearest = max(tried, key=lambda verdict: verdict.seeds.held_against(rule))
+    nearest = max(tried, key=lambda verdict: (not verdict.diverged, verdict.seeds.held_against(rule)))
     raise NothingPasses(
         f"No student of study '{study}' is confirmed: {len(tried)} passed as trained in it, none with fresh seeds "
         f"({requirement(rule)}). Nearest: {nearest} (trial {nearest.candidate.trial}, {nearest.candidate.parameters:,} "
-        f"parameters). Lower the bar (--bar), train longer (training.epochs), or add larger students to 'search'."
+        f"parameters). {_advice(tried)}"
     )
+
+
+def _advice(tried: Sequence[Verdict]) -> str:
+    if all(verdict.diverged for verdict in tried):
+        return (
+            "Search with lower learning rates (search.training.learning_rate): a recipe that diverges by chance holds nowhere."
+        )
+    return "Lower the bar (--bar), train longer (training.epochs), or add larger students to 'search'."
 
 
 def _measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSeeds:
@@ -125,12 +150,6 @@ def _measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSe
 def _look(verdict: Verdict, tried: Sequence[Verdict], runs: Sequence[RunRecord], images: str, work: Retrainer) -> Confirmation:
     """Look at the confirmed recipe's models on test, where that has not been done, and register the first."""
     tracking, name, trial = work.tracking, work.sweep.name, verdict.candidate.trial
-    for number, run in enumerate(runs, start=1):
-        if run.tags.get("kdexp.state") == "diverged":
-            raise KdexpError(
-                f"Fresh seed {number} of trial {trial} diverged when trained on {images} (run {run.run_id}), so the recipe "
-                f"does not hold there and none of its seeds was looked at on test: search with a lower training.learning_rate."
-            )
     recipe = recipe_of(runs[0], tracking)
     with one_at_a_time(work.settings):
         for number, run in enumerate(runs, start=1):

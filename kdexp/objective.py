@@ -18,7 +18,7 @@ from typing import Any, Literal
 from kdexp.config import Choices, Objective, Selection
 from kdexp.intervals import wilson_low
 
-__all__ = ["DIRECTIONS", "Passing", "compared", "constraints", "needless", "scale", "values"]
+__all__ = ["DIRECTIONS", "Passing", "compared", "constraints", "needless", "scale", "values", "worst"]
 
 DIRECTIONS: Mapping[Objective, tuple[Literal["minimize", "maximize"], ...]] = {
     "smallest": ("minimize",),
@@ -39,6 +39,15 @@ class Passing:
 def values(aim: Objective, size: int, val_accuracy: float) -> tuple[float, ...]:
     """What is to be minimised or maximised, by DIRECTIONS."""
     return {"smallest": (float(size),), "accuracy": (val_accuracy,), "pareto": (float(size), val_accuracy)}[aim]
+
+
+def worst(aim: Objective, size: int, others: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The values of a training that came to nothing, worse than those that others came to: no accuracy at all.
+
+    Its size is its own; but on a frontier the smallest student would stand for ever, so there it is no smaller than any.
+    """
+    largest = max([float(size), *(other[0] for other in others)]) if aim == "pareto" else size
+    return values(aim, int(largest), 0.0)
 
 
 def constraints(aim: Objective, size: int, val_accuracy: float, rule: Selection, samples: int) -> dict[str, float]:

@@ -202,7 +202,8 @@ class Screen:
         self._end(event.number)
         accuracy = event.run.metrics.get("val_accuracy")
         val = f"val {percent(accuracy)}" if accuracy is not None else "done"
-        self.console.print(f"seed {event.number}  {val}{'' if event.new else '  (trained before)'}")
+        state = "  [yellow]diverged[/]" if event.run.tags.get("kdexp.state") == "diverged" else ""
+        self.console.print(f"seed {event.number}  {val}{state}{'' if event.new else '  (trained before)'}")
         self.progress.update(self.study, completed=self.done)
 
     def _not_trained(self) -> None:

@@ -30,17 +30,29 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from kdexp import KdexpError
-from kdexp.config import CONTROLS, Choices, Objective, Recipe, Selection, Sweep, differences, learns_alike, recorded
+from kdexp.config import (
+    CONTROLS,
+    Choices,
+    Objective,
+    Recipe,
+    Selection,
+    Sweep,
+    differences,
+    learns_alike,
+    nearly_alike,
+    recorded,
+)
 from kdexp.distill.checkpoints import Checkpoints, State
 from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
-from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values
+from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting
 from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
+from kdexp.stopping import hopeless
 from kdexp.workers import Worker
 
 __all__ = [
@@ -60,6 +72,7 @@ __all__ = [
 
 STARTUP = 5  # trials before the Gaussian process takes over, the controls among them: with 10, half of a small budget is random
 STUBBORN = 3  # proposals in a row that were not worth training: from then on they are drawn at random ...
+NARROW = STUBBORN + 20  # in vain: what is nearly a repeat is then trained, the space may hold nothing else
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 SET_UP_SECONDS = 30.0
 UNSIGNED_SECONDS = 60.0
@@ -206,18 +219,9 @@ class OpenStudy:
         return self.sweep.study.pruner != "none" or self.sweep.study.early_stop
 
     @property
-    def curves(self) -> list[list[float]]:
-        """The validation accuracies of each epoch of trials that went to their end."""
-        known = (trial.user_attrs.get("outcome") for trial in _patiently(self._trained) if trial.state.is_finished())
-        return [outcome["curve"] for outcome in known if outcome]
-
-    @property
     def smallest(self) -> Passing | None:
         """The smallest that passes, where that is what is searched for."""
-        complete = [trial for trial in _patiently(self._trained) if trial.state == TrialState.COMPLETE]
-        passing = [trial for trial in complete if trial.constraints and max(trial.constraints.values()) <= 0]
-        sizes = [Passing(trial.number, int(trial.values[0])) for trial in passing]
-        return min(sizes, key=lambda other: (other.size, other.trial), default=None)
+        return self._smallest(_patiently(self._trained))
 
     @property
     def done(self) -> int:
@@ -289,13 +293,40 @@ class OpenStudy:
 
     def needless(self, size: Size) -> str:
         """Why a student of this size need not be trained, or nothing."""
+        return self._needless(size, _patiently(self._trained))
+
+    def pointless(self, size: Size, curve: Sequence[float], epochs: int, samples: int) -> bool:
+        """Whether a trial under way can no longer be selected, by its validation accuracies so far (on so many images).
+
+        Asked between two epochs: training does not wait for a database that is away, the next epoch asks again.
+        """
+        try:
+            trials = self._trained()
+        except AWAY:
+            return False
+        return bool(self._needless(size, trials)) or hopeless(curve, self.sweep.selection, _curves(trials), epochs, samples)
+
+    def _needless(self, size: Size, trials: Sequence[FrozenTrial]) -> str:
         rule = self.sweep.selection
-        return needless(self._aim, size_of(size, rule.size), rule, self.smallest if self._aim == "smallest" else None)
+        return needless(self._aim, size_of(size, rule.size), rule, self._smallest(trials))
+
+    def _smallest(self, trials: Sequence[FrozenTrial]) -> Passing | None:
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        passing = [trial for trial in complete if trial.constraints and max(trial.constraints.values()) <= 0]
+        sizes = [Passing(trial.number, int(trial.values[0])) for trial in passing]
+        return min(sizes, key=lambda other: (other.size, other.trial), default=None)
 
     def repeated(self, trial: Trial) -> int | None:
         """The number of an earlier trial that learns just what this one would; None where it is new."""
         earlier = ((other.number, self._recipe(other)) for other in _patiently(self._trained) if other.number < trial.number)
         return next((number for number, recipe in earlier if recipe and learns_alike(recipe, trial.recipe)), None)
+
+    def like(self, trial: Trial) -> dict[int, Recipe]:
+        """The earlier trials that this one would nearly repeat, by number. After many proposals in vain such are welcome."""
+        if _patiently(lambda: self._untrained(trial.number)) >= NARROW:
+            return {}
+        earlier = {other.number: self._recipe(other) for other in _patiently(self._trained) if other.number < trial.number}
+        return {n: recipe for n, recipe in earlier.items() if recipe and nearly_alike(recipe, trial.recipe, self.sweep.search)}
 
     def skip(self, trial: Trial, why: str) -> None:
         """A trial is not trained. No sampler learns from it: told that it is bad, TPE found larger students in the end."""
@@ -307,6 +338,11 @@ class OpenStudy:
         _patiently(lambda: trial._trial.set_user_attr("given_up", why))
         self._tell(trial.number, None, TrialState.FAIL)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether any trial has begun and not ended, whoever is at it."""
+        return any(trial.state == TrialState.RUNNING for trial in _patiently(self._trials))
+
     def hand_back(self, trial: Trial, how: HandedBack) -> None:
         """Leave a trial, if it is still this worker's, to whoever looks for one next."""
         with suppress(*AWAY):  # then it is found without its worker
@@ -314,13 +350,29 @@ class OpenStudy:
                 trial._trial.set_user_attr("worker", how)
 
     def tell(self, number: int, ended: Ended) -> None:
-        """A trial has ended. Where size is minimised, one that has met the bar is complete, however it ended."""
-        size = size_of(ended.size, self.sweep.selection.size)
-        limits = constraints(self._aim, size, ended.val_accuracy, self.sweep.selection, ended.val_samples)
+        """A trial has ended: Optuna is told what is known of it, so that its sampler learns from every one.
+
+        A Gaussian process reads COMPLETE trials alone. Told that nothing came of those that were ended, it proposes the
+        same point for ever. So one that was ended early is told with what it had reached, which is below the bar where
+        `early_stop` ended it; one that diverged as the worst; and, where size is minimised, one that has met the bar
+        as what it is, however it ended: the selector takes it too. The attribute 'ended' says that it was not whole.
+        """
+        rule, size, accuracy = self.sweep.selection, size_of(ended.size, self.sweep.selection.size), ended.val_accuracy
+        limits = constraints(self._aim, size, accuracy, rule, ended.val_samples)
         if ended.state == "complete" or (limits and max(limits.values()) <= 0):
-            self._tell(number, values(self._aim, size, ended.val_accuracy), TrialState.COMPLETE, limits)
+            self._tell(number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state)
+        elif ended.state == "diverged":
+            told = worst(self._aim, size, [trial.values for trial in _patiently(self._trained) if trial.values])
+            limits = constraints(self._aim, size, 0.0, rule, ended.val_samples)
+            self._tell(number, told, TrialState.COMPLETE, limits, ended.state)
+        elif self.sweep.study.early_stop and self.needless(ended.size):
+            # Ended because one no larger has met the bar meanwhile: that says nothing against it.
+            self._tell(number, None, TrialState.PRUNED, {}, ended.state)
+        elif self.sweep.study.pruner != "none" and self.sweep.study.sampler != "gp":
+            # Others read PRUNED trials by what they had reported, and pruners leave them out of what they compare with.
+            self._tell(number, None, TrialState.PRUNED, limits, ended.state)
         else:
-            self._tell(number, None, TrialState.PRUNED, limits)
+            self._tell(number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state)
 
     def owns(self, trial: Trial) -> bool:
         """Whether a trial is still its worker's: one that was thought dead may have lost it."""
@@ -331,23 +383,31 @@ class OpenStudy:
         return frozen.state == TrialState.RUNNING and frozen.user_attrs.get("worker") == trial._worker
 
     def _tell(
-        self, number: int, told: Sequence[float] | None, state: TrialState, limits: Mapping[str, float] | None = None
+        self,
+        number: int,
+        told: Sequence[float] | None,
+        state: TrialState,
+        limits: Mapping[str, float] | None = None,
+        ended: State = "complete",
     ) -> None:
         def tell() -> None:
             frozen = self._study.get_trials(deepcopy=False)[number]
             if not frozen.state.is_finished():  # or told just before it went away
-                self._constrain(frozen, limits or {})
+                self._note(frozen, limits or {}, ended)
                 self._study.tell(number, told, state=state)
 
         _patiently(tell)
 
-    def _constrain(self, frozen: FrozenTrial, limits: Mapping[str, float]) -> None:
+    def _note(self, frozen: FrozenTrial, limits: Mapping[str, float], ended: State) -> None:
+        """What a trial's values do not say, while it can still be written."""
         missing = [name for name in limits if name not in frozen.constraints]
-        if missing:
+        if missing or ended != "complete":
             self._study.sampler = optuna.samplers.RandomSampler()  # a Trial asks its sampler for values as it is made
             trial = optuna.Trial(self._study, frozen._trial_id)
             for name in missing:
                 trial.set_constraint(name, limits[name])
+            if ended != "complete":
+                trial.set_user_attr("ended", ended)
 
     def others(self, worker: Worker) -> int:
         """How many trials other, living workers have under way."""
@@ -513,7 +573,14 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
         elif gone and study.user_attrs["mlflow_run_id"] == gone:
             study.set_user_attr("mlflow_run_id", new_parent_run())
     _check_same(study, sweep)
-    return OpenStudy(study, sweep, settings.storage_url.startswith("sqlite"))
+    # Only those who share the stores see each other's locks: with a storage of its own, SQLite too, hearts must beat.
+    return OpenStudy(study, sweep, settings.storage is None)
+
+
+def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
+    """The validation accuracies of each epoch of trials that went to their end."""
+    known = (trial.user_attrs.get("outcome") for trial in trials if trial.state.is_finished())
+    return [outcome["curve"] for outcome in known if outcome]
 
 
 def _beat(name: str) -> str:
@@ -680,7 +747,7 @@ def _suggest(trial: optuna.Trial, sweep: Sweep, path: str) -> Any:
     whole = all(isinstance(value, int) for value in (dimension.low, dimension.high, sweep.recipe.value(path)))
     suggest: Any = trial.suggest_int if whole else trial.suggest_float
     step = {"step": dimension.step} if dimension.step is not None else {}
-    return suggest(path, dimension.low, dimension.high, log=dimension.log, **step)
+    return suggest(path, dimension.low, dimension.last, log=dimension.log, **step)
 
 
 def _sampler(sweep: Sweep, number: int, untrained: int, path: str = "") -> optuna.samplers.BaseSampler:

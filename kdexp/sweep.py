@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
 from kdexp import KdexpError
-from kdexp.config import Recipe, Sweep, Training, flatten
+from kdexp.config import Range, Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.data import Splits
 from kdexp.distill.execution import best_pack
@@ -22,7 +23,7 @@ from kdexp.runner import Prepared, TeacherProgress, prepare
 from kdexp.selection import check_bar
 from kdexp.settings import Settings, without_credentials
 from kdexp.study import Begun, StudyError, check_facts, check_study, open_study
-from kdexp.tracking import Tracking, TrackingError, TrackingGone
+from kdexp.tracking import Tracking, TrackingError, TrackingGone, too_long
 from kdexp.trials import (
     EpochDone,
     TrialEvent,
@@ -48,6 +49,8 @@ __all__ = [
     "TrialStarted",
     "run_sweep",
 ]
+
+log = logging.getLogger("kdexp")
 
 
 IMAGES = "images.json"  # on a study's run: the digest of each image's pixels, by its file's name
@@ -87,6 +90,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     generator to stop cleanly.
     """
     experiment_id, begun, gone = _home(sweep, settings, tracking)
+    for note in _uneven(sweep):
+        log.warning(note)
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
@@ -128,7 +133,9 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     finally:
         others = leave(study, tracking, worker, finished)
     if not others:
-        study.checkpoints(settings).clear()
+        with worker.turn:  # nobody takes a trial now: a command that has raised the budget may be at one already
+            if not study.under_way:
+                study.checkpoints(settings).clear()
     return others
 
 
@@ -168,6 +175,21 @@ def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> 
     return sweep.shared_training if together else None
 
 
+def _uneven(sweep: Sweep) -> list[str]:
+    """What is searched where the steps of a range do not end at its end."""
+    notes = []
+    for path, found in sweep.search.items():
+        if isinstance(found, Range) and found.step is not None and found.last != found.high:
+            second, last = found.low + found.step, found.last
+            between = [] if second >= last else [f"{second:g}"] if second + found.step >= last else [f"{second:g}", "…"]
+            searched = ", ".join([f"{found.low:g}", *between, *([f"{last:g}"] if last > found.low else [])])
+            notes.append(
+                f"search.{path}: steps of {found.step:g} from {found.low:g} do not end at {found.high:g}; "
+                f"what is searched is {searched}"
+            )
+    return notes
+
+
 def _facts(prepared: Prepared) -> dict[str, str]:
     return {**_images(prepared.splits), "teacher": prepared.teacher.sha256}
 
@@ -196,11 +218,16 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str
     for run in tracking.studies(sweep.name):
         if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id):
             return run.run_id  # made by a process that died before it could tell Optuna
+    params = {path: value for path, value in flatten(sweep).items() if path.split(".")[0] not in Recipe.model_fields}
+    for path in too_long(params):
+        log.warning(
+            f"{path} is too long for an MLflow param: it is shortened there, and stands whole in the study's sweep.json"
+        )
     return tracking.start(
         experiment_id,
         "study",
         f"study {sweep.name}",
-        params={path: value for path, value in flatten(sweep).items() if path.split(".")[0] not in Recipe.model_fields},
+        params=params,
         tags={"kdexp.study": sweep.name, "mlflow.note.content": _about(sweep)},
     )
 

@@ -44,6 +44,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
 
 __all__ = [
+    "LONGEST",
     "MLFLOW",
     "EpochMetrics",
     "Kind",
@@ -54,6 +55,7 @@ __all__ = [
     "TrackingGone",
     "as_param",
     "dataset",
+    "too_long",
     "upgrade",
 ]
 
@@ -75,6 +77,7 @@ MLFLOW = Library(
     Path(str(mlflow.__file__)).parent / "store" / "db_migrations" / "versions",
     "experiments",
 )
+LONGEST = 6000  # characters of a param
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI then shows its pages for training, not for GenAI
@@ -701,4 +704,18 @@ def dataset(name: str, role: str, fingerprint: str, profile: Mapping[str, Any]) 
 
 def as_param(value: Any) -> str:
     """A value as it is stored with a run."""
+    text = _text(value)
+    if len(text) <= LONGEST:
+        return text
+    # MLflow would cut the rest off without a word, or refuse all (MLFLOW_TRUNCATE_LONG_VALUES).
+    said = f" … shortened: {len(text):,} characters, the run's artifacts hold all"
+    return text[: LONGEST - len(said)] + said
+
+
+def too_long(params: Mapping[str, Any]) -> list[str]:
+    """Which params are longer than MLflow takes."""
+    return [name for name, value in params.items() if len(_text(value)) > LONGEST]
+
+
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -24,8 +24,8 @@ from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, epochs_of, train, whole_epochs
 from kdexp.own import own_line
 from kdexp.runner import Prepared, Result, goes_on_here, started
+from kdexp.selection import size_of
 from kdexp.settings import first_line, in_one_line, without_credentials
-from kdexp.stopping import hopeless
 from kdexp.study import Ended, OpenStudy, Trial
 from kdexp.surroundings import out_of_memory
 from kdexp.tracking import Tracking
@@ -301,7 +301,16 @@ class _Here:
         if why := self.study.needless(size):
             return why
         same = self.study.repeated(trial)
-        return "" if same is None else f"trial {same} trains the same"
+        return self._repeats(trial, size) if same is None else f"trial {same} trains the same"
+
+    def _repeats(self, trial: Trial, size: Size) -> str:
+        """That an earlier trial trains nearly the same, or nothing. In a search for the smallest a smaller student is new."""
+        rule, like = self.study.sweep.selection, self.prepared.splits.train
+        for number, recipe in self.study.like(trial).items():
+            other = measure(outline(recipe.student, like), like)
+            if self.study.sweep.study.objective != "smallest" or size_of(size, rule.size) >= size_of(other, rule.size):
+                return f"trial {number} trains nearly the same"
+        return ""
 
 
 class _Seat:
@@ -378,9 +387,7 @@ class _Seat:
         study, samples = self.here.study, len(self.here.prepared.splits.validation)
         if not study.sweep.study.early_stop or self.trial.control or report.epoch == report.epochs:
             return False
-        if study.needless(self.running.size):
-            return True
-        return hopeless(self._curve(), study.sweep.selection, study.curves, report.epochs, samples)
+        return study.pointless(self.running.size, self._curve(), report.epochs, samples)
 
     def _curve(self) -> list[float]:
         return [row["val_accuracy"] for row in self.running.history]

@@ -25,7 +25,7 @@ from kdexp.files import sha256_of
 from kdexp.intervals import wilson_interval
 from kdexp.records import ARTIFACTS, WEIGHTS, RecordError, environment_of_run, load_student, sealed, weights_of
 from kdexp.selection import AS_TRAINED
-from kdexp.tracking import RunRecord, Tracking, TrackingAway, TrackingError, as_param
+from kdexp.tracking import LONGEST, RunRecord, Tracking, TrackingAway, TrackingError, as_param
 from kdexp.variants import load_variant, metrics_of, prefix_of
 
 __all__ = ["ROUNDING", "Difference", "contradictions", "unsealed", "verify", "verify_record"]
@@ -34,8 +34,8 @@ ROUNDING = 2
 """Images that may be on the other side of a tie where the same weights are measured in another order of sums ..."""
 ELSEWHERE = 0.005
 """... and which share of them besides on another device or processor."""
+SURE = LONGEST - 200  # characters of a shortened param that say what was recorded, not that it was shortened
 MACHINE = ("device", "cpu", "cpu_capability", "torch")
-LONGEST = 6000  # MLflow cuts longer params
 log = logging.getLogger("kdexp")
 
 
@@ -136,8 +136,8 @@ def unsealed(run: RunRecord, tracking: Tracking) -> list[str]:
 
 
 def same_param(stored: str, text: str) -> bool:
-    """Whether a param says this; MLflow may have cut a long one."""
-    return stored == text or len(text) > LONGEST
+    """Whether a param says this. A long one is shortened, by earlier versions without saying so."""
+    return stored == text or (len(text) == len(stored) == LONGEST and stored[:SURE] == text[:SURE])
 
 
 def _params(run: RunRecord, recipe: Recipe) -> Iterator[Difference]:

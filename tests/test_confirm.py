@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 from conftest import CPU, stores_in, tiny_sweep
@@ -278,3 +279,94 @@ def test_a_sweep_file_holds_validation_out() -> None:
         tiny_sweep().replace({"data.train_on_validation": True, "training.keep": "last"})
     with pytest.raises(ConfigError, match=r"it needs training\.keep: last"):
         tiny_sweep().recipe.replace({"data.train_on_validation": True})
+
+
+# --- seeds that diverge ---
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory, empty_store) -> Settings:
+    """A finished study of four trials, all of which pass; its smallest has two fresh seeds."""
+    settings = stores_in(tmp_path_factory.mktemp("steady"), empty_store)
+    tracking, sweep = Tracking(settings), tiny_sweep()
+    drain(run_sweep(sweep, settings, tracking, CPU))
+    return settings
+
+
+LOW = Selection(accuracy_bar=0.1)
+
+
+def again(settings: Settings, seeds: int = 2, both: bool = False) -> tuple[list, Confirmation]:
+    tracking = Tracking(settings)
+    return drain(confirm(tracking.study("tiny"), LOW, seeds, both, settings, tracking, CPU))
+
+
+def recorded_as_diverged(run_id: str, tracking: Tracking) -> None:
+    """As any version records it: the state is a tag."""
+    tracking.tag(run_id, {"kdexp.state": "diverged"})
+
+
+def test_a_recipe_one_of_whose_seeds_diverged_is_not_confirmed_and_the_next_is_tried(steady) -> None:
+    tracking = Tracking(steady)
+    _, first = again(steady)
+    study, chosen = tracking.study("tiny"), first.verdict.candidate
+    assert looks(study, tracking) == first.looks == 2, "each seed's model counts"
+    promote(study, LOW, steady, tracking, CPU)
+    assert looks(study, tracking) == 3, "and that of the selected trial"
+    recorded_as_diverged(first.runs[1].run_id, tracking)
+    events, second = again(steady)
+    (broken, held) = of(Verdict, events)
+    assert (broken.candidate, broken.confirmed, held.confirmed) == (chosen, False, True)
+    assert broken.diverged == f"fresh seed 2 diverged (run {first.runs[1].run_id})"
+    assert broken.seeds.mean >= LOW.accuracy_bar, "its mean alone would do"
+    said = tracking.read(chosen.run_id).tags["kdexp.confirmed"]
+    assert said.startswith("no: ")
+    assert broken.diverged in said
+    assert tracking.read(held.candidate.run_id).tags["kdexp.confirmed"].startswith("yes: ")
+    assert second.tried == (broken,)
+    assert second.looks == looks(study, tracking) == 5
+    study = tracking.study("tiny")
+    assert study.tags["kdexp.confirmed_run"] == held.candidate.run_id
+    assert broken.diverged in study.tags["mlflow.note.content"]
+
+
+def test_so_is_one_that_diverges_on_train_and_validation(steady) -> None:
+    tracking = Tracking(steady)
+    _, first = again(steady, both=True)
+    recorded_as_diverged(first.runs[0].run_id, tracking)
+    events, second = again(steady, both=True)
+    chosen = first.verdict.candidate
+    verdicts = [verdict for verdict in of(Verdict, events) if verdict.candidate == chosen]
+    assert [verdict.confirmed for verdict in verdicts] == [True, False]
+    assert verdicts[1].diverged == f"fresh seed 1 diverged on train and validation (run {first.runs[0].run_id})"
+    assert tracking.read(chosen.run_id).tags["kdexp.confirmed"].startswith("no: ")
+    assert second.verdict.candidate != chosen
+    assert second.verdict.confirmed
+
+
+def test_where_all_diverge_none_is_confirmed_and_nothing_is_looked_at(steady, looked) -> None:
+    tracking = Tracking(steady)
+    before = looks(tracking.study("tiny"), tracking)
+    for _ in candidates(tracking.study("tiny"), tracking):
+        try:
+            recorded_as_diverged(again(steady)[1].runs[0].run_id, tracking)
+        except NothingPasses:
+            break
+    looked.clear()
+    known = looks(tracking.study("tiny"), tracking)
+    with pytest.raises(
+        NothingPasses, match=r"is confirmed: 4 passed .* none with fresh seeds .* diverged .*lower learning rates"
+    ):
+        again(steady)
+    assert "test" not in looked
+    assert looks(tracking.study("tiny"), tracking) == known >= before
+
+
+def test_another_bar_takes_the_same_seeds_and_says_what_holds_now(place, store) -> None:
+    done = drain(confirming(place, store))[1]
+    lucky, before = done.tried[0].candidate.run_id, len(store.find("confirmation", {}))
+    for bar, required in ((0.985, "required ≥ 98.50 %"), (BAR, "required ≥ 55.00 %")):
+        with suppress(NothingPasses):
+            assert drain(confirming(place, store, Selection(accuracy_bar=bar)))[1].verdict == done.verdict
+        assert store.read(lucky).tags["kdexp.confirmed"].endswith(required)
+    assert len(store.find("confirmation", {})) == before

@@ -20,7 +20,7 @@ from kdexp.cli import _rule
 from kdexp.config import Choices, Selection, Sweep
 from kdexp.distill.models import ModelError, Size, build, measure
 from kdexp.distill.train import train
-from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values
+from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
 from kdexp.promote import candidates, promote
 from kdexp.screen import Screen
 from kdexp.selection import Candidate, NothingPasses, passes, select, size_of
@@ -414,7 +414,9 @@ def test_pruners_get_errors_and_what_is_pruned_below_the_bar_is_infeasible(setti
         assert list(trial.intermediate_values.values()) == pytest.approx(heard)
         passed = run.metrics["val_accuracy"] >= sweep.selection.accuracy_bar
         assert passed == (trial.constraints["accuracy"] <= 0)
-        assert trial.state.name == ("COMPLETE" if passed or run.tags["kdexp.state"] == "complete" else "PRUNED")
+        whole = run.tags["kdexp.state"] == "complete"
+        assert trial.user_attrs.get("ended", "complete") == run.tags["kdexp.state"]
+        assert trial.state.name == ("COMPLETE" if passed or whole or sampler == "gp" else "PRUNED"), "gp reads no PRUNED trial"
 
 
 def test_a_diverged_trial_is_infeasible_and_the_study_goes_on(settings, tracking) -> None:
@@ -423,7 +425,9 @@ def test_a_diverged_trial_is_infeasible_and_the_study_goes_on(settings, tracking
     del tree["search"]["training.learning_rate"]
     events = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
     assert [e.result.state for e in events if isinstance(e, TrialFinished)] == ["diverged"] * 4
-    assert all(trial.state.name == "PRUNED" and trial.constraints["accuracy"] > 0 for trial in optuna_of(settings).trials)
+    for trial in optuna_of(settings).trials:
+        assert (trial.state.name, trial.user_attrs["ended"]) == ("COMPLETE", "diverged")
+        assert trial.constraints == constraints("smallest", int(trial.value), 0.0, small().selection, 287), "the worst there is"
 
 
 def test_a_trial_whose_run_was_closed_but_never_told_is_told_with_its_size(settings, tracking, monkeypatch) -> None:
@@ -492,12 +496,23 @@ def test_a_pareto_study_has_two_values_for_each_trial_its_controls_among_them(se
     promote(tracking.study("small"), Selection(accuracy_bar=0.1), settings, tracking, CPU)
 
 
-def test_a_diverged_trial_of_a_pareto_study_has_no_values(settings, tracking) -> None:
-    tree = json.loads(small("pareto", sampler="tpe", trials=3).model_dump_json())
-    tree["training"] |= {"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}
-    del tree["search"]["training.learning_rate"]
+def test_a_diverged_trial_is_on_no_frontier_however_small_its_student(settings, tracking) -> None:
+    tree = json.loads(small("pareto", sampler="random", trials=5).model_dump_json())
+    tree["training"] |= {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "seed": 1}
+    tree["search"]["training.learning_rate"] = {"choices": [0.1, 1e30]}
     drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
-    assert [trial.state.name for trial in optuna_of(settings).trials] == ["PRUNED"] * 3
+    study = optuna_of(settings)
+    diverged = [trial for trial in study.trials if trial.user_attrs.get("ended") == "diverged"]
+    assert 0 < len(diverged) < 5
+    assert all(trial.state.name == "COMPLETE" and trial.values[1] == 0.0 for trial in diverged)
+    assert not {trial.number for trial in study.best_trials} & {trial.number for trial in diverged}
+
+
+def test_a_training_that_came_to_nothing_is_worse_than_any_other() -> None:
+    assert worst("smallest", 70, [(50.0,), (90.0,)]) == (70.0,), "that it misses the bar, its constraint says"
+    assert worst("accuracy", 70, [(0.4,)]) == (0.0,)
+    assert worst("pareto", 70, [(50.0, 0.4), (90.0, 0.8)]) == (90.0, 0.0)
+    assert worst("pareto", 70, []) == (70.0, 0.0)
 
 
 def test_a_study_that_was_never_set_up_does_not_go_on_with_another_objective(settings, tracking, monkeypatch) -> None:
