@@ -20,7 +20,7 @@ from kdexp.config import Recipe
 from kdexp.imported import own_modules
 from kdexp.own import own_file
 
-__all__ = ["configure", "cpu_name", "differing", "record", "remember_code"]
+__all__ = ["configure", "cpu_name", "differing", "own_networks", "record", "remember_code"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
 LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
@@ -80,7 +80,7 @@ def record(device: str, recipe: Recipe) -> dict[str, str]:
         "kdexp": __version__,
         "source": _source(),
         "commit": _commit(),
-        **_own_networks(recipe),
+        **own_networks(recipe),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -135,7 +135,7 @@ def _commit() -> str:
         return "none"
 
 
-def _own_networks(recipe: Recipe) -> dict[str, str]:
+def own_networks(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files that hold the recipe's own networks: of each network's own, and of all that it imports."""
     found = {}
     for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):

@@ -20,10 +20,10 @@ from kdexp.distill.compact import as_stored, compact
 from kdexp.distill.data import Split, Splits
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import measure
-from kdexp.environment import record
+from kdexp.environment import differing, own_networks, record
 from kdexp.files import sha256_of
 from kdexp.intervals import wilson_interval
-from kdexp.records import ARTIFACTS, RecordError, environment_of_run, load_student, sealed, weights_of
+from kdexp.records import ARTIFACTS, WEIGHTS, RecordError, environment_of_run, load_student, sealed, weights_of
 from kdexp.selection import AS_TRAINED
 from kdexp.tracking import LONGEST, RunRecord, Tracking, TrackingAway, TrackingError, as_param
 from kdexp.variants import load_variant, metrics_of, prefix_of
@@ -56,7 +56,7 @@ def verify(run: RunRecord, recipe: Recipe, variant: Variant, splits: Splits, tra
     Raises RecordError with the first thing that is not as recorded: then nothing may rest on this run.
     """
     verify_record(run, recipe, variant, splits, tracking)
-    if not recipe.data.train_on_validation:
+    if run.tags.get(WEIGHTS) and not recipe.data.train_on_validation:
         _accuracy(run, recipe, variant, splits.validation, tracking, device)
 
 
@@ -66,7 +66,19 @@ def verify_record(run: RunRecord, recipe: Recipe, variant: Variant, splits: Spli
     if found:
         first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise _false(run, f"{first.what} is {first.original} by its record and {first.again} in fact{more}")
-    _sizes(run, recipe, variant, splits.validation, tracking)
+    if run.tags.get(WEIGHTS):
+        _sizes(run, recipe, variant, splits.validation, tracking)
+    elif run.tags.get("kdexp.state") != "diverged":  # in its first epoch, then there are none
+        raise _false(run, f"{WEIGHTS} is missing, so nobody can tell whether its weights are its own")
+    _say_what_changed(run, recipe, tracking)
+
+
+def _say_what_changed(run: RunRecord, recipe: Recipe, tracking: Tracking) -> None:
+    """The user's own modules may have been edited since: harmless or not, what comes of the weights shows it."""
+    here = own_networks(recipe)
+    changed = differing({name: value for name, value in environment_of_run(run, tracking).items() if name in here}, here)
+    if changed:
+        log.warning("run %s: not what it was trained with any more: %s", run.run_id, ", ".join(changed))
 
 
 def _sizes(run: RunRecord, recipe: Recipe, variant: Variant, like: Split, tracking: Tracking) -> None:
@@ -149,7 +161,7 @@ def _files(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
 
 
 def _weights(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
-    recorded = run.tags.get("kdexp.weights_sha256")
+    recorded = run.tags.get(WEIGHTS)
     if not recorded:
         return
     try:

@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +26,18 @@ from kdexp.confirm import confirm
 from kdexp.export import export
 from kdexp.fresh import SeedDone
 from kdexp.intervals import wilson_interval
+from kdexp.objective import constraints
 from kdexp.promote import candidates, promote, sweep_of
 from kdexp.records import RecordError, recipe_of
+from kdexp.remembered import misremembered
 from kdexp.reproduce import Checked, compared, reproduce
 from kdexp.runner import Prepared, prepare
-from kdexp.selection import Candidate
+from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
+from kdexp.study import open_study
 from kdexp.sweep import Misremembered, run_sweep
 from kdexp.tracking import Tracking
-from kdexp.verify import contradictions
+from kdexp.verify import contradictions, verify
 
 SWEEP = tiny_sweep().replace(
     {"training.epochs": 2, "teacher.epochs": 1, "study.trials": 2, "data.augment.flip": True, "selection.accuracy_bar": 0.05}
@@ -367,6 +371,37 @@ def test_what_optuna_holds_against_a_trials_own_run_is_said_as_a_study_goes_on(s
     with closing(sqlite3.connect(store.settings.stores / "optuna.db")) as database, database:
         database.execute(f"update {change.replace('/', '*')} where trial_id = ? {also}", (trial,))
     assert wrong() == []
+
+
+def test_each_thing_that_optuna_holds_of_a_trial_is_compared_with_its_run(store: Store) -> None:
+    study = open_study(SWEEP, store.settings, lambda: pytest.fail("there is one"))
+    aimed = SWEEP.model_copy(update={"study": SWEEP.study.model_copy(update={"objective": "smallest"})})
+    one = study.told()[1]
+    (run,) = store.tracking.find("trial", {"kdexp.trial": "1"})
+    accuracy, size = run.metrics["val_accuracy"], int(run.metrics["parameters"])
+    curve = [value for _, value in store.tracking.history(run.run_id, "epoch/val_accuracy")]
+    limits = constraints("smallest", size, accuracy, aimed.selection, 287)
+    right = replace(one, values=(float(size),), limits=limits, curve=curve)
+    assert one.recipe is not None
+    wrong = {
+        "value": replace(right, values=(size - 1.0,)),
+        "limit": replace(right, limits={name: value - 1 for name, value in limits.items()}),
+        "no such limit": replace(right, limits={**limits, "size": -1.0}),
+        "curve": replace(right, curve=[*curve[:-1], 0.99]),
+        "a longer curve": replace(right, curve=[*curve, 0.99]),
+        "params": replace(right, recipe=one.recipe.replace({"training.learning_rate": 0.02})),
+    }
+    assert misremembered({1: right}, aimed, study.parent_run, store.tracking) == ()
+    found = {what: misremembered({1: told}, aimed, study.parent_run, store.tracking) for what, told in wrong.items()}
+    assert found == dict.fromkeys(wrong, (1,))
+
+
+def test_without_the_sum_of_its_weights_a_run_confirms_nothing(store: Store) -> None:
+    store.sql("delete from tags where run_uuid = ? and key = 'kdexp.weights_sha256'", store.run_id)
+    run = store.tracking.read(store.run_id)
+    recipe = recipe_of(run, store.tracking)
+    with pytest.raises(RecordError, match=r"kdexp.weights_sha256 is missing"):
+        verify(run, recipe, AS_TRAINED, store.prepared.splits, store.tracking, CPU)
 
 
 # --- records of other versions ---

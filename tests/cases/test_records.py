@@ -8,8 +8,15 @@ import sys
 from contextlib import closing
 
 import pytest
+import torch
 
 from cases.conftest import Case, one_line
+from kdexp.distill.data import load_splits
+from kdexp.records import recipe_of
+from kdexp.selection import AS_TRAINED
+from kdexp.settings import Settings
+from kdexp.tracking import Tracking
+from kdexp.verify import verify
 
 NETS = """
 from torch import nn
@@ -79,3 +86,15 @@ def test_a_module_that_ones_own_network_imports_is_on_record(case: Case, forgott
     done = case.kd("reproduce", run)
     one_line(done, "is not reproduced", "Environment: student imports widths.")
     assert re.search(r"student imports widths +[0-9a-f]{16} +[0-9a-f]{16}", done.stdout)
+
+
+def test_what_is_asked_of_a_run_whose_own_network_was_edited_since_says_so(case: Case, forgotten, caplog) -> None:
+    case.write("widths.py", WIDTHS)
+    case.network(NETS, '{architecture: "nets:mlp", options: {width: 8}}')
+    run = run_id(case.kd("train", "tiny.yaml", "--set", "training.epochs=1").stdout)
+    case.write("widths.py", f"{WIDTHS}# a word\n")
+    tracking = Tracking(Settings(stores=case.folder / "mlruns"))
+    record = tracking.read(run)
+    recipe = recipe_of(record, tracking)
+    verify(record, recipe, AS_TRAINED, load_splits(recipe.data), tracking, torch.device("cpu"))
+    assert f"run {run}: not what it was trained with any more: student imports widths" in caplog.text
