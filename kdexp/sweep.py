@@ -162,9 +162,13 @@ def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Be
     except TrackingGone as error:
         if not begun.done:
             return tracking.experiment(name), begun, begun.parent_run  # nothing is lost: its trials begin again
+        if error.restore:
+            how = f"is deleted in {tracking.shown}: restore it with its trials ({error.restore})"
+        else:
+            how = f"{tracking.shown} does not hold: put that back, or name the store that does (--stores, --tracking-uri)"
         raise KdexpError(
-            f"Study '{name}' has {begun.done} trials in Optuna's storage, and their MLflow run is gone, with what was trained. "
-            f"{error} Restore it, or name the store that holds it; or begin anew under another name (--set name={name}-2)."
+            f"Study '{name}' has {begun.done} trials in Optuna's storage, recorded below MLflow run {begun.parent_run}, which "
+            f"{how}; or begin anew under another name (--set name={name}-2)."
         ) from None
 
 

@@ -100,6 +100,11 @@ class TrackingAway(TrackingError):
 class TrackingGone(TrackingError):
     """A run that MLflow has deleted, or does not hold."""
 
+    def __init__(self, message: str, restore: str = "") -> None:
+        super().__init__(message)
+        self.restore = restore
+        """The command that brings it back, where there is one."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -372,7 +377,8 @@ class Tracking:
                 ) from None
             raise
         if run.info.lifecycle_stage != "active":
-            raise TrackingGone(f"Run {run_id} is deleted in {self.shown}: restore it ({self._again('runs', run)}).")
+            restore = self._again("runs", run)
+            raise TrackingGone(f"Run {run_id} is deleted in {self.shown}: restore it ({restore}).", restore)
         return _record(run)
 
     def there(self, run_id: str) -> bool:

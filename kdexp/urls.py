@@ -30,8 +30,8 @@ PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433"}
 TELLING = r"[\w.\-]*(?:token|key|pass|pwd|secret|sig|auth|credential|session)[\w.\-]*"  # names in a URL's query, in any case
 SHORTEST = 4  # characters of a secret that is masked wherever it stands; shorter ones only inside of a URL
 EMBEDDED = "without it kdexp uses the embedded store"
-_secrets: set[str] = set()
-"""Those of the URLs and variables that this process was given, in every form in which a message may show them."""
+_secrets: dict[str, str] = {}
+"""Those of the URLs and variables that this process was given, in every form in which a message may show them, and masked."""
 
 
 # --- what may be given ---
@@ -171,18 +171,20 @@ def _named(url: str) -> tuple[str, str, str, str]:
 def remember_secrets(*urls: str) -> None:
     """Mask these URLs' secrets from now on wherever they stand, in parts and in every encoding."""
     for url in urls:
-        scheme, separator, rest = url.partition("://")
+        _, separator, rest = url.partition("://")
         user = _divided(rest)[0][:-1] if separator else ""
         found = {user, *user.split(":", 1)[1:]} if user else set()
         found |= {match[1] for match in re.finditer(rf"(?i)[?&;]{TELLING}=(.*?)(?=&[\w.\-]+=|$)", rest)}
+        whole = url
         for secret in found - {""}:
-            _secrets.update(_forms(secret))
+            _secrets.update(dict.fromkeys(_forms(secret), "***"))
             ends = [match.end() for match in re.finditer(r"[@:/?#]", secret)]  # what a parser may take for the host
-            _secrets.update(f"{secret[end:]}@" for end in ends if secret[end:])
-        if found and url != (masked := _masked(url)):
-            _secrets.add(f"{scheme}://{rest}" if separator and masked else url)
+            _secrets.update({f"{secret[end:]}@": "***@" for end in ends if secret[end:]})
+            whole = whole.replace(secret, "***")
+        if found:
+            _secrets[url] = _masked(whole)
     for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        _secrets.update(_forms(os.environ.get(name, "")))
+        _secrets.update(dict.fromkeys(_forms(os.environ.get(name, "")), "***"))
 
 
 def _forms(secret: str) -> set[str]:
@@ -197,8 +199,7 @@ def _forms(secret: str) -> set[str]:
 def without_credentials(text: str) -> str:
     """`text` with the secrets of every URL in it masked: postgresql://***@host/db, http://***@host, ?password=***."""
     for secret in sorted(_secrets, key=len, reverse=True):
-        if secret in text:
-            text = text.replace(secret, _masked(secret) if "://" in secret else "***@" if secret.endswith("@") else "***")
+        text = text.replace(secret, _secrets[secret])
     return _masked(text)
 
 

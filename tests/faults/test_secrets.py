@@ -15,8 +15,9 @@ from faults.servers import MlflowServer, Postgresql, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
 
-PLAIN, ODD, ELSEWHERE = "s3cr3t-database", "s3cr3t/odd@word:%", "s3cr3t-environment"
-TRACES = ("s3cr3t",)
+PLAIN, ODD, ELSEWHERE = "s3cr3t-database", "s3cr3t/odd@word:?#%&= 'q'\"é-t4il", "s3cr3t-environment"
+TRACES = ("s3cr3t", "t4il")
+"""The beginning and the end: what a parser makes of the characters in between shows one of them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def holding(folder: Path) -> list[str]:
 
 def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, server: MlflowServer) -> None:
     place = written(tmp_path / "place")
-    tracking = server.url.replace("http://", f"http://me:{quote(ODD, safe='')}@")
+    tracking = server.url.replace("http://", f"http://me:{ODD}@")  # raw
+    quoted = server.url.replace("http://", f"http://me:{quote(ODD, safe='')}@")
     sweep = [*SWEEP, "--storage", postgresql.url, "--tracking-uri", tracking]
     texts = []
 
@@ -71,13 +73,17 @@ def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, serve
     run_id = run(sweep, 0).split("Run ID:")[1].split()[0]
     run(["reproduce", run_id, "--tracking-uri", tracking], 0)
     run(["select", "tiny", "--bar", "1.0", "--tracking-uri", tracking], 1)
-    run(["reproduce", "0" * 32, "--tracking-uri", tracking], 1)
+    run(["reproduce", "0" * 32, "--tracking-uri", quoted], 1)
     run([*SWEEP, "--storage", postgresql.url.replace("/postgres", "/nowhere"), "--tracking-uri", tracking], 1)
     run([*SWEEP, "--storage", f"postgresql://me:{PLAIN}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"mysql://me:{PLAIN}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"{PLAIN}://me"], 1)
     run(["train", "tiny.yaml", "--tracking-uri", f"http://me:{quote(ODD, safe='')}@127.0.0.1:{free_port()}"], 1)
+    run(["train", "tiny.yaml", "--tracking-uri", f"http://me:{ODD}@127.0.0.1:{free_port()}"], 1)
     run(["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?token={PLAIN}"], 1)
+    run(["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?access_token={ODD}"], 1)
+    run([*SWEEP, "--storage", f"postgresql://me:{ODD}@127.0.0.1:{free_port()}/x"], 1)
+    run([*SWEEP, "--storage", f"postgresql://127.0.0.1:{free_port()}/x?user=me&password={ODD}"], 1)
     print("\n=====\n".join(texts))
     assert not [text for text in texts if any(trace in text.replace(f"{PLAIN}://me", "") for trace in TRACES)]
     assert not any(trace in postgresql.dump() for trace in TRACES)
