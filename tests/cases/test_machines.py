@@ -1,4 +1,4 @@
-"""Machines as they are: locales, closed streams, ~, no home, a deep TMPDIR, no memory, a reader or a terminal that goes away."""
+"""Machines as they are: locales, closed streams, ~, no home, a deep TMPDIR, no memory, a reader or a terminal that goes."""
 
 from __future__ import annotations
 
