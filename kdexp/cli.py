@@ -374,7 +374,9 @@ def main() -> None:
         code = app(arguments, prog_name="kdexp", standalone_mode=False) or 0
         sys.stdout.flush()
         sys.exit(code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__context__, EOFError):  # typer takes it for Ctrl-D; but nobody is asked anything here
+            _fail("A process that this one had started is gone. Give the same command again; --debug shows more.", 1)
         _fail(f"Stopped. To start again: {_again()}", STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option

@@ -100,7 +100,10 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, KdexpError):
         line = str(error)
     elif out_of_memory(error):
-        line = "No memory is left: give fewer --workers, a smaller --pack or batch_size, or raise the limit (ulimit -v)"
+        line = (
+            f"No memory is left ({first_line(error)}): give fewer --workers, a smaller --pack or batch_size, or raise the "
+            f"limit (ulimit -v)"
+        )
     elif isinstance(error, OSError):
         line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     else:

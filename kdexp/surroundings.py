@@ -48,6 +48,8 @@ def open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for the process's life
     if any(option.startswith("error") for option in sys.warnoptions):  # of a shell that is set up for tests
         warnings.simplefilter("default")
+        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("error")]
+        os.environ["PYTHONWARNINGS"] = ",".join(sys.warnoptions)  # for the processes that this one starts
     codecs.register_error("kdexp", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

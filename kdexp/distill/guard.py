@@ -35,13 +35,16 @@ def check_network(network: Network, like: Split) -> None:
     name, images = network.architecture, _examples(like)
     with _drawing_apart():
         one, other = _built(network, like, 1), _built(network, like, 2)
-        with _failing_as(f"{name}: fails on training images"):
+        with _failing_as(f"{name}: fails in training"):
             one.to(memory_format=layout_of(one))
             logits = one.train()(images.to(memory_format=torch.channels_last))
         expected = len(images), len(like.classes)
         if not isinstance(logits, Tensor) or logits.shape != expected:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"{name}: gives {got} for {len(images)} images in training, expected logits of shape {expected}")
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ModelError(
+                f"{name}: gives {got} for {len(images)} images in training, expected logits of shape {expected}; "
+                f"let it return them alone"
+            )
         if not logits.isfinite().all():
             raise ModelError(f"{name}: gives NaN or infinity for training images before it is trained at all; correct it")
         if not logits.requires_grad:

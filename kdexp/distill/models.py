@@ -107,7 +107,8 @@ class _Contiguous:
     """Images in the plain layout, for a network that works in no other."""
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
+        # A copy: an image of one channel counts as laid out in both ways, and convolutions go by its strides.
+        return tuple(x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in inputs)
 
 
 def layout_of(module: nn.Module) -> torch.memory_format:
