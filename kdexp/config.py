@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -51,10 +51,12 @@ __all__ = [
     "load",
     "recorded",
     "select_rule",
+    "upgraded",
 ]
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
+SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
@@ -64,6 +66,7 @@ Variant = Literal["as trained", "float32", "float16", "int8"]
 Objective = Literal["smallest", "accuracy", "pareto"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = bool | int | float | str
+R = TypeVar("R", bound="Recipe")
 
 
 class Frozen(BaseModel):
@@ -206,9 +209,19 @@ class Distillation(Frozen):
 
     alpha: float = Field(0.3, ge=0, le=1)
     temperature: float = Field(5.0, gt=0)
-    scale_by_t_squared: bool = True
+    scale_by_t_squared: bool | None = Field(
+        None, description="null: where the loss's gradient falls with T²; not correlation's"
+    )
     loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
     beta: float = Field(2.0, ge=0, description="decoupled: weight of the wrong classes among each other")
+    standard_deviation: Literal["sample", "population"] = Field(
+        "sample", description="standardized: over classes - 1, as its authors; population, over classes, as kdexp did at first"
+    )
+
+    @property
+    def times_t_squared(self) -> bool:
+        """Whether the distillation term is multiplied by T²."""
+        return self.loss != "correlation" if self.scale_by_t_squared is None else self.scale_by_t_squared
 
 
 class Recipe(Frozen):
@@ -225,6 +238,11 @@ class Recipe(Frozen):
         if self.data.train_on_validation and self.training.keep != "last":
             raise ValueError("data.train_on_validation leaves no images to choose an epoch by: it needs training.keep: last")
         return self
+
+    @property
+    def losses(self) -> list[str]:
+        """Every distillation loss that is trained with."""
+        return [self.distillation.loss]
 
     def value(self, path: str) -> Any:
         """The value at a dotted path, as plain JSON. Raises ValueError where there is none."""
@@ -365,6 +383,12 @@ class Sweep(Recipe):
         return [{path: c} for path, found in dimensions.items() if isinstance(found, Choices) for c in found.choices]
 
     @property
+    def losses(self) -> list[str]:
+        """Every distillation loss that is trained with."""
+        dimension = self.search.get("distillation.loss")
+        return [str(choice) for choice in dimension.choices] if isinstance(dimension, Choices) else super().losses
+
+    @property
     def beyond_controls(self) -> list[dict[str, Any]]:
         """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
         trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
@@ -456,7 +480,16 @@ def learns_alike(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes train the same: with labels only it does not matter how they would distil."""
     if one.distillation.alpha == 0 == other.distillation.alpha:
         other = other.model_copy(update={"distillation": one.distillation})
-    return one == other
+    return one == other or _as_meant(one) == _as_meant(other)
+
+
+def _as_meant(recipe: R) -> R:
+    """With the T² factor as it comes out, where it was left to the loss and every loss in question has the same."""
+    how = recipe.distillation
+    found = {how.model_copy(update={"loss": loss}).times_t_squared for loss in recipe.losses}
+    if len(found) > 1:
+        return recipe
+    return recipe.model_copy(update={"distillation": how.model_copy(update={"scale_by_t_squared": found.pop()})})
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -486,14 +519,30 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
-    return validate(Sweep, tree, source=str(path))
+    return validate(Sweep, _with_a_factor_to_begin_with(tree), source=str(path))
+
+
+def _with_a_factor_to_begin_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """Where the T² factor is searched over and not set, trial 0 has it as it would come out."""
+    search, how = tree.get("search"), tree.get("distillation") or {}
+    if not (isinstance(search, dict) and SCALE in search and isinstance(how, dict)) or "scale_by_t_squared" in how:
+        return tree
+    return {**tree, "distillation": {**how, "scale_by_t_squared": how.get("loss") != "correlation"}}
 
 
 def recorded(text: str, source: str) -> Sweep:
     """A sweep as a study recorded it; one from before there was a choice of objectives aimed at accuracy."""
-    tree = json.loads(text)
+    tree = upgraded(json.loads(text))
     tree["study"].setdefault("objective", "accuracy")
     return validate(Sweep, tree, source)
+
+
+def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe or sweep, with what earlier versions did in the place of keys that they did not have."""
+    how = dict(tree.get("distillation", {}))
+    losses = [how.get("loss"), *tree.get("search", {}).get("distillation.loss", {}).get("choices", [])]
+    then = {"scale_by_t_squared": True, **({"standard_deviation": "population"} if "standardized" in losses else {})}
+    return {**tree, "distillation": {**then, **how}}
 
 
 def select_rule(rule: Selection, changes: Mapping[str, Any]) -> Selection:
@@ -508,7 +557,7 @@ def flatten(model: BaseModel) -> dict[str, Any]:
 
 def differences(one: BaseModel, other: BaseModel) -> list[str]:
     """What differs between two configs, as 'training.epochs 5 → 6'."""
-    left, right = flatten(one), flatten(other)
+    left, right = (flatten(_as_meant(model) if isinstance(model, Recipe) else model) for model in (one, other))
     return [
         f"{path} {show(left.get(path))} → {show(right.get(path))}"
         for path in sorted(left.keys() | right.keys())

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
-from kdexp.config import Recipe
+from kdexp.config import Recipe, upgraded
 from kdexp.distill.data import Split
 from kdexp.distill.models import build
 from kdexp.reading import validate
@@ -21,7 +21,7 @@ __all__ = ["load_student", "recipe_of"]
 def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
     """The recipe of a run, from its record alone."""
     text = tracking.read_text(run.run_id, "config.json")
-    return validate(Recipe, json.loads(text), f"run {run.run_id}, recorded by another version of kdexp")
+    return validate(Recipe, upgraded(json.loads(text)), f"run {run.run_id}, recorded by another version of kdexp")
 
 
 def load_student(run: RunRecord, recipe: Recipe, like: Split, tracking: Tracking) -> nn.Module:

@@ -75,7 +75,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
         warm_up()
     shared = _shared_training(sweep, settings, device)
     students = [sweep.recipe.replace(choice).student for choice in sweep.student_choices]
-    prepared = yield from prepare(sweep.recipe, settings, tracking, experiment_id, device, training=shared, students=students)
+    where = settings, tracking, experiment_id, device
+    prepared = yield from prepare(sweep.recipe, *where, training=shared, students=students, losses=sweep.losses)
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
     study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id))
