@@ -480,7 +480,9 @@ def learns_alike(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes train the same: with labels only it does not matter how they would distil."""
     if one.distillation.alpha == 0 == other.distillation.alpha:
         other = other.model_copy(update={"distillation": one.distillation})
-    return one == other or _as_meant(one) == _as_meant(other)
+    if one == other or one.distillation.scale_by_t_squared == other.distillation.scale_by_t_squared:
+        return one == other
+    return _as_meant(one) == _as_meant(other)
 
 
 def _as_meant(recipe: R) -> R:
@@ -539,8 +541,11 @@ def recorded(text: str, source: str) -> Sweep:
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """A recorded recipe or sweep, with what earlier versions did in the place of keys that they did not have."""
-    how = dict(tree.get("distillation", {}))
-    losses = [how.get("loss"), *tree.get("search", {}).get("distillation.loss", {}).get("choices", [])]
+    how, search = tree.get("distillation"), tree.get("search")
+    if not isinstance(how, dict):  # damaged: validation says so
+        return tree
+    searched = search.get("distillation.loss") if isinstance(search, dict) else None
+    losses = [how.get("loss"), *(searched.get("choices") or () if isinstance(searched, dict) else ())]
     then = {"scale_by_t_squared": True, **({"standard_deviation": "population"} if "standardized" in losses else {})}
     return {**tree, "distillation": {**then, **how}}
 

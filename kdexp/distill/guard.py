@@ -46,14 +46,14 @@ def check_network(network: Network, like: Split) -> None:
                 f"{name}: nothing of it can be trained: its logits depend on no parameter that requires a gradient; "
                 f"unfreeze a layer, or choose another network"
             )
+        with _failing_as(f"{name}: fails in backward"):
+            _probe(logits).backward()
         found, again = (_evaluated(one, images, name) for _ in range(2))
         if not _same(found, again, SAME):
             raise ModelError(
                 f"{name}: gives other logits for the same images each time that it is evaluated, by up to "
                 f"{_apart(found, again):.3g}: no accuracy of it holds; let it draw, or change its state, in training only"
             )
-        with _failing_as(f"{name}: fails in backward"):
-            _probe(logits).backward()
         _load(other, one.state_dict(), name)
         loaded = _evaluated(other, images, name)
     if not _same(found, loaded, SAME):
