@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from decimal import Decimal
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -63,6 +63,7 @@ NEAR = 0.01  # share of a searched range: numbers that lie closer together train
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 NAME_LENGTH = 100
 NOT_IN_NAMES = "/\\:?'\"`"  # what MLflow's names of models, its addresses and its searches cannot hold
+SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
@@ -72,6 +73,7 @@ Variant = Literal["as trained", "float32", "float16", "int8"]
 Objective = Literal["smallest", "accuracy", "pareto"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Scalar = bool | int | float | str
+R = TypeVar("R", bound="Recipe")
 
 
 class Frozen(BaseModel):
@@ -214,9 +216,19 @@ class Distillation(Frozen):
 
     alpha: float = Field(0.3, ge=0, le=1)
     temperature: float = Field(5.0, gt=0)
-    scale_by_t_squared: bool = True
+    scale_by_t_squared: bool | None = Field(
+        None, description="null: where the loss's gradient falls with T²; not correlation's"
+    )
     loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
     beta: float = Field(2.0, ge=0, description="decoupled: weight of the wrong classes among each other")
+    standard_deviation: Literal["sample", "population"] = Field(
+        "sample", description="standardized: over classes - 1, as its authors; population, over classes, as kdexp did at first"
+    )
+
+    @property
+    def times_t_squared(self) -> bool:
+        """Whether the distillation term is multiplied by T²."""
+        return self.loss != "correlation" if self.scale_by_t_squared is None else self.scale_by_t_squared
 
 
 class Recipe(Frozen):
@@ -233,6 +245,11 @@ class Recipe(Frozen):
         if self.data.train_on_validation and self.training.keep != "last":
             raise ValueError("data.train_on_validation leaves no images to choose an epoch by: it needs training.keep: last")
         return self
+
+    @property
+    def losses(self) -> list[str]:
+        """Every distillation loss that is trained with."""
+        return [self.distillation.loss]
 
     def value(self, path: str) -> Any:
         """The value at a dotted path, as plain JSON. Raises ValueError where there is none."""
@@ -415,6 +432,12 @@ class Sweep(Recipe):
         ]
 
     @property
+    def losses(self) -> list[str]:
+        """Every distillation loss that is trained with."""
+        dimension = self.search.get("distillation.loss")
+        return [str(choice) for choice in dimension.choices] if isinstance(dimension, Choices) else super().losses
+
+    @property
     def beyond_controls(self) -> list[dict[str, Any]]:
         """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
         trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
@@ -518,13 +541,27 @@ def learns_alike(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes train the same: with labels only it does not matter how they would distil."""
     if one.distillation.alpha == 0 == other.distillation.alpha:
         other = other.model_copy(update={"distillation": one.distillation})
-    return one == other
+    if one == other or one.distillation.scale_by_t_squared == other.distillation.scale_by_t_squared:
+        return one == other
+    return _as_meant(one) == _as_meant(other)
+
+
+def _as_meant(recipe: R) -> R:
+    """With the T² factor as it comes out, where it was left to the loss and every loss in question has the same."""
+    how = recipe.distillation
+    found = {how.model_copy(update={"loss": loss}).times_t_squared for loss in recipe.losses}
+    if len(found) > 1:
+        return recipe
+    return recipe.model_copy(update={"distillation": how.model_copy(update={"scale_by_t_squared": found.pop()})})
 
 
 def _learns(section: BaseModel) -> str:
     """What a recipe's section says of how it trains: with labels only, the distillation says nothing more."""
-    labels_only = isinstance(section, Distillation) and section.alpha == 0
-    return "labels only" if labels_only else section.model_dump_json()
+    if isinstance(section, Distillation):
+        if section.alpha == 0:
+            return "labels only"
+        section = section.model_copy(update={"scale_by_t_squared": section.times_t_squared})
+    return section.model_dump_json()
 
 
 def nearly_alike(one: Recipe, other: Recipe, search: Mapping[str, Dimension]) -> bool:
@@ -577,17 +614,29 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
-    return validate(Sweep, tree, source=str(path))
+    return validate(Sweep, _with_a_factor_to_begin_with(tree), source=str(path))
+
+
+def _with_a_factor_to_begin_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """Where the T² factor is searched over and not set, trial 0 has it as it would come out."""
+    search, how = tree.get("search"), tree.get("distillation") or {}
+    if not (isinstance(search, dict) and SCALE in search and isinstance(how, dict)) or "scale_by_t_squared" in how:
+        return tree
+    return {**tree, "distillation": {**how, "scale_by_t_squared": how.get("loss") != "correlation"}}
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe or sweep as some version stored it, in today's words: the one place that knows how they were called before.
-
-    A key that is new needs no word here where its default means what was so before there was one.
-    """
-    if "study" in stored:  # before there was a choice of objectives a study aimed at accuracy
-        stored["study"].setdefault("objective", "accuracy")
-    return stored
+    """A recipe or sweep as some version stored it, in today's words: the one place that knows how they were called before,
+    and what was done in the place of keys that there were not."""
+    how, search, study = (stored.get(section) for section in ("distillation", "search", "study"))
+    if isinstance(study, dict):  # before there was a choice of objectives a study aimed at accuracy
+        stored = {**stored, "study": {"objective": "accuracy", **study}}
+    if not isinstance(how, dict):  # damaged: validation says so
+        return stored
+    searched = search.get("distillation.loss") if isinstance(search, dict) else None
+    losses = [how.get("loss"), *(searched.get("choices") or () if isinstance(searched, dict) else ())]
+    then = {"scale_by_t_squared": True, **({"standard_deviation": "population"} if "standardized" in losses else {})}
+    return {**stored, "distillation": {**then, **how}}
 
 
 def recorded(text: str, source: str) -> Sweep:
@@ -607,7 +656,7 @@ def flatten(model: BaseModel) -> dict[str, Any]:
 
 def differences(one: BaseModel, other: BaseModel) -> list[str]:
     """What differs between two configs, as 'training.epochs 5 → 6'."""
-    left, right = flatten(one), flatten(other)
+    left, right = (flatten(_as_meant(model) if isinstance(model, Recipe) else model) for model in (one, other))
     return [
         f"{path} {show(left.get(path))} → {show(right.get(path))}"
         for path in sorted(left.keys() | right.keys())

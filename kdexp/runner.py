@@ -21,7 +21,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from kdexp import KdexpError
-from kdexp.config import Data, Recipe, Student, Training, flatten
+from kdexp.config import Data, Distillation, Recipe, Student, Training, flatten
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Kept, State
 from kdexp.distill.data import Inspection, Split, Splits, load_splits, views
 from kdexp.distill.execution import choose, compiles
@@ -186,18 +186,20 @@ def prepare(
     training: Training | None = None,
     students: Sequence[Student] = (),
     check: Callable[[Splits], object] | None = None,
+    losses: Sequence[str] = (),
 ) -> Generator[TeacherProgress, None, Prepared]:
     """Data and teacher of a recipe, ready for its trials; yields what was read, and progress while the teacher is made.
 
     `training` where all trials share its seed and epochs: the teacher's cache may then be the smaller for it. That the
-    recipe's student and these `students` can be built and trained is found out before the teacher is, and so is whatever
-    `check` raises of the data.
+    recipe's student and these `students` can be built and trained, and that its loss and these `losses` have
+    something to say of its classes, is found out before the teacher is, and so is whatever `check` raises of the data.
     """
     splits = load_splits(recipe.data, settings.data_dir, device)
     if splits.inspection:
         yield splits.inspection
     if check:
         check(splits)
+    _check_loss([recipe.distillation.loss, *losses], recipe.distillation, splits.train.classes)
     for student in (recipe.student, *students):
         check_network(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
@@ -205,6 +207,15 @@ def prepare(
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights
     teacher = yield from prepare_teacher(recipe.teacher, recipe.data, splits, settings.teachers, weights, training)
     return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, settings, tracking, experiment_id))
+
+
+def _check_loss(losses: Sequence[str], how: Distillation, classes: Sequence[str]) -> None:
+    """That a loss can teach so many classes. A run of a former version, by `population`, is trained again as it was."""
+    if "standardized" in losses and len(classes) == 2 and how.standard_deviation == "sample":
+        raise KdexpError(
+            f"distillation.loss: standardized teaches nothing of 2 classes ({', '.join(classes)}): two standardised logits are "
+            f"always the same two numbers; allowed here: kl, decoupled, correlation"
+        )
 
 
 @contextmanager
@@ -317,7 +328,7 @@ def _describe(recipe: Recipe, size: Size, prepared: Prepared) -> str:
             f"| student | {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes |",
             f"| teacher | {teacher.parameters:,} parameters, {teacher.val_accuracy:.2%} on validation |",
             f"| alpha | {how.alpha:.4g}: the teacher's weight in the loss; the labels have {1 - how.alpha:.4g} |",
-            f"| temperature | {how.temperature:.4g} (T² factor {'on' if how.scale_by_t_squared else 'off'}) |",
+            f"| temperature | {how.temperature:.4g} (T² factor {'on' if how.times_t_squared else 'off'}) |",
             f"| training | {training.epochs} epochs, {training.optimizer}, learning rate {training.learning_rate:.3g} "
             f"({training.schedule}), batch {training.batch_size}, seed {training.seed} |",
             "",

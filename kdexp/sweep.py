@@ -104,6 +104,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
         device,
         training=shared,
         students=students,
+        losses=sweep.losses,
         check=lambda splits: _check_images(sweep, begun, splits, tracking),
     )
     check_bar(sweep.selection, len(prepared.splits.validation))

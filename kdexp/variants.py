@@ -1,8 +1,9 @@
 """The smaller forms of a trained student, its *variants*: folded, and stored in float32, float16 or int8.
 
 Each is an ONNX file that is run on validation once; file and numbers are then with the student's run. Where size is in bytes
-all of them compete, but few need to be made: none has fewer bytes than its parameters take. And rounding teaches nothing:
-the variants of a trial that misses the bar itself do not count, since one that passed would pass by chance.
+all of them compete. For the smallest few need to be made: none has fewer bytes than its parameters take. For the most accurate
+each has to be, since rounding may gain as well as lose. But it teaches nothing: the variants of a trial that misses the bar
+itself do not count, since one that passed would pass by chance.
 """
 
 from __future__ import annotations
@@ -166,9 +167,10 @@ class _Maker:
     tracking: Tracking
 
     def hopes(self, trial: Candidate) -> list[Candidate]:
-        """A trial's variants at their best: as accurate as itself, and nothing in the file but its parameters."""
-        student = outline(self.recipes[trial.run_id].student, self.splits.train)
-        return [replace(trial, variant=p, bytes=least_bytes(student, self.splits.train, p)) for p in get_args(Precision)]
+        """A trial's variants at their best: without an error, and nothing in the file but its parameters."""
+        student, train = outline(self.recipes[trial.run_id].student, self.splits.train), self.splits.train
+        hope = replace(trial, val_accuracy=1.0)
+        return [replace(hope, variant=p, bytes=least_bytes(student, train, p)) for p in get_args(Precision)]
 
     def measured(self, hope: Candidate) -> Candidate | None:
         """The same as it is; None where the network cannot be exported, with the reason on its run."""

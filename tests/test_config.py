@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdexp.config import ConfigError, Distillation, Recipe, Sweep, Training, differences, flatten, load, select_rule
+from kdexp.config import (
+    ConfigError,
+    Distillation,
+    Recipe,
+    Sweep,
+    Training,
+    differences,
+    flatten,
+    learns_alike,
+    load,
+    recorded,
+    select_rule,
+    upgrade,
+)
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 DIGITS = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
@@ -18,7 +31,7 @@ DIGITS = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
 def test_the_defaults_are_the_documented_recipe() -> None:
     recipe = Recipe()
     assert (recipe.distillation.alpha, recipe.distillation.temperature) == (0.3, 5.0)
-    assert recipe.distillation.scale_by_t_squared
+    assert recipe.distillation.times_t_squared
     training = recipe.training
     assert (training.learning_rate, training.batch_size, training.epochs, training.seed) == (3e-4, 128, 500, 8787)
     assert (training.optimizer, training.weight_decay, training.schedule) == ("adam", 1e-6, "cosine")
@@ -67,6 +80,78 @@ def test_any_recipe_round_trips_exactly(alpha, temperature, rate, seed, channels
     again = Recipe.model_validate_json(recipe.model_dump_json(indent=2))
     assert again == recipe
     assert (again.distillation.alpha, again.training.learning_rate) == (alpha, rate)
+
+
+# --- the T² factor, and what earlier versions recorded ---
+
+
+def of_an_earlier_version(sweep: Sweep) -> str:
+    """The record of the same sweep when the factor was true by default and the deviation was over classes."""
+    tree = json.loads(sweep.model_dump_json())
+    tree["distillation"]["scale_by_t_squared"] = True
+    del tree["distillation"]["standard_deviation"]
+    return json.dumps(tree)
+
+
+def test_the_factor_follows_the_loss_until_it_is_set() -> None:
+    assert Distillation().times_t_squared
+    recipe = Recipe().replace({"training.epochs": 3}).replace({"distillation.loss": "correlation"})
+    assert not recipe.distillation.times_t_squared, "resolved too early, it would have stayed on"
+    assert recipe.replace({"distillation.scale_by_t_squared": True}).distillation.times_t_squared
+    assert not recipe.replace(
+        {"distillation.loss": "kl", "distillation.scale_by_t_squared": False}
+    ).distillation.times_t_squared
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({}, []),
+        ({"distillation": {"loss": "decoupled"}}, []),
+        ({"search": {"distillation.loss": {"choices": ["kl", "decoupled"]}}}, []),
+        ({"distillation": {"loss": "correlation"}}, ["distillation.scale_by_t_squared true → false"]),
+        (
+            {"search": {"distillation.loss": {"choices": ["kl", "correlation"]}}},
+            ["distillation.scale_by_t_squared true → null"],
+        ),
+        ({"distillation": {"loss": "standardized"}}, ['distillation.standard_deviation "population" → "sample"']),
+        ({"search": {"distillation.loss": {"choices": ["kl", "standardized"]}}}, ["distillation.standard_deviation"]),
+    ],
+)
+def test_a_study_of_an_earlier_version_goes_on_where_its_trials_train_the_same(tiny, changes, differs) -> None:
+    sweep = Sweep.model_validate_json(json.dumps(json.loads(tiny.model_dump_json()) | changes))
+    begun = recorded(of_an_earlier_version(sweep), "study")
+    found = differences(begun, sweep)
+    assert [one.startswith(other) for one, other in zip(found, differs, strict=True)] == [True] * len(differs)
+    told = {"scale_by_t_squared": True, "standard_deviation": begun.distillation.standard_deviation}
+    set_back = json.loads(sweep.model_dump_json())
+    set_back["distillation"] |= told
+    assert differences(begun, Sweep.model_validate_json(json.dumps(set_back))) == [], "and it says what to set"
+
+
+@pytest.mark.parametrize(("loss", "factor"), [("kl", True), ("correlation", False)])
+def test_a_search_over_the_factor_begins_as_it_would_come_out(loss, factor) -> None:
+    changes = [f"distillation.loss={loss}", "search.distillation.scale_by_t_squared={choices: [true, false]}"]
+    assert load(DIGITS, changes).distillation.scale_by_t_squared is factor
+    unset = ["distillation.scale_by_t_squared=null", "search.distillation.scale_by_t_squared={choices: [true, null]}"]
+    assert load(DIGITS, unset).distillation.scale_by_t_squared is None
+
+
+def test_recipes_that_differ_in_how_the_factor_is_written_learn_alike() -> None:
+    on = Recipe().replace({"distillation.scale_by_t_squared": True})
+    assert learns_alike(Recipe(), on)
+    assert not learns_alike(Recipe(), on.replace({"distillation.scale_by_t_squared": False}))
+    assert not learns_alike(*(recipe.replace({"distillation.loss": "correlation"}) for recipe in (Recipe(), on)))
+
+
+@pytest.mark.parametrize("loss", ["kl", "standardized", "correlation"])
+def test_a_record_of_an_earlier_version_is_read_as_it_was_meant(tiny, loss) -> None:
+    recipe = tiny.recipe.replace({"distillation.loss": loss})
+    then = Recipe.model_validate_json(json.dumps(upgrade(json.loads(of_an_earlier_version(recipe)))))
+    assert then.distillation.times_t_squared
+    assert (then.distillation.standard_deviation == "population") == (loss == "standardized")
+    now = Recipe.model_validate_json(json.dumps(upgrade(json.loads(recipe.model_dump_json()))))
+    assert now == recipe
 
 
 MISTAKES = {  # override → what the message must hold

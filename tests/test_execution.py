@@ -16,6 +16,7 @@ from kdexp.distill import execution
 from kdexp.distill.data import views
 from kdexp.distill.execution import best_pack, choose, fastest_lowering, flop_of, multiplies_bf16, step_seconds
 from kdexp.distill.packs import Execution, Lane, Source
+from kdexp.distill.stacked import strayed
 
 DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
 
@@ -87,6 +88,63 @@ def test_other_values_of_what_may_differ_compile_nothing_anew(compiled) -> None:
 @pytest.mark.slow
 def test_logits_by_epoch_serve_a_compiled_step_as_well(compiled) -> None:
     assert close(compiled["by_epoch"][0], compiled["once"][0])
+
+
+STRAYED = """
+import json, sys, torch, types
+from torch import nn
+from kdexp.config import *
+from kdexp.distill.data import Split
+from kdexp.distill.packs import Drawn, Execution, Lane, Source, Stacked
+from kdexp.environment import configure
+configure("cpu", 1)
+own = types.ModuleType("own"); sys.modules["own"] = own
+own.net = lambda channels, image_size, classes: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+generator = torch.Generator().manual_seed(0)
+usual = torch.randint(0, 256, (64, 1, 8, 8), generator=generator)
+rare = 200 + (torch.rand(64, 1, 8, 8, generator=generator) < 3e-4)
+images = {"usual": usual, "rare": rare, "constant": torch.full((64, 1, 8, 8), 200)}
+split = Split(torch.cat([*images.values()]).to(torch.uint8), torch.arange(192) % 10, tuple("0123456789"), 1, 0.5, 1e-4)
+source = Source(split, torch.zeros(1, 3, dtype=torch.int64), None)
+at = {name: 64 * place + torch.arange(64) for place, name in enumerate(images)}
+lane = Lane(Student(architecture="own:net"), Training(batch_size=64), Distillation())
+def run(kinds, compiled, dtype):
+    pack = Stacked([lane] * 2, source, Execution(2, False, compiled), dtype)
+    samples = torch.stack([at[kind] for kind in kinds])
+    found = []
+    for step in range(3):
+        loss = pack.step(Drawn(samples, torch.zeros_like(samples)), torch.full((2,), 1e-3, dtype=dtype), torch.full((2,), step))
+        statistics = [pack.live.running[f"0.running_{name}"].flatten().tolist() for name in ("mean", "var")]
+        found.append([loss.total.tolist(), *statistics, pack.parameters.double().norm(dim=1).tolist()])
+    return found
+print(json.dumps({kind: [run(("usual", kind), True, torch.float32), run(("usual", kind), False, torch.float64)]
+                  for kind in images}))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_norm_is_right_also_where_the_batch_is_far_from_the_running_mean(tmp_path) -> None:
+    """At the first step, by 6,000 standard deviations, and of a constant channel; against double precision."""
+    done = subprocess.run([sys.executable, "-c", STRAYED], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3
+    for kind, (narrow, wide) in found.items():
+        close = 5e-2 if kind == "constant" else 2e-3  # a mean of 2,843 is known to 0.06, by torch's own norm too
+        assert torch.allclose(torch.tensor(narrow), torch.tensor(wide), rtol=close), (kind, narrow, wide)
+    neighbours = [[step[0][0], step[3][0]] for kind in found for step in found[kind][0]]
+    assert neighbours[:3] == neighbours[3:6] == neighbours[6:], "a lane that strays leaves the other its bits"
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0, 50.0, 90.0, 110.0, 1e3, 1e6, float("nan")])
+def test_a_batch_strays_from_a_hundred_standard_deviations_on(distance) -> None:
+    def statistics(mean: float, var: float) -> dict[str, torch.Tensor]:
+        return {"0.running_mean": torch.tensor([[0.0, 1.0], [0.0, mean]]), "0.running_var": torch.tensor([[1.0, 1], [1, var]])}
+
+    after = statistics(0.1 * 0.5 * distance, 0.9 + 0.1 * 0.25)  # a batch of standard deviation 0.5
+    before = statistics(0.0, 1.0)
+    before["0.running_mean"][0, 1] = after["0.running_mean"][0, 1]
+    assert strayed(before, after).tolist() == [False, not distance <= 100]
 
 
 def lane(epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1, precision: str = "auto") -> Lane:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
+from kdexp.config import Distillation
 from kdexp.distill.losses import Term, distillation_loss, label_loss
 
 
@@ -86,17 +87,22 @@ def test_at_large_temperature_it_matches_logits() -> None:
     assert distillation_loss(student, teacher, labels, 1.0, 1e4).total.item() == pytest.approx(expected, rel=1e-3)
 
 
-def gradient(temperature: float, scale: bool) -> float:
-    student, teacher, labels = batch(7, samples=64, spread=1.0)
+def gradient(kind: str, temperature: float, scale: bool, spread: float = 1.0) -> float:
+    student, teacher, labels = batch(7, samples=64, spread=spread)
     student.requires_grad_()
-    distillation_loss(student, teacher, labels, 1.0, temperature, Term("kl", scale)).total.backward()
+    distillation_loss(student, teacher, labels, 1.0, temperature, Term(kind, scale)).total.backward()
     return student.grad.norm().item()
 
 
-def test_with_t_squared_the_soft_gradients_keep_their_scale() -> None:
-    scaled = [gradient(t, True) for t in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)]
-    assert max(scaled) / min(scaled) < 4
-    assert gradient(1.0, False) / gradient(50.0, False) > 1000, "without T² they shrink as 1 / T²"
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("kind", ["kl", "standardized", "decoupled", "correlation"])
+def test_by_default_the_soft_gradients_keep_their_scale_whatever_the_temperature_and_the_loss(kind, spread) -> None:
+    """So alpha weighs the teacher alike at every T; the other way round they change with T²."""
+    default = Distillation(loss=kind).times_t_squared
+    found = [gradient(kind, t, default, spread) for t in (1.0, 2.0, 3.0, 5.0, 10.0, 20.0)]
+    assert max(found) / min(found) < 4
+    other = [gradient(kind, t, not default, spread) for t in (1.0, 20.0)]
+    assert max(other) / min(other) > 80
 
 
 def test_a_mean_over_samples_not_over_classes() -> None:
@@ -124,7 +130,7 @@ def other_reference(kind: str, student, teacher, labels, temperature: float, bet
         return float(np.sum(p * (np.log(p) - np.log(q))))
 
     if kind == "standardized":
-        s, t = ((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in (s, t))
+        s, t = ((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True, ddof=1) for x in (s, t))
     p, q = soft(t / temperature), soft(s / temperature)
     if kind == "correlation":
         rows = [1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)]
@@ -151,6 +157,23 @@ def test_every_divergence_equals_its_papers_formula(kind, seed, temperature, bet
     expected = other_reference(kind, student, teacher, labels, temperature, beta)
     near = 1e-3 if kind == "correlation" else 1e-6
     assert loss.distillation.item() == pytest.approx(expected, rel=near, abs=1e-9)
+
+
+def test_standardized_logits_are_their_authors_and_those_of_earlier_runs_stay_theirs() -> None:
+    """github.com/sunshangquan/logit-standardization-KD: (logit - mean) / (1e-7 + std), torch's std over K - 1."""
+    student, teacher, labels = batch(9)
+
+    def authors(logits: torch.Tensor) -> torch.Tensor:
+        return (logits - logits.mean(-1, keepdim=True)) / (1e-7 + logits.std(-1, keepdim=True))
+
+    term = {name: Term("standardized", False, deviation=name) for name in ("sample", "population")}
+    found = {name: distillation_loss(student, teacher, labels, 1.0, 2.0, how).distillation.item() for name, how in term.items()}
+    plain = distillation_loss(authors(student), authors(teacher), labels, 1.0, 2.0, Term("kl", False)).distillation.item()
+    assert found["sample"] == pytest.approx(plain, rel=1e-6)
+    wider = (student.shape[-1] / (student.shape[-1] - 1)) ** 0.5
+    by_classes = (authors(logits) * wider for logits in (student, teacher))
+    former = distillation_loss(*by_classes, labels, 1.0, 2.0, Term("kl", False)).distillation.item()
+    assert found["population"] == pytest.approx(former, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

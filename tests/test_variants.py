@@ -54,18 +54,18 @@ VARIANTS = ("float32", "float16", "int8")
 
 @st.composite
 def hopes_and_truth(draw):
-    """Candidates at their best, and what measuring makes of each: no better, or that it cannot be made."""
+    """Candidates at their best, and what measuring makes of each, which may be more than its trial: or it cannot be made."""
     hopes, truth = [], {}
     for trial in range(draw(st.integers(0, 4))):
         accuracy = draw(st.sampled_from([0.85, 0.9, 0.95]))
         for variant, size in zip((AS_TRAINED, *VARIANTS), (40, 32, 16, 8), strict=True):
             size += draw(st.integers(0, 3))
-            hope = Candidate(f"run{trial}", trial, 10, 10, size, accuracy, variant=variant)
-            worse = replace(
-                hope, bytes=size + draw(st.integers(0, 9)), val_accuracy=accuracy - draw(st.sampled_from([0, 0.03]))
-            )
+            itself = Candidate(f"run{trial}", trial, 10, 10, size, accuracy, variant=variant)
+            rounded = accuracy + draw(st.sampled_from([-0.03, 0, 0.02]))
+            real = replace(itself, bytes=size + draw(st.integers(0, 9)), val_accuracy=rounded)
+            hope = itself if variant == AS_TRAINED else replace(itself, val_accuracy=1.0)
             hopes.append(hope)
-            truth[hope] = draw(st.sampled_from([worse, worse, None])) if variant != AS_TRAINED else hope
+            truth[hope] = draw(st.sampled_from([real, real, None])) if variant != AS_TRAINED else hope
     return hopes, truth
 
 
@@ -173,6 +173,24 @@ def test_without_the_libraries_trials_compete_as_trained_and_the_screen_says_wha
     show_promotion(console, done, "http://mlflow")
     assert done.candidate.variant == AS_TRAINED
     assert "pip install 'kdexp[export]'" in console.file.getvalue()
+
+
+def test_of_the_most_accurate_every_variant_within_the_limit_is_measured(finished, monkeypatch) -> None:
+    """Also one whose trial is not the best: here rounding gives int8 of the last trial what no other has."""
+    settings, tracking = finished
+    trials = candidates(tracking.study("tiny"), tracking)
+    luckiest = min(trials, key=lambda trial: trial.val_accuracy)
+
+    def measured(maker, hope):
+        if hope.variant == AS_TRAINED:
+            return hope
+        lucky = (hope.run_id, hope.variant) == (luckiest.run_id, "int8")
+        return replace(hope, val_accuracy=0.999 if lucky else 0.1)
+
+    monkeypatch.setattr("kdexp.variants._Maker.measured", measured)
+    rule = BYTES.model_copy(update={"goal": "most_accurate"})
+    chosen = select(contenders(trials, rule, settings, tracking), rule)
+    assert (chosen.trial, chosen.variant) == (luckiest.trial, "int8")
 
 
 def test_by_parameters_trials_are_selected_as_they_were_trained(finished, measurements) -> None:

@@ -52,14 +52,14 @@ def check_network(network: Network, like: Split) -> None:
                 f"{name}: nothing of it can be trained: its logits depend on no parameter that requires a gradient; "
                 f"unfreeze a layer, or choose another network"
             )
+        with _failing_as(f"{name}: fails in backward"):
+            _probe(logits).backward()
         found, again = (_evaluated(one, images, name) for _ in range(2))
         if not _same(found, again, SAME):
             raise ModelError(
                 f"{name}: gives other logits for the same images each time that it is evaluated, by up to "
                 f"{_apart(found, again):.3g}: no accuracy of it holds; let it draw, or change its state, in training only"
             )
-        with _failing_as(f"{name}: fails in backward"):
-            _probe(logits).backward()
         _load(other, one.state_dict(), name)
         loaded = _evaluated(other, images, name)
     if not _same(found, loaded, SAME):
@@ -148,7 +148,7 @@ def _failing_as(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelError(f"{what}: {what_and_where(error)}") from error
+        raise ModelError(f"{what}: {what_and_where(error)}; correct it and start again") from error
 
 
 def _built(network: Network, like: Split, seed: int) -> nn.Module:

@@ -8,10 +8,15 @@ means over the batch; torch's `kl_div(reduction="mean")` would also divide by th
 
 In the place of KL, `kind` may put another divergence of soft labels and predictions, none with parameters of its own:
 
-    standardized   KL of logits with mean 0 and standard deviation 1 in each sample (arXiv:2403.01427, eq. 10)
+    standardized   KL of logits with mean 0 and standard deviation 1 in each sample (arXiv:2403.01427, eq. 10), the
+                   standard deviation over classes - 1, as in its authors' code
     decoupled      KL of (right class, all others) + beta * KL among the wrong classes (DKD, arXiv:2203.08679, eq. 7)
     correlation    1 - Pearson's correlation, of the classes within a sample and of the samples within a class
                    (DIST, arXiv:2205.10536, eq. 8 and 9)
+
+The factor T^2 keeps the strength of the first three nearly constant in T (from T 1 to 20 within a third), so that alpha
+means the same at every T. A correlation does not change with its arguments' scale: its gradient hardly falls with T
+(0.51, 0.35, 0.33 at T 1, 5 and 20), and with the factor it would grow as T^2. So by default it has none.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import Tensor
 __all__ = ["Divergence", "Loss", "Term", "distillation_loss", "label_loss"]
 
 Divergence = Literal["kl", "standardized", "decoupled", "correlation"]
+Deviation = Literal["sample", "population"]
 TINY = 1e-8  # keeps a standard deviation of 0 out of a denominator
 OUT = -1e4  # a logit that no softmax gives any share
 
@@ -46,6 +52,8 @@ class Term(NamedTuple):
     """Off: the recipe's formula to the letter."""
     beta: float = 2.0
     """decoupled: weight of the wrong classes among each other."""
+    deviation: Deviation = "sample"
+    """standardized: over classes - 1, or over classes."""
 
 
 HINTON = Term()
@@ -64,7 +72,9 @@ def distillation_loss(
     at = temperature[..., None, None] if isinstance(temperature, Tensor) else temperature
     teacher_logits = teacher_logits.expand_as(student_logits)
     if term.kind == "standardized":
-        student_logits_at, teacher_logits_at = _standardized(student_logits) / at, _standardized(teacher_logits) / at
+        student_logits_at, teacher_logits_at = (
+            _standardized(logits, term.deviation) / at for logits in (student_logits, teacher_logits)
+        )
     else:
         student_logits_at, teacher_logits_at = student_logits / at, teacher_logits / at
     if term.kind == "decoupled":
@@ -99,10 +109,12 @@ def _kl(student: Tensor, teacher: Tensor) -> Float[Tensor, "*lanes"]:
     return F.kl_div(predictions, soft_labels, reduction="none", log_target=True).sum(-1).mean(-1)
 
 
-def _standardized(logits: Tensor) -> Tensor:
+def _standardized(logits: Tensor, deviation: Deviation) -> Tensor:
     """Mean 0, standard deviation 1 over the classes of each sample."""
     centred = logits - logits.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + TINY).sqrt()
+    if deviation == "population":  # of runs of former versions, to the bit
+        return centred / (centred.square().mean(-1, keepdim=True) + TINY).sqrt()
+    return centred / (centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - 1) + TINY).sqrt()
 
 
 def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> Float[Tensor, "*lanes"]:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdexp.config import Distillation, Network, Recipe, Training
@@ -22,7 +22,7 @@ from kdexp.distill.losses import Loss, Term, distillation_loss, label_loss
 from kdexp.distill.models import ModelError, build, layout_of
 from kdexp.distill.optimizers import Average, Optimizer
 from kdexp.distill.randomness import dropout_mask, seed_of
-from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward, plan_of
+from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward, plan_of, strayed
 
 __all__ = [
     "Batch",
@@ -62,7 +62,7 @@ class Lane:
     def term(self) -> Term:
         """How it listens to its teacher."""
         how = self.distillation
-        return Term(how.loss, how.scale_by_t_squared, how.beta)
+        return Term(how.loss, how.times_t_squared, how.beta, how.standard_deviation)
 
     @property
     def fuse_key(self) -> str:
@@ -239,14 +239,25 @@ class Stacked:
         variables = Variables(alpha, temperature, masks)
         fixed = self.source, self.form, self.term, self.smoothing
         loss, running = self._losses(live.leaves, live.running, variables, drawn, *fixed)
-        # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
-        gradients = torch.autograd.grad(loss.total.sum(), list(live.leaves.values()), materialize_grads=True)
+        astray = strayed(live.running, running) if self.how.compiled and running else torch.zeros(1, dtype=torch.bool)
+        noticed = _noticed(astray)
+        gradient = self._gradient(loss)
+        if noticed():  # one pass over a batch that is far from the running mean: see stacked.normalise
+            careful, exact = _losses(live.leaves, live.running, variables, drawn, *fixed)
+            gradient = _chosen(astray, self._gradient(careful), gradient)
+            running = {name: _chosen(astray, exact[name], running[name]) for name in running}
+            loss = Loss(*(_chosen(astray, *parts) for parts in zip(careful, loss, strict=True)))
         live.running.update(running)
-        self.optimizer.step(torch.cat([gradient.flatten(1) for gradient in gradients], 1), rates)
+        self.optimizer.step(gradient, rates)
         if self.average:
             self.average.update([self.parameters, *live.running.values()], self.optimizer.steps[:, 0])
         self.steps = [step + 1 for step in self.steps]
         return Loss(*(part.detach() for part in loss))
+
+    def _gradient(self, loss: Loss) -> Float[Tensor, "lanes parameters"]:
+        # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
+        parts = torch.autograd.grad(loss.total.sum(), list(self.live.leaves.values()), materialize_grads=True)
+        return torch.cat([part.flatten(1) for part in parts], 1)
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
@@ -422,6 +433,26 @@ def _loss(
         student = label_loss(logits, batch.labels, smoothing)
         return Loss(student, torch.zeros_like(student), student)
     return distillation_loss(logits, batch.soft, batch.labels, alpha, temperature, term, smoothing)
+
+
+def _noticed(flags: Bool[Tensor, " lanes"]) -> Callable[[], bool]:
+    """Whether any is set; on a GPU, what is launched before one asks does not have to be waited for."""
+    found = flags.any().to("cpu", non_blocking=True)
+    if flags.device.type != "cuda":
+        return lambda: bool(found)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def ask() -> bool:
+        copied.synchronize()
+        return bool(found)
+
+    return ask
+
+
+def _chosen(lanes: Bool[Tensor, " lanes"], one: Tensor, other: Tensor) -> Tensor:
+    """In these lanes the one, in the rest the other."""
+    return torch.where(lanes.view(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 @cache

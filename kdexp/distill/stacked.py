@@ -16,15 +16,16 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kdexp.distill.models import Residual
 from kdexp.distill.plain import is_plain, is_plain_sequence, is_plainly_trained, resembles
 
-__all__ = ["Form", "Lowering", "Plan", "Stack", "convolve", "dropouts", "forward", "inner_convolutions", "plan_of"]
+__all__ = ["Form", "Lowering", "Plan", "Stack", "convolve", "dropouts", "forward", "inner_convolutions", "plan_of", "strayed"]
 
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5  # nn.BatchNorm2d's
+FAR = 100.0  # standard deviations; at that distance one pass in single precision has a variance to 3 digits
 
 Lowering = Literal["grouped", "unfold", "vmap", "separate"]
 
@@ -436,6 +437,7 @@ def normalise(
 
     Compiled, mean and variance come out of one pass over values shifted by the running mean, without which
     E[x^2] - E[x]^2 would cancel: 33 ms a step of the documented student, 42 ms by the compiler's own (Welford).
+    It still cancels where the batch's mean is far from the running one: see `strayed`.
     """
     if not torch.compiler.is_compiling():
         new_mean, new_var = mean.flatten().clone(), var.flatten().clone()
@@ -456,3 +458,15 @@ def normalise(
         new_mean = mean + BN_MOMENTUM * offset.view_as(mean)
         new_var = var + BN_MOMENTUM * (variance.view_as(var) * (count / max(count - 1, 1)) - var)
     return y, new_mean, new_var
+
+
+def strayed(before: dict[str, Tensor], after: dict[str, Tensor]) -> Bool[Tensor, " lanes"]:
+    """Lanes in which some channel's mean is so far from its running mean that one pass over it cannot be trusted.
+
+    Read off the running statistics that such a step began and ended with, so that nothing is added to it.
+    """
+    means, variances = ([name for name in after if name.endswith(end)] for end in ("running_mean", "running_var"))
+    moved = torch.cat([after[name] - before[name] for name in means], 1) / BN_MOMENTUM
+    spread = torch.cat([after[name] - (1 - BN_MOMENTUM) * before[name] for name in variances], 1) / BN_MOMENTUM
+    near = moved * moved <= FAR**2 * (spread + BN_EPS)
+    return ~near.all(1)  # also what is not a number

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import sqlite3
 import sys
+import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -180,3 +183,45 @@ def test_a_whole_sweep_of_a_network_with_one_relu_selects_what_test_confirms(own
     accuracies = [float(found) for found in re.findall(r"(?:val|test) accuracy +([\d.]+) ?%", done.stdout)]
     assert len(accuracies) >= 2, done.stdout
     assert max(accuracies) - min(accuracies) < 15, done.stdout
+
+
+@pytest.mark.parametrize(
+    "how", ["distillation.loss=standardized", 'search={"distillation.loss": {"choices": ["kl", "standardized"]}}']
+)
+def test_a_loss_that_can_teach_nothing_of_two_classes_is_refused_before_the_teacher_is_trained(case, how) -> None:
+    shutil.rmtree(case.pictures() / "digit 7")
+    case.own()
+    done = case.kd("sweep", "own.yaml", "--set", "study.objective=accuracy", "--set", how)
+    one_line(done, "standardized teaches nothing of 2 classes (digit 0, digit 1)", "allowed here: kl, decoupled, correlation")
+    assert not list(case.folder.glob("mlruns/teachers/*/*.safetensors"))
+
+
+def test_a_network_that_learns_outside_of_its_weights_ends_without_a_result(case) -> None:
+    source = """
+        from torch import nn
+
+
+        class Remembers(nn.Module):
+            def __init__(self, width):
+                super().__init__()
+                self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+                self.seen = 0
+
+            def forward(self, x):
+                self.seen += self.training
+                return self.net(x) if self.seen < 2 else self.net(x).roll(1, -1)
+
+
+        def net(channels, image_size, classes, width):
+            return Remembers(width)
+    """
+    sys.modules.pop("nets", None)
+    case.network(textwrap.dedent(source), '{architecture: "nets:net", options: {width: 16}}')
+    line = one_line(case.kd("train", "tiny.yaml", "--set", "training.epochs=5"), "what was trained is not the network itself")
+    assert len(re.findall(r"\d+\.\d\d%", line)) == 2
+    sys.modules.pop("nets", None)
+    with sqlite3.connect(case.folder / "mlruns" / "mlflow.db") as database:
+        query = "select status, run_uuid from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and value = 'train'"
+        ((status, run),) = database.execute(query)
+        recorded = database.execute("select key from metrics where run_uuid = ? and key = 'val_accuracy'", (run,)).fetchall()
+    assert (status, recorded) == ("FAILED", [])
