@@ -63,9 +63,9 @@ class Folder:
 
 def survey(root: Path, path: str) -> Folder:
     """What the image folder `root`, given as `path` in the recipe, holds. Raises DataError."""
-    if not root.is_dir():
-        raise DataError(f"data.path: no folder {shown(root)}; give --data-dir, or correct data.path")
     try:
+        if not root.is_dir():
+            raise DataError(f"data.path: no folder {shown(root)}; give --data-dir, or correct data.path")
         return _survey(root, path)
     except OSError as error:
         raise DataError(f"{shown(error.filename or root)}: cannot be read: {error.strerror}") from None
@@ -107,7 +107,7 @@ def _look(folder: Path, left_out: Counter[str] | None = None) -> _Level:
     level = _Level()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM:
+            if entry.name.startswith(".") or entry.name.endswith("~") or entry.name.casefold() in SYSTEM:
                 if left_out is not None:
                     left_out["hidden"] += 1
                 continue
