@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from kdexp.config import Data
+from kdexp.distill import inspection
 from kdexp.distill.data import DataError, Splits, _image_folder, load_example, load_splits, load_test, stratified
 from kdexp.distill.folders import survey
+from kdexp.distill.images import read
 from kdexp.distill.inspection import changed
 
 DATA = Data(dataset="image_folder", path="shots", image_size=8, channels=1, validation_fraction=0.2)
@@ -273,12 +276,12 @@ def test_a_class_name_is_the_same_composed_and_decomposed(shots: Path) -> None:
 
 def test_hidden_and_system_files_are_neither_images_nor_classes(shots: Path) -> None:
     pictures(shots)
-    for name in (".DS_Store", "cat/._0.png", "cat/Thumbs.db", "dog/desktop.ini", "dog/.hidden.png", "Icon\r"):
+    for name in (".DS_Store", "cat/._0.png", "cat/Thumbs.db", "dog/desktop.ini", "dog/.hidden.png", "Icon\r", "dog/0.png~"):
         (shots / name).write_bytes(b"\0\5\x16\7")
     pictures(shots, [".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "dog/@eaDir"])
     splits = loaded(shots)
     assert splits.train.classes == ("cat", "dog")
-    assert str(splits.inspection) == "12 images (8 training, 2 validation, 2 test), 2 classes, 10 left out: 10 hidden"
+    assert str(splits.inspection) == "12 images (8 training, 2 validation, 2 test), 2 classes, 11 left out: 11 hidden"
 
 
 def test_what_is_left_out_is_counted_by_its_suffix(shots: Path) -> None:
@@ -378,6 +381,37 @@ def test_a_test_image_that_breaks_later_is_noticed_again(shots: Path) -> None:
     loaded(shots)
     (shots / "test" / "dog" / "3.png").write_bytes(b"now broken")
     refused(shots, "test/dog/3.png")
+
+
+def test_each_image_is_opened_once_and_of_test_only_what_is_needed(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(shots / "train", count=10)
+    pictures(shots / "test", count=3, first=500)
+    opened: list[str] = []
+
+    def counted(file: Path, size: int, channels: int):
+        opened.append(file.relative_to(shots).parts[0])
+        return read(file, size, channels)
+
+    monkeypatch.setattr(inspection, "read", counted)
+    for load, expected in (
+        (lambda: loaded(shots), {"train": 20, "test": 6}),
+        (lambda: loaded(shots), {"train": 20}),  # test images that are as they were need not be looked over again
+        (lambda: load_test(DATA, shots.parent), {"test": 6}),
+        (lambda: load_example(DATA, shots.parent), {"train": 2}),
+    ):
+        opened.clear()
+        load()
+        assert Counter(opened) == expected
+
+
+def test_images_that_no_memory_holds_are_refused_with_what_they_would_take(shots: Path, monkeypatch) -> None:
+    pictures(shots)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", full)
+    refused(shots, "10 images of 8 x 8 pixels", "lower data.image_size")
 
 
 def test_a_folder_that_may_not_be_read_is_named(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:

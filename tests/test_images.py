@@ -264,7 +264,21 @@ def test_of_several_frames_the_first_is_read(tmp_path: Path, suffix: str) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["x.jfif", "x.JPG", "x.JPG.png", "x.gif", "x.AVIF", "x.webp", "x.tiff", "x.jp2", "x.bmp", "x", "x.1", "IMG 2024.05.01"],
+    [
+        "x.jfif",
+        "x.JPG",
+        "x.JPG.png",
+        "x.gif",
+        "x.AVIF",
+        "x.webp",
+        "x.tiff",
+        "x.jp2",
+        "x.bmp",
+        "x",
+        "x.1",
+        "x.jpg_large",
+        "IMG 2024.05.01",
+    ],
 )
 def test_every_ending_that_pillow_reads_is_an_image_and_content_decides_where_there_is_none(tmp_path: Path, name: str) -> None:
     image = Image.fromarray(noise(16, 16))
@@ -278,6 +292,13 @@ def test_every_ending_that_pillow_reads_is_an_image_and_content_decides_where_th
 @pytest.mark.parametrize("name", ["x.txt", "x.csv", "README", "x.pdf", "x.h5", "x.mpg", "x.eps", "x.npy", "x.2", "notes.md"])
 def test_other_files_are_no_images(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("P1 II* some text")
+    assert not is_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.cr2", "x.nef", "x.dng", "x.txt"])
+def test_a_suffix_of_another_kind_is_believed(tmp_path: Path, name: str) -> None:
+    """Cameras' raw files begin as a TIFF, whose first image is a preview."""
+    Image.fromarray(noise(16, 16)).save(tmp_path / name, "TIFF")
     assert not is_image(tmp_path / name)
 
 

@@ -110,9 +110,8 @@ def load_splits(data: Data, data_dir: Path | None = None, device: torch.device |
         splits = _folder_splits(data, data_dir)
     else:
         whole, _ = _train_and_test(data, data_dir, test=False)
-        splits = _held_out(
-            whole, *stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes)), data
-        )
+        kept, held = stratified(whole.labels, data.validation_fraction, data.split_seed, len(whole.classes))
+        splits = Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
     return splits.to(device) if device else splits
 
 
@@ -234,10 +233,6 @@ def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Spli
         name = data.dataset
         read = lambda train: _mnist_like(name, folder, data_dir is not None, train)  # noqa: E731
     return _split(read(True), data), _split(read(False), data) if test else None
-
-
-def _held_out(whole: Split, kept: Int64[Tensor, " kept"], held: Int64[Tensor, " held"], data: Data) -> Splits:
-    return Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
 
 
 def _cut(whole: Split, data: Data) -> tuple[Split, Split]:

@@ -63,9 +63,9 @@ class Folder:
 
 def survey(root: Path, path: str) -> Folder:
     """What the image folder `root`, given as `path` in the recipe, holds. Raises DataError."""
-    if not root.is_dir():
-        raise DataError(f"data.path: no folder {shown(root)}; give --data-dir, or correct data.path")
     try:
+        if not root.is_dir():
+            raise DataError(f"data.path: no folder {shown(root)}; give --data-dir, or correct data.path")
         return _survey(root, path)
     except OSError as error:
         raise DataError(f"{shown(error.filename or root)}: cannot be read: {error.strerror}") from None
@@ -107,7 +107,7 @@ def _look(folder: Path, left_out: Counter[str] | None = None) -> _Level:
     level = _Level()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM:
+            if entry.name.startswith(".") or entry.name.endswith("~") or entry.name.casefold() in SYSTEM:
                 if left_out is not None:
                     left_out["hidden"] += 1
                 continue
@@ -178,28 +178,29 @@ def _classes(place: Path, left_out: Counter[str]) -> dict[str, Path]:
         )
     for file in level.files:
         left_out["in no class folder" if is_image(file) else _ending(file)] += 1
-    found: dict[str, Path] = {}
+    found, seen = dict[str, Path](), set[str]()
     for folder in level.folders:
         name = shown(folder.name)
         if folder in level.links and _leads_back(os.path.realpath(folder), [os.path.realpath(place)]):
             left_out["a link back"] += 1
             continue
-        if any(_same(name, other) for other in found):
+        if _composed(name) in seen:
             raise DataError(f"{shown(place)}: two class folders have the same name, written in two ways: {name}; rename one")
+        seen.add(_composed(name))
         found[name] = folder
     return found
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two class names are one: é may be one character or two."""
-    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+def _composed(name: str) -> str:
+    """The same text for both ways to write é, as one character or two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _same_classes(root: Path, places: Mapping[Role, Path], found: dict[Role, dict[str, Path]]) -> None:
     """Every split must have the training split's classes, which then have its names. Raises DataError."""
-    train = found["training"]
+    known = {_composed(name): name for name in found["training"]}
     for role, classes in found.items():
-        found[role] = {next((known for known in train if _same(known, name)), name): path for name, path in classes.items()}
+        found[role] = {known.get(_composed(name), name): path for name, path in classes.items()}
     every = sorted({name for classes in found.values() for name in classes})
     odd = []
     for name in every:

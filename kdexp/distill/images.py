@@ -82,12 +82,12 @@ def read(file: Path, size: int, channels: int) -> Picture:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file counts as an image: by its suffix, or, where it has none made of letters, by its first bytes.
+    """Whether a file counts as an image: by its suffix, or, where what follows the last dot is none, by its first bytes.
 
     One that counts must be readable. Others are none, whatever is in them.
     """
     suffix = file.suffix.lower()
-    if suffix[1:].isalpha() or suffix in _formats():
+    if suffix in _formats() or (suffix[1:2].isalpha() and suffix[1:].isalnum()):  # not: 'x', 'x.1', 'x.jpg_large'
         return suffix in _formats()
     try:
         if not stat.S_ISREG(file.stat().st_mode):

@@ -68,7 +68,7 @@ def inspect(
 
     Raises DataError, which names the files that cannot be read.
     """
-    pixels = {role: np.empty((len(splits[role]), channels, size, size), np.uint8) for role in keep}
+    pixels = _room({role: len(splits[role]) for role in keep}, size, channels)
     seen: dict[Role, list[Seen]] = {role: [] for role in splits}
     broken: list[str] = []
     for role, samples in splits.items():
@@ -91,6 +91,18 @@ def inspect(
     counts = {role: len(samples) for role, samples in splits.items()}
     digests = {folder.name(sample.file): each.digest for sample, _, each in every}
     return pixels, Inspection(counts, len(folder.classes), folder.left_out, notes, digests)
+
+
+def _room(counts: Mapping[Role, int], size: int, channels: int) -> dict[Role, np.ndarray]:
+    """Arrays for so many images. Raises DataError."""
+    try:
+        return {role: np.empty((count, channels, size, size), np.uint8) for role, count in counts.items()}
+    except MemoryError:
+        gigabytes = sum(counts.values()) * channels * size**2 / 1e9
+        raise DataError(
+            f"{sum(counts.values()):,} images of {size} x {size} pixels take {gigabytes:,.0f} GB of memory, which are not "
+            f"there: lower data.image_size"
+        ) from None
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
