@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from kdexp import KdexpError
 from kdexp.config import Recipe, Sweep, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
+from kdexp.distill.data import Splits, load_splits
 from kdexp.distill.packs import Execution
 from kdexp.distill.randomness import seed_of
 from kdexp.records import recipe_of
@@ -26,7 +27,7 @@ from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
 from kdexp.trials import EpochDone
-from kdexp.variants import splits_of
+from kdexp.variants import same_images
 from kdexp.verify import verify, verify_record
 
 __all__ = ["TRAIN_AND_VALIDATION", "TRAIN_ONLY", "Elsewhere", "Retrainer", "Retraining", "SeedDone", "SeedEvent"]
@@ -98,6 +99,9 @@ class Retrainer:
     ready: dict[tuple[str, Training | None], Prepared] = field(default_factory=dict)
     """Data and teacher, the last that were needed: by the images, and by the draws that the teacher's cache is for."""
 
+    images: dict[str, Splits] = field(default_factory=dict)
+    """Those that runs were checked on, by their data's recipe."""
+
     @property
     def folder(self) -> Path:
         """Where checkpoints and locks are."""
@@ -122,12 +126,20 @@ class Retrainer:
     def check(self, run: RunRecord) -> None:
         """That a run which a verdict is to rest on is as it was recorded. Raises RecordError."""
         recipe = recipe_of(run, self.tracking)
-        verify(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking, self.device)
+        verify(run, recipe, AS_TRAINED, self._images(run, recipe), self.tracking, self.device)
 
     def check_trial(self, run: RunRecord) -> None:
         """That a trial is of this recipe and size; its accuracy is what fresh seeds are asked for. Raises RecordError."""
         recipe = recipe_of(run, self.tracking)
-        verify_record(run, recipe, AS_TRAINED, splits_of(run, recipe, self.settings), self.tracking)
+        verify_record(run, recipe, AS_TRAINED, self._images(run, recipe), self.tracking)
+
+    def _images(self, run: RunRecord, recipe: Recipe) -> Splits:
+        """Those of a run, which are read once for all that share them. Raises KdexpError where they are others here."""
+        key = recipe.data.model_dump_json()
+        if key not in self.images:
+            self.images[key] = load_splits(recipe.data, self.settings.data_dir)
+        same_images(run, recipe, self.images[key])
+        return self.images[key]
 
     def _seed(self, number: int, candidate: Candidate, recipe: Recipe, images: str) -> _Seed:
         value = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)

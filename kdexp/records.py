@@ -141,8 +141,11 @@ def sealed(run: RunRecord) -> dict[str, str]:
 
 
 def _another(run: RunRecord, place: str, found: str, recorded: str) -> RecordError:
+    anew = {
+        "study": "run the same kdexp sweep again, which writes it anew",
+        "teacher": "delete it: the teacher is then trained again",
+    }.get(run.tags.get("kdexp.kind", ""), f"make it anew: kdexp reproduce {run.run_id}")
     return RecordError(
         f"Run {run.run_id}: {place} is not the file that was recorded (SHA-256 {found[:28]}…, recorded "
-        f"{recorded[:16] or 'none'}…): it was changed or damaged. Put it back from a copy of the store, or make it anew: "
-        f"kdexp reproduce {run.run_id}"
+        f"{recorded[:16] or 'none'}…): it was changed or damaged. Put it back from a copy of the store, or {anew}"
     )

@@ -33,7 +33,7 @@ from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking, TrackingAway, TrackingError, dataset
 from kdexp.variants import load_variant, prefix_of, stored
-from kdexp.verify import Difference, contradictions, unsealed
+from kdexp.verify import Difference, contradictions, lost, unsealed
 
 __all__ = ["Checked", "Comparison", "Difference", "reproduce"]
 
@@ -192,8 +192,8 @@ class _Pair:
             environment=tuple(Difference(name, *pair) for name, pair in changed.items()),
             covered=tuple(covered(one, other | measured)),
             unrecorded=(*unrecorded, *([] if by_this_code else unsaid), *([f"SHA-256 of {', '.join(loose)}"] if loose else [])),
-            unknown=tuple(unknown),
-            notes=(*notes, *more),
+            unknown=tuple(name for name in unknown if not (notes and _after_training(name))),
+            notes=(*notes, *more, *lost(self.original, self.tracking)),
         )
 
     @property
@@ -254,6 +254,11 @@ def _known_by(run: RunRecord, name: str, tracking: Tracking) -> str:
 def _named(looked: Sequence[Variant], made: Sequence[Variant]) -> str:
     variants = [str(variant) for variant in made]
     return " and ".join([*(["test accuracy"] if looked else []), *([f"variants {', '.join(variants)}"] if variants else [])])
+
+
+def _after_training(name: str) -> bool:
+    """Whether something was measured of a model that was trained already."""
+    return name.startswith("test") or name.partition("/")[0] in get_args(Precision)
 
 
 def _test_samples(run: RunRecord) -> int:

@@ -38,6 +38,7 @@ __all__ = [
     "metrics_of",
     "needed",
     "prefix_of",
+    "same_images",
     "splits_of",
     "stored",
 ]
@@ -132,13 +133,18 @@ def load_variant(run: RunRecord, recipe: Recipe, variant: Variant, like: Split, 
 def splits_of(run: RunRecord, recipe: Recipe, settings: Settings) -> Splits:
     """Training and validation set of a run. Raises KdexpError where the images here are others."""
     splits = load_splits(recipe.data, settings.data_dir)
+    same_images(run, recipe, splits)
+    return splits
+
+
+def same_images(run: RunRecord, recipe: Recipe, splits: Splits) -> None:
+    """That a run was trained on these images. Raises KdexpError."""
     for tag, split in (("kdexp.train_sha256", splits.train), ("kdexp.validation_sha256", splits.validation)):
         if run.tags.get(tag, split.fingerprint) != split.fingerprint:
             raise KdexpError(
                 f"Run {run.run_id} was trained on other images ({tag} {run.tags[tag][:12]}…, here {split.fingerprint[:12]}…): "
                 f"accuracies would not compare. Put its {recipe.data.dataset} back, or name its folder (--data-dir)."
             )
-    return splits
 
 
 def _metrics(student: nn.Module, recipe: Recipe, content: bytes, like: Split) -> dict[str, float]:

@@ -28,7 +28,7 @@ from kdexp.selection import AS_TRAINED
 from kdexp.tracking import LONGEST, RunRecord, Tracking, TrackingAway, TrackingError, as_param
 from kdexp.variants import load_variant, metrics_of, prefix_of
 
-__all__ = ["ROUNDING", "Difference", "contradictions", "unsealed", "verify", "verify_record"]
+__all__ = ["ROUNDING", "Difference", "contradictions", "lost", "unsealed", "verify", "verify_record"]
 
 ROUNDING = 2
 """Images that may be on the other side of a tie where the same weights are measured in another order of sums ..."""
@@ -128,6 +128,12 @@ def contradictions(run: RunRecord, recipe: Recipe, tracking: Tracking) -> list[D
         *_looks(run, tracking),
         *_teacher(run, tracking),
     ]
+
+
+def lost(run: RunRecord, tracking: Tracking) -> list[str]:
+    """The runs that a record names and that are not in the store any more, in words. Nothing else is lost with them."""
+    named = {tag: run.tags[tag] for tag in ("mlflow.parentRunId", "kdexp.teacher_run") if tag in run.tags}
+    return [f"{tag}: run {run_id} is not in this store" for tag, run_id in named.items() if not tracking.there(run_id)]
 
 
 def unsealed(run: RunRecord, tracking: Tracking) -> list[str]:
@@ -244,13 +250,9 @@ def _teacher(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
         if where != weights:
             yield Difference("kdexp.teacher_run (kdexp.teacher_sha256)", where or "—", (weights or "—")[:16])
         return
-    try:
-        teacher = tracking.read(where)
-    except TrackingAway:
-        raise
-    except TrackingError:
-        yield Difference("kdexp.teacher_run", where, "no such run")
+    if not tracking.there(where):
         return
+    teacher = tracking.read(where)
     if (found := teacher.tags.get("kdexp.weights_sha256", "none")) != weights:
         yield Difference("kdexp.teacher_run (its weights)", weights[:16], found[:16])
     accuracy = teacher.metrics.get("val_accuracy")
@@ -261,14 +263,9 @@ def _teacher(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
 def _study_of(run: RunRecord, tracking: Tracking) -> str | None:
     """The study that the run above this one is of; None where that cannot be known."""
     parent = run.tags.get("mlflow.parentRunId")
-    if run.tags.get("kdexp.kind") == "reproduction":
+    if run.tags.get("kdexp.kind") == "reproduction" or (parent and not tracking.there(parent)):
         return None
-    try:
-        return tracking.read(parent).tags.get("kdexp.study", "none") if parent else "none"
-    except TrackingAway:
-        raise
-    except TrackingError:
-        return f"no run {parent}"
+    return tracking.read(parent).tags.get("kdexp.study", "none") if parent else "none"
 
 
 def _false(run: RunRecord, what: str) -> RecordError:

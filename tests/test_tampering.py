@@ -396,6 +396,31 @@ def test_each_thing_that_optuna_holds_of_a_trial_is_compared_with_its_run(store:
     assert found == dict.fromkeys(wrong, (1,))
 
 
+def test_a_study_or_teacher_run_that_was_deleted_is_said_and_no_reason_to_stop(store: Store) -> None:
+    run = store.tracking.read(store.run_id)
+    parent, teacher = run.tags["mlflow.parentRunId"], run.tags["kdexp.teacher_run"]
+    for gone in (parent, teacher):
+        store.sql("update runs set lifecycle_stage = 'deleted' where run_uuid = ?", gone)
+    done = beside(store)
+    assert done.identical, done.differences
+    assert done.notes == (
+        f"mlflow.parentRunId: run {parent} is not in this store",
+        f"kdexp.teacher_run: run {teacher} is not in this store",
+    )
+    verify(run, recipe_of(run, store.tracking), AS_TRAINED, store.prepared.splits, store.tracking, CPU)
+
+
+def test_where_the_weights_are_others_the_test_split_is_not_looked_at_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeroed(file_of(store, store.again_id, "weights.safetensors"))
+    monkeypatch.setattr("kdexp.reproduce.load_test", lambda *_: pytest.fail("a new look"))
+    done = beside(store)
+    assert [difference.what for difference in done.differences] == ["weights.safetensors"]
+    assert done.notes[0].startswith("test accuracy not measured again: the weights are not the same")
+    assert done.unknown == ()
+
+
 def test_without_the_sum_of_its_weights_a_run_confirms_nothing(store: Store) -> None:
     store.sql("delete from tags where run_uuid = ? and key = 'kdexp.weights_sha256'", store.run_id)
     run = store.tracking.read(store.run_id)
