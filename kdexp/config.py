@@ -62,7 +62,7 @@ CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels 
 NEAR = 0.01  # share of a searched range: numbers that lie closer together train nearly the same
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 NAME_LENGTH = 100
-NOT_IN_NAMES = "/\\:?'\"`"  # what MLflow's names of models, its addresses and its searches cannot hold
+NOT_IN_NAMES = "/\\:?'\"`“”"  # what MLflow's names of models, its addresses and its searches cannot hold; “ is never meant
 SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 

@@ -23,6 +23,7 @@ from kdexp.distill.models import measure
 from kdexp.environment import differing, own_networks, record
 from kdexp.files import sha256_of
 from kdexp.intervals import wilson_interval
+from kdexp.reading import study_name
 from kdexp.records import ARTIFACTS, WEIGHTS, RecordError, environment_of_run, load_student, sealed, weights_of
 from kdexp.selection import AS_TRAINED
 from kdexp.tracking import LONGEST, RunRecord, Tracking, TrackingAway, TrackingError, as_param
@@ -227,7 +228,7 @@ def _role(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
         ("kdexp.study", "run in mlflow.parentRunId"): _study_of(run, tracking),
     }
     for (tag, where), value in said.items():
-        if tag in tags and value is not None and tags[tag] != value:
+        if tag in tags and value is not None and study_name(tags[tag]) != study_name(value):  # é may be spelt in two ways
             yield Difference(f"{tag} ({where})", tags[tag], value)
     images = "train and validation" if run.params.get("data.train_on_validation") == "true" else "train"
     if tags.get("kdexp.trained_on", images) != images:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ hook = install_import_hook("kdexp.distill", "beartype.beartype")  # shapes in an
 
 import torch
 
+from kdexp import urls
 from kdexp.config import Sweep
 from kdexp.distill.data import DEBIAN, Splits, load_splits
 from kdexp.settings import Settings
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: runs under CI=true, or with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_of_other_tests() -> Iterator[None]:
+    """What one test masks, the next may print."""
+    yield
+    urls._secrets.clear()
 
 
 def until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
