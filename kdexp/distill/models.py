@@ -110,7 +110,7 @@ def probe(network: Network, like: Split) -> None:
         if not isinstance(value, Tensor):
             raise ModelError(f"{name}: its state_dict() holds {entry}, a {type(value).__name__}; kdexp stores tensors only")
     try:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), torch.enable_grad():
             logits = _trained_once(module.to(memory_format=layout_of(module)), shape, classes)
             module.load_state_dict({entry: value.clone() for entry, value in module.state_dict().items()})
     except Exception as error:  # a network of one's own may raise anything
@@ -152,7 +152,7 @@ def layout_of(module: nn.Module) -> torch.memory_format:
 def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
     """Whether a network of one's own trains in the plain layout and not in channels last, as where it calls x.view(…)."""
     for layout in (torch.channels_last, torch.contiguous_format):
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), torch.enable_grad():
             try:
                 module = _made(Network.model_validate_json(network), shape, classes)
                 module.eval()(torch.zeros(2, *shape))  # lazy layers find their sizes
