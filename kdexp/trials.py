@@ -215,13 +215,15 @@ class _Here:
         self.starting.extend(taken)
         return taken
 
-    def stop_where_all_fail(self, error: Exception, recipe: Recipe) -> None:
-        """Raises TrialsFail for a failure that is no single trial's: nothing has been trained to its end yet, and it comes
-        from a network of the user's own, or for the second time. Their retries are left for when it is mended."""
+    def stop_where_all_fail(self, error: Exception, trial: Trial) -> None:
+        """Raises TrialsFail for a failure that is no single trial's: it befalls the file's own recipe before anything has been
+        trained to its end, and comes from a network of the user's own, or for the second time. Retries are left for when
+        it is mended."""
         if isinstance(error, KdexpError | OSError):
             return
-        why, own = _why(error, recipe), _own_line(error, recipe)
-        if not self.study.done and not out_of_memory(error) and (own or why in self.failures):
+        why, own = _why(error, trial.recipe), _own_line(error, trial.recipe)
+        shared = trial.control and not self.study.done and not out_of_memory(error)
+        if shared and (own or why in self.failures):
             raise TrialsFail(
                 f"Every trial would fail as this one: {why}. {'Correct the network' if own else 'Mend that'} and give the "
                 f"same command again: it goes on from here."
@@ -401,7 +403,7 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
             try:
                 yield from _train_pack(group, here, seats, everyone)
             except Exception as error:
-                here.stop_where_all_fail(error, group[0].trial.recipe)
+                here.stop_where_all_fail(error, group[0].trial)
                 raise
     except (KdexpError, OSError):  # the surroundings fail (a full disk, a server that is gone): no trial's fault
         raise

@@ -33,7 +33,7 @@ AS_IT_IS = "wrap it in an nn.Module with a forward of its own, which is then tra
 def check_network(network: Network, like: Split) -> None:
     """That a network can be trained, evaluated and stored. Raises ModelError, which says what is in the way."""
     name, images = network.architecture, _examples(like)
-    with _drawing_apart():
+    with _drawing_apart(), torch.enable_grad():
         one, other = _built(network, like, 1), _built(network, like, 2)
         with _failing_as(f"{name}: fails in training"):
             one.to(memory_format=layout_of(one))

@@ -121,7 +121,7 @@ def layout_of(module: nn.Module) -> torch.memory_format:
 def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
     """Whether a network of one's own trains in the plain layout and not in channels last, as where it calls x.view(…)."""
     for layout in (torch.channels_last, torch.contiguous_format):
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), torch.enable_grad():
             try:
                 module = _made(Network.model_validate_json(network), shape, classes)
                 module.eval()(torch.zeros(2, *shape))  # lazy layers find their sizes
