@@ -372,15 +372,19 @@ def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(tiny: Sweep,
 # --- pruning, divergence, other searches ---
 
 
-def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(tiny: Sweep, settings, tracking, monkeypatch) -> None:
+@pytest.mark.parametrize(("sampler", "told"), [("tpe", "PRUNED"), ("gp", "COMPLETE")])  # which learns from nothing else
+def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(
+    tiny: Sweep, settings, tracking, monkeypatch, sampler: str, told: str
+) -> None:
     monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number >= 2)
-    study = tiny.study.model_copy(update={"pruner": "median"})
+    study = tiny.study.model_copy(update={"pruner": "median", "sampler": sampler})
     events, _ = drain(run_sweep(tiny.model_copy(update={"study": study}), settings, tracking, CPU))
     monkeypatch.undo()
     states = [e.result.state for e in events if isinstance(e, TrialFinished)]
     assert states == ["complete", "complete", "pruned", "pruned"]
     study = optuna.load_study(study_name="tiny", storage=settings.storage_url)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", told, told]
+    assert [trial.user_attrs.get("ended") for trial in study.trials] == [None, None, "pruned", "pruned"]
     run = tracking.find("trial", {"kdexp.state": "pruned"})[0]
     assert run.metrics["epochs_trained"] == 1
     assert drain(reproduce(run.run_id, settings, tracking, CPU))[1].identical

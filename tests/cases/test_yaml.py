@@ -96,7 +96,7 @@ def test_a_number_is_read_as_people_mean_it(tmp_path: Path, override: str, value
         'study={"seed\u00a0": 1}': ["no-break space (U+00A0)", "write seed"],
         "study={\u200bseed: 1}": ["zero width space (U+200B)", "write seed"],
         "training.epochs='5\u00a0'": ["\\u00a0", "a whole number"],
-        "name=“tiny”": ["letters, digits and signs", "holds \"“”\"", "--set name=tiny"],
+        "name=“tiny”": ["letters, digits and signs", 'holds "“”"', "--set name=tiny"],
         "name=a/b": ["letters, digits and signs", "--set name=a-b"],
     }.items(),
 )
