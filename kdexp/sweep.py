@@ -51,8 +51,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("kdexp")
-
-
+STUDENTS = 50  # choices tried before the teacher is trained, about
 IMAGES = "images.json"  # on a study's run: the digest of each image's pixels, by its file's name
 
 
@@ -95,7 +94,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     if crew_of(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
-    students = [sweep.recipe.replace(choice).student for choice in sweep.student_choices]
+    every = sweep.student_choices  # one takes 60 ms to try: of thousands a few stand for all, what fails later is left out
+    students = [sweep.recipe.replace(choice).student for choice in every[:: max(len(every) // STUDENTS, 1)]]
     prepared = yield from prepare(
         sweep.recipe,
         settings,
@@ -185,11 +185,11 @@ def _uneven(sweep: Sweep) -> list[str]:
     notes = []
     for path, found in sweep.search.items():
         if isinstance(found, Range) and found.step is not None and found.last != found.high:
-            second, last = found.low + found.step, found.last
-            between = [] if second >= last else [f"{second:g}"] if second + found.step >= last else [f"{second:g}", "…"]
-            searched = ", ".join([f"{found.low:g}", *between, *([f"{last:g}"] if last > found.low else [])])
+            second, last = round(found.low + found.step, 10), found.last
+            between = [] if second >= last else [f"{second}"] if second + found.step >= last else [f"{second}", "…"]
+            searched = ", ".join([f"{found.low}", *between, *([f"{last}"] if last > found.low else [])])
             notes.append(
-                f"search.{path}: steps of {found.step:g} from {found.low:g} do not end at {found.high:g}; "
+                f"search.{path}: steps of {found.step} from {found.low} do not end at {found.high}; "
                 f"what is searched is {searched}"
             )
     return notes

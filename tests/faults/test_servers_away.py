@@ -115,8 +115,9 @@ def postgresql() -> Iterator[Postgresql]:
     server.remove()
 
 
-def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: Postgresql) -> None:
-    place = written(tmp_path / "place", **LONG, study__pruner="median")
+@pytest.mark.parametrize("ends_early", [{"study__pruner": "median"}, {"study__early_stop": True}])
+def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: Postgresql, ends_early: dict) -> None:
+    place = written(tmp_path / "place", **LONG, **ends_early)
     life = Life(place, [*SWEEP, "--storage", postgresql.url])
     life.trains()
     for _ in range(3):
