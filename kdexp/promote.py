@@ -174,13 +174,13 @@ def look_at_test(
     module = load_variant(run, recipe, variant, test, tracking).to(device)
     found = on_test(module, recipe, test, variant)
     tracking.log_dataset(run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)})
-    tracking.log_metrics(run.run_id, found)
     accuracy, low, high = (found[f"{prefix_of(variant)}test_accuracy{end}"] for end in ("", "_low", "_high"))
     note = (
         f"{why} Test accuracy **{accuracy:.2%}** (95 % interval "
         f"{low:.2%} to {high:.2%}, {len(test):,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
     )
-    tracking.tag(run.run_id, {"kdexp.test_looked_at": datetime.now(UTC).isoformat("T", "seconds"), "mlflow.note.content": note})
+    looked_at = datetime.now(UTC).isoformat("T", "seconds")  # said together with what was seen, or not at all
+    tracking.log_metrics(run.run_id, found, tags={"kdexp.test_looked_at": looked_at, "mlflow.note.content": note})
 
 
 def on_test(module: nn.Module, recipe: Recipe, test: Split, variant: Variant) -> dict[str, float]:

@@ -200,8 +200,9 @@ def prepare(
     if check:
         check(splits)
     _check_loss([recipe.distillation.loss, *losses], recipe.distillation, splits.train.classes)
-    for student in (recipe.student, *students):
-        check_network(student, splits.train)
+    check_network(recipe.student, splits.train)
+    for student in students:  # of which one may fail in training, and its trials alone
+        outline(student, splits.train)
     if recipe.data.train_on_validation and weights is None:  # the teacher has never seen validation
         held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_validation": False})})
         weights = (yield from prepare(held_out, settings, tracking, experiment_id, device)).teacher.weights

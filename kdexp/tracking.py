@@ -235,10 +235,17 @@ class Tracking:
             self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
         return run_id
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
-        """These values, in one request. Sent again with the same time stamp, they are stored once."""
+    def log_metrics(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        time_ms: int | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """These values and tags, in one request. Sent again with the same time stamp, they are stored once."""
         now = time_ms or time.time_ns() // 1_000_000
-        self._do(self.client.log_batch, run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+        points = [Metric(k, float(v), now, 0) for k, v in metrics.items()]
+        self._do(self.client.log_batch, run_id, metrics=points, tags=[RunTag(k, v) for k, v in (tags or {}).items()])
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochMetrics]) -> None:
         """Many epochs' values in as few requests as MLflow takes: one costs some 15 ms, whatever it holds."""

@@ -219,7 +219,7 @@ class _Here:
         """Raises TrialsFail for a failure that is no single trial's: it befalls the file's own recipe before anything has been
         trained to its end, and comes from a network of the user's own, or for the second time. Retries are left for when
         it is mended."""
-        if isinstance(error, KdexpError | OSError):
+        if _surroundings_fail(type(error)):
             return
         why, own = _why(error, trial.recipe), _own_line(error, trial.recipe)
         shared = trial.control and not self.study.done and not out_of_memory(error)
@@ -356,7 +356,7 @@ class _Seat:
             return
         with self.here.tracking.at_once(), suppress(KdexpError):
             _ended(self.trial.number, self.here.study, self.here.tracking, self.here.experiment_id)
-        own = issubclass(kind, Exception) and not issubclass(kind, KdexpError | OSError)
+        own = issubclass(kind, Exception) and not _surroundings_fail(kind)
         self.here.study.hand_back(self.trial, "failed" if own else "released")
 
     def take(self, report: EpochReport) -> bool:
@@ -395,6 +395,11 @@ class _Seat:
         return [row["val_accuracy"] for row in self.running.history]
 
 
+def _surroundings_fail(kind: type[BaseException]) -> bool:
+    """Whether a failure is no trial's fault, as a full disk or a server that is gone. A network that cannot be trained is."""
+    return issubclass(kind, KdexpError | OSError) and not issubclass(kind, ModelError)
+
+
 def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, None, None]:
     """Train these trials together. Where trials are pruned, others of their kind take over the free places."""
     seats: dict[int, _Seat] = {}
@@ -405,9 +410,9 @@ def _run_pack(group: Sequence[_Begun], here: _Here) -> Generator[TrialEvent, Non
             except Exception as error:
                 here.stop_where_all_fail(error, group[0].trial)
                 raise
-    except (KdexpError, OSError):  # the surroundings fail (a full disk, a server that is gone): no trial's fault
-        raise
     except Exception as error:
+        if _surroundings_fail(type(error)):
+            raise
         log.debug("a trial failed", exc_info=True)
         for begun in here.starting:
             here.study.hand_back(begun.trial, "failed")

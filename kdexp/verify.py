@@ -238,10 +238,13 @@ def _role(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
 def _looks(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:
     """Whether the test split was looked at: a number that is gone would allow a second look."""
     looked = any(name.rpartition("/")[2] == "test_accuracy" for name in run.metrics)
-    marks = {"kdexp.test_looked_at": "kdexp.test_looked_at" in run.tags, "dataset input": "test" in tracking.inputs(run.run_id)}
-    for mark, there in marks.items():
-        if there != looked:
-            yield Difference(f"test_accuracy ({mark})", "a look" if there else "no look", "a number" if looked else "no number")
+    told = "kdexp.test_looked_at" in run.tags
+    if told != looked:
+        yield Difference(
+            "test_accuracy (kdexp.test_looked_at)", "a look" if told else "no look", "a number" if looked else "no number"
+        )
+    if looked and "test" not in tracking.inputs(run.run_id):  # alone it is a look that was broken off: nobody saw a number
+        yield Difference("test_accuracy (dataset input)", "no look", "a number")
 
 
 def _teacher(run: RunRecord, tracking: Tracking) -> Iterator[Difference]:

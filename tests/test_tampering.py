@@ -487,7 +487,7 @@ def test_where_another_order_of_sums_moved_an_image_that_is_said_and_no_differen
 @pytest.mark.parametrize("name", ["config-c3d1cbb.json"])
 def test_a_config_that_was_stored_by_a_former_version_gives_the_same_recipe(store: Store, name: str) -> None:
     """The files are as they were written then; what they mean stands in today's words."""
-    stored = (Path(__file__).parent / "data" / name).read_text()
+    stored = (Path(__file__).parent / "witness" / name).read_text()
     file_of(store, store.run_id, "config.json").write_text(stored)
     recipe = recipe_of(store.tracking.read(store.run_id), store.tracking)
     how = {"distillation.alpha": 0.7, "distillation.temperature": 2.5, "distillation.loss": "decoupled"}

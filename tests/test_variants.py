@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def trained(tmp_path_factory, empty_store) -> Path:
 
 @pytest.fixture
 def finished(trained, tmp_path) -> tuple[Settings, Tracking]:
-    """That study for each test by itself; artifacts are where they were."""
+    """That study for each test by itself."""
+    shutil.copytree(trained.parent / "artifacts", tmp_path / "artifacts")
     with closing(sqlite3.connect(trained)) as original, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
         original.backup(copy)
     settings = Settings(stores=tmp_path)

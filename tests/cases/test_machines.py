@@ -142,7 +142,7 @@ def test_a_temporary_folder_that_is_not_there_or_too_deep_is_done_without(tmp_pa
 
 
 def test_a_stores_folder_that_cannot_be_made_is_one_line(case: Case) -> None:
-    one_line(case.kd("select", "tiny", "--stores", "/proc/mlruns"), "/proc/mlruns", "choose another folder with --stores")
+    one_line(case.kd("train", "tiny.yaml", "--stores", "/proc/mlruns"), "/proc/mlruns", "choose another folder with --stores")
     one_line(case.kd("sweep", "tiny.yaml", "--workers", "0"), "--workers", "1")
 
 

@@ -85,7 +85,7 @@ def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, serve
     run([*SWEEP, "--storage", f"postgresql://me:{ODD}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"postgresql://127.0.0.1:{free_port()}/x?user=me&password={ODD}"], 1)
     print("\n=====\n".join(texts))
-    assert not [text for text in texts if any(trace in text.replace(f"{PLAIN}://me", "") for trace in TRACES)]
+    assert not [text for text in texts if any(trace in text.replace(f"{PLAIN}://…", "") for trace in TRACES)]
     assert not any(trace in postgresql.dump() for trace in TRACES)
     assert holding(tmp_path) == []
     (tmp_path / "place" / "planted").write_text(PLAIN)
