@@ -59,7 +59,7 @@ def _verdict(schema: Schema) -> str:
     how = (
         "kdexp doctor --upgrade copies it and takes it along"
         if schema.age == "older"
-        else f"pip install the {library.package} that made it; it cannot be taken back"
+        else f"install the {library.name} that made it, or the newest; it cannot be taken back"
     )
     return f"is of {schema.maker} (revision {schema.found}, here {schema.wanted}): {how}"
 

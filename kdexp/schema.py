@@ -82,11 +82,13 @@ def fitting(url: str, library: Library, recorded: Callable[[], str | None]) -> N
         return
     known, place = recorded(), without_credentials(url.partition("?")[0])
     shown = f"{library.name}'s database {place} is of {schema.maker} (revision {schema.found})"
+    exact = f"pip install {library.package}=={known} (its last run was recorded with that)"
+    exact = exact if known and known != library.version else ""
     if schema.age == "older":
-        raise StoreError(
-            f"{shown}: kdexp doctor --upgrade copies it and takes it along; {_same(library, known)} reads it as it is."
-        )
-    raise StoreError(f"{shown}: install the version that made it: {_same(library, known)}. It cannot be taken back.")
+        or_else = f"; or {exact}" if exact else ""
+        raise StoreError(f"{shown}: kdexp doctor --upgrade copies it and takes it along{or_else}.")
+    install = exact or f"install the {library.name} that made it, or the newest (pip install -U {library.package})"
+    raise StoreError(f"{shown}, and cannot be taken back: {install}.")
 
 
 def copy_first(file: Path, revision: str) -> Path:
@@ -107,12 +109,6 @@ def restore(source: Path, target: Path) -> None:
             one.backup(other)
     except sqlite3.Error as error:
         raise StoreError(f"{source} cannot be copied to {target}: {error}") from None
-
-
-def _same(library: Library, known: str | None) -> str:
-    if known and known != library.version:
-        return f"pip install {library.package}=={known} (its last run was recorded with that)"
-    return f"pip install the {library.package} that made it"
 
 
 def _script(path: Path) -> re.Match[str] | None:
@@ -147,7 +143,7 @@ def _read(url: str, library: Library) -> tuple[str, str]:
     except (ImportError, NoSuchModuleError) as error:
         raise StoreError(f"{shown}: needs a driver that is not installed ({_first(error)}); {_driver(url)}") from None
     except ArgumentError:
-        raise StoreError(f"{shown}: is no database's URL; write it as postgresql://USER@HOST/DB or sqlite:///FILE") from None
+        raise StoreError(f"{shown}: is no database's URL; write it as postgresql://HOST/DB or sqlite:///FILE") from None
     except (SQLAlchemyError, ValueError, UnicodeError) as error:
         advice = (
             f"correct {library.option}, or start the database" if file is None else f"correct {library.option}, or restore it"

@@ -152,10 +152,11 @@ def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Be
         for run in recorded:
             trials = [t for t in tracking.find("trial", {"mlflow.parentRunId": run.run_id}) if t.status == "FINISHED"]
             if trials:
+                place = without_credentials(settings.storage_url.partition("?")[0])
                 raise KdexpError(
                     f"Study '{name}' has {len(trials)} trials in {tracking.shown} (run {run.run_id}), but Optuna's storage "
-                    f"{without_credentials(settings.storage_url)} does not know it, so its search cannot go on: put that "
-                    f"database back (or name it with --storage), or begin anew under another name (--set name={name}-2)."
+                    f"{place} does not know it, so its search cannot go on: put that database back (or name it with "
+                    f"--storage), or begin anew under another name (--set name={name}-2)."
                 )
         return tracking.experiment(name), None, ""
     try:

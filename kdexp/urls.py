@@ -68,7 +68,7 @@ def storage_url(text: str) -> str:
         example = f"sqlite:///{given}" if given.endswith((".db", ".sqlite", ".sqlite3")) else "sqlite:///FILE.db"
         raise KdexpError(
             f"--storage {without_credentials(given)}: is a path; Optuna's storage is a database's URL: --storage {example} "
-            f"or postgresql://USER@HOST/DB; {EMBEDDED}."
+            f"or postgresql://HOST/DB; {EMBEDDED}."
         )
     return _database("--storage", given, "", EMBEDDED)
 
@@ -90,8 +90,9 @@ def _database(option: str, given: str, also: str, leave_out: str) -> str:
     backend, plus, driver = scheme.lower().partition("+")
     backend = OTHERS.get(backend, backend)
     if backend not in DATABASES:
+        kind = scheme if re.fullmatch(r"[A-Za-z0-9+]{1,12}", scheme) else "…"  # no kind at all: a secret in the wrong place?
         raise KdexpError(
-            f"{option} {without_credentials(scheme)}://…: is not a kind of store that kdexp can use; allowed: {also}a database "
+            f"{option} {kind}://…: is not a kind of store that kdexp can use; allowed: {also}a database "
             f"({', '.join(f'{name}://…' for name in DATABASES)}); {leave_out}."
         )
     if backend == "sqlite":

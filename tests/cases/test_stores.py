@@ -306,7 +306,7 @@ def test_the_newest_run_says_which_version_a_newer_database_needs(project: Case)
     record.write_text('{"mlflow": "9.1.0"}')
     os.utime(record, (2**32, 2**32))
     sql(mlflow_db(project), "update alembic_version set version_num = 'ffffffffffff'")
-    one_line(project.kd("select", "tiny"), "pip install mlflow==9.1.0")
+    one_line(project.kd("select", "tiny"), "install mlflow==9.1.0")
 
 
 @pytest.mark.parametrize("revision", ["v2.4.0.a", "v9.0.0.a"])
