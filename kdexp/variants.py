@@ -25,7 +25,7 @@ from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
 from kdexp.distill.models import measure, outline
 from kdexp.records import load_student, recipe_of
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import RunRecord, Tracking
 
 __all__ = ["contenders", "file_of", "folder_of", "load_variant", "made", "metrics_of", "needed", "prefix_of", "splits_of"]
@@ -151,7 +151,7 @@ class _Maker:
         try:
             run = made(self.runs[hope.run_id], self.recipes[hope.run_id], hope.variant, self.splits, self.tracking)
         except DeployError as error:
-            self.tracking.tag(hope.run_id, {"kdexp.not_exported": str(error)[:500]})
+            self.tracking.tag(hope.run_id, {"kdexp.not_exported": without_credentials(str(error))[:500]})
             return None
         found = metrics_of(run, hope.variant)
         return replace(
