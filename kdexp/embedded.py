@@ -111,9 +111,8 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 def _changes(database: sqlite3.Connection, stores: Path) -> list[tuple[str, tuple[str, ...]]]:
     changes: list[tuple[str, tuple[str, ...]]] = []
-    experiments: dict[str, Path] = {}
     for number, address in database.execute("select experiment_id, artifact_location from experiments"):
-        place = experiments[str(number)] = _experiment(stores, _folders(address or ""), str(number), ())
+        place = _experiment(stores, _folders(address or ""), str(number), ())
         if is_local(address or "") and address != place.as_uri():
             changes.append(("update experiments set artifact_location = ? where experiment_id = ?", (place.as_uri(), number)))
     inside = f"{(stores / ARTIFACTS).as_uri()}/"

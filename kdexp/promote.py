@@ -21,7 +21,7 @@ from kdexp.distill.models import FromPixels
 from kdexp.plots import frontier
 from kdexp.records import load_student, recipe_of, seal, text_of
 from kdexp.selection import AS_TRAINED, Candidate, requirement, select
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import Kind, RunRecord, Tracking
 from kdexp.variants import contenders, folder_of, load_variant, metrics_of, prefix_of, splits_of
 from kdexp.verify import verify
@@ -222,7 +222,7 @@ def register(
         tracking.alias(name, alias, version)
     else:
         if variant == AS_TRAINED and (why := _log_model(run, recipe, settings, tracking)):
-            tracking.tag(run.run_id, {"kdexp.not_registered": why[:500]})
+            tracking.tag(run.run_id, {"kdexp.not_registered": without_credentials(why)[:500]})
             return ""
         version = tracking.register(run.run_id, name, alias, text, folder_of(variant))
         tracking.tag(run.run_id, {tag: version})

@@ -29,6 +29,7 @@ OTHERS = {"postgres": "postgresql"}  # as hosting companies write it; SQLAlchemy
 PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433"}
 TELLING = r"[\w.\-]*(?:token|key|pass|pwd|secret|sig|auth|credential|session)[\w.\-]*"  # names in a URL's query, in any case
 SHORTEST = 4  # characters of a secret that is masked wherever it stands; shorter ones only inside of a URL
+SURE = 12  # characters from which on a secret is masked also within a word
 EMBEDDED = "without it kdexp uses the embedded store"
 _secrets: dict[str, str] = {}
 """Those of the URLs and variables that this process was given, in every form in which a message may show them, and masked."""
@@ -172,9 +173,10 @@ def _named(url: str) -> tuple[str, str, str, str]:
 def remember_secrets(*urls: str) -> None:
     """Mask these URLs' secrets from now on wherever they stand, in parts and in every encoding."""
     for url in urls:
-        _, separator, rest = url.partition("://")
+        scheme, separator, rest = url.partition("://")
         user = _divided(rest)[0][:-1] if separator else ""
-        found = {user, *user.split(":", 1)[1:]} if user else set()
+        secret_user = ":" in user or scheme.lower().startswith("http")  # else a database's user without a password
+        found = {user, *user.split(":", 1)[1:]} if user and secret_user else set()
         found |= {match[1] for match in re.finditer(rf"(?i)[?&;]{TELLING}=(.*?)(?=&[\w.\-]+=|$)", rest)}
         whole = url
         for secret in found - {""}:
@@ -200,8 +202,16 @@ def _forms(secret: str) -> set[str]:
 def without_credentials(text: str) -> str:
     """`text` with the secrets of every URL in it masked: postgresql://***@host/db, http://***@host, ?password=***."""
     for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, _secrets[secret])
+        if secret in text:
+            text = re.sub(_pattern(secret), _secrets[secret].replace("\\", r"\\"), text)
     return _masked(text)
+
+
+def _pattern(secret: str) -> str:
+    """A short one as a whole word: a password of `post` is not to be seen in `postgresql`."""
+    short = len(secret) < SURE
+    before, after = (r"(?<!\w)" if short and secret[0].isalnum() else "", r"(?!\w)" if short and secret[-1].isalnum() else "")
+    return f"{before}{re.escape(secret)}{after}"
 
 
 def _masked(text: str) -> str:

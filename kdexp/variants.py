@@ -26,7 +26,7 @@ from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
 from kdexp.distill.models import measure, outline
 from kdexp.records import artifact_of, load_student, recipe_of, seal
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 from kdexp.tracking import RunRecord, Tracking
 
 __all__ = [
@@ -185,7 +185,7 @@ class _Maker:
         try:
             run = made(self.runs[hope.run_id], self.recipes[hope.run_id], hope.variant, self.splits, self.tracking)
         except DeployError as error:
-            self.tracking.tag(hope.run_id, {"kdexp.not_exported": str(error)[:500]})
+            self.tracking.tag(hope.run_id, {"kdexp.not_exported": without_credentials(str(error))[:500]})
             return None
         found = metrics_of(run, hope.variant)
         return replace(

@@ -66,6 +66,13 @@ def test_a_secret_that_is_known_is_masked_in_parts_and_in_every_encoding(form: s
         assert shown.endswith(" after"), shown
 
 
+def test_a_common_word_as_a_password_does_not_mask_what_contains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "_secrets", {})
+    urls.remember_secrets("postgresql://postgres@host/db", "postgresql://kdexp:post@host/db")
+    assert without_credentials("postgresql://host/db is away: post") == "postgresql://host/db is away: ***"
+    assert without_credentials("connection of postgres refused") == "connection of postgres refused"
+
+
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
