@@ -185,17 +185,24 @@ FAILS = """
 import errno, multiprocessing, os
 from torch import nn
 
+class Logs(nn.Flatten):  # to a file, now and then
+    steps = 0
+
+    def forward(self, images):
+        self.steps += self.training
+        if self.steps == 20 and multiprocessing.parent_process():
+            %s
+        return super().forward(images)
+
 def mlp(channels, image_size, classes, width):
-    if multiprocessing.parent_process():
-        %s
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size[0] * image_size[1], width), nn.Linear(width, classes))
+    return nn.Sequential(Logs(), nn.Linear(channels * image_size[0] * image_size[1], width), nn.Linear(width, classes))
 """
 ONCE = """try:
-            os.close(os.open("failed", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            pass
-        else:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"""
+                os.close(os.open("failed", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"""
 
 
 @pytest.mark.parametrize("times", ["once", pytest.param("always", marks=pytest.mark.slow)])
