@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant
 from kdexp.config import Range, Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.data import Splits
@@ -35,7 +36,7 @@ from kdexp.trials import (
     leave,
     run_trials,
 )
-from kdexp.workers import Worker, warm_up
+from kdexp.workers import warm_up
 
 __all__ = [
     "EpochDone",
@@ -110,33 +111,33 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
     study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id), gone)
-    worker, finished = Worker(settings.stores), False
-    try:
-        study.bind(_facts(prepared))
-        if prepared.splits.inspection:
-            log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
-        tracking.finish(study.parent_run, "RUNNING")
-        log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
-        yield TeacherReady(prepared, study.done)
-        if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
-            yield Misremembered(wrong)
-        crew = crew_of(settings, device, study.left - study.others(worker))
-        yield crew
-        if crew.workers > 1:
-            yield from run_crew(crew, study, prepared, settings, device, experiment_id)
-        else:
-            with worker:
+    finished = False
+    with Claimant(settings) as claimant:
+        try:
+            study.bind(_facts(prepared))
+            if prepared.splits.inspection:
+                log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
+            tracking.finish(study.parent_run, "RUNNING")
+            log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
+            yield TeacherReady(prepared, study.done)
+            if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
+                yield Misremembered(wrong)
+            crew = crew_of(settings, device, study.left - study.others(claimant))
+            yield crew
+            if crew.workers > 1:
+                yield from run_crew(crew, study, prepared, settings, device, experiment_id)
+            else:
                 pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, study.left)
-                yield from run_trials(study, prepared, tracking, experiment_id, worker, study.checkpoints(settings), pack)
-        if study.exhausted:
-            yield NothingLeft(study.done, study.smallest)
-        finished = True
-    finally:
-        others = leave(study, tracking, worker, finished)
-    if not others:
-        with worker.turn:  # nobody takes a trial now: a command that has raised the budget may be at one already
-            if not study.under_way:
-                study.checkpoints(settings).clear()
+                yield from run_trials(study, prepared, tracking, experiment_id, claimant, study.checkpoints(settings), pack)
+            if study.exhausted:
+                yield NothingLeft(study.done, study.smallest)
+            finished = True
+        finally:
+            others = leave(study, tracking, claimant, finished)
+        if not others:
+            with claimant.turn:  # nobody takes a trial now: a command that has raised the budget may be at one already
+                if not study.under_way:
+                    study.checkpoints(settings).clear()
     return others
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -521,16 +522,19 @@ def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str)
     assert _named(Student(**network)) == name
 
 
-def test_a_trial_that_has_become_another_workers_is_not_ended_here(settings, tracking, tiny) -> None:
+def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(settings, tracking, tiny) -> None:
     sweep = run_sweep(tiny, settings, tracking, CPU)
     next(event for event in sweep if isinstance(event, EpochDone))
-    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
-    optuna.Trial(study, study.trials[0]._trial_id).set_user_attr("worker", "somebody else")
-    with pytest.raises(KdexpError, match="Trial 0 was taken over by another worker"):
-        drain(sweep)
-    trial = study.get_trials()[0]
-    assert (trial.state.name, trial.user_attrs["worker"]) == ("RUNNING", "somebody else"), "it is left to that one"
-    assert statuses(settings, "trial") == Counter(FAILED=1)
+    with closing(sqlite3.connect(settings.stores / "optuna.db", isolation_level=None)) as optuna_db:
+        optuna_db.execute("update kdexp_claims set token = token + 1, claimant = 'somebody@elsewhere'")
+    events, others = drain(sweep)
+    lost = [event for event in events if isinstance(event, TrialFailed)]
+    assert [event.number for event in lost] == [0]
+    assert "another command has taken it over" in lost[0].why
+    assert others == 1
+    trials = optuna.load_study(study_name=tiny.name, storage=settings.storage_url).trials
+    assert [trial.state.name for trial in trials] == ["RUNNING"] + ["COMPLETE"] * 3, "it is left to that one"
+    assert statuses(settings, "trial") == Counter(KILLED=1, FINISHED=3)
 
 
 @pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, "released"), (KdexpError, "released"), (ValueError, "failed")])
@@ -549,8 +553,8 @@ def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
     else:
         with pytest.raises(stop):
             drain(sweep)
-    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
-    assert study.trials[0].user_attrs["worker"] == left
+    with closing(sqlite3.connect(settings.stores / "optuna.db")) as optuna_db:
+        assert optuna_db.execute("select handed_back from kdexp_claims").fetchall() == [(left,)]
     monkeypatch.undo()
     events, _ = drain(run_sweep(tiny, settings, tracking, CPU))
     assert [event.number for event in events if isinstance(event, TrialFinished)] == [0, 1, 2, 3]
