@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import threading
 import time
 import uuid
@@ -288,6 +289,7 @@ class _Files:
         self._made: Engine | None = None
 
     def hold(self) -> None:
+        _warn_of_network_drive(self._folder)
         self._own.acquire()
 
     def release(self) -> None:
@@ -476,6 +478,17 @@ def network_drive(path: Path, mounts: str) -> str:
     above = [row for row in rows if len(row) > 2 and path.is_relative_to(row[1].replace("\\040", " "))]
     kind = max(above, key=lambda row: len(row[1]), default=["", "", ""])[2]
     return kind if kind.startswith(NETWORK_DRIVES) else ""
+
+
+def _warn_of_network_drive(folder: Path) -> None:
+    mounts = Path("/proc/mounts")
+    if multiprocessing.parent_process() or not mounts.exists():
+        return
+    if kind := network_drive(folder, mounts.read_text("utf-8", "replace")):
+        log.warning(
+            f"{folder.parent} is on a network drive ({kind}), whose file locks other machines may not see: "
+            f"let one machine at a time work there; several need --storage postgresql://USER@HOST/DB"
+        )
 
 
 def _folder(settings: Settings) -> Path:

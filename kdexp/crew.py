@@ -298,5 +298,5 @@ def _parent_lives() -> bool:
     return parent is not None and parent.is_alive()
 
 
-def _deleted() -> NoReturn:
+def _deleted(mark: str) -> NoReturn:
     raise KdexpError("the study was deleted from Optuna's storage while it was under way")

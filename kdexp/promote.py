@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
 from torch import nn
 
+from kdexp.claims import Claimant
 from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
 from kdexp.distill.data import Split, load_example, load_test
 from kdexp.distill.deploy import available
@@ -34,7 +34,6 @@ __all__ = [
     "look_at_test",
     "looks",
     "on_test",
-    "one_at_a_time",
     "promote",
     "register",
     "sweep_of",
@@ -70,14 +69,13 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
-    with one_at_a_time(settings):
+    with Claimant(settings) as claimant, claimant.lock(test_of(study)):
         return _promote(study, rule, settings, tracking, device)
 
 
-def one_at_a_time(settings: Settings) -> FileLock:
-    """Held around a look at test: of two processes that finish together one looks, the other finds the number."""
-    settings.stores.mkdir(parents=True, exist_ok=True)
-    return FileLock(settings.stores / ".promote.lock")
+def test_of(study: RunRecord) -> str:
+    """What is locked around a look at test: of two commands that finish together one looks, the other finds the number."""
+    return f"test of study {study.run_id}"
 
 
 def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:

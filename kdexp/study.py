@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -539,9 +540,12 @@ def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]
             )
 
 
-def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str], gone: str = "") -> OpenStudy:
+def open_study(
+    sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = ""
+) -> OpenStudy:
     """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for one that is `gone`.
 
+    It is given a mark of the study's own, by which a run that was made and then not told to Optuna is found again.
     Raises StudyError.
     """
     with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
@@ -557,15 +561,22 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
         if "sweep" not in study.user_attrs:
             _check_directions(study, sweep)
             if "mlflow_run_id" not in study.user_attrs:
-                study.set_user_attr("mlflow_run_id", new_parent_run())
+                study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
             _enqueue_controls(study, sweep)
             if sweep.study.sampler == "grid":
                 _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
         elif gone and study.user_attrs["mlflow_run_id"] == gone:
-            study.set_user_attr("mlflow_run_id", new_parent_run())
+            study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
     _check_same(study, sweep)
     return OpenStudy(study, sweep)
+
+
+def _mark(study: optuna.Study) -> str:
+    """What tells a study from one of the same name in another storage."""
+    if "mark" not in study.user_attrs:
+        study.set_user_attr("mark", uuid.uuid4().hex)
+    return str(study.user_attrs["mark"])
 
 
 def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:

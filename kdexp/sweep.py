@@ -110,7 +110,7 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     )
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
-    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id), gone)
+    study = open_study(sweep, settings, lambda mark: _new_parent_run(sweep, tracking, experiment_id, mark), gone)
     finished = False
     with Claimant(settings) as claimant:
         try:
@@ -224,9 +224,9 @@ def _check_images(sweep: Sweep, begun: Begun | None, splits: Splits, tracking: T
         )
 
 
-def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
+def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: str) -> str:
     for run in tracking.studies(sweep.name):
-        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id):
+        if run.tags.get("kdexp.mark") == mark:
             return run.run_id  # made by a process that died before it could tell Optuna
     params = {path: value for path, value in flatten(sweep).items() if path.split(".")[0] not in Recipe.model_fields}
     for path in too_long(params):
@@ -238,7 +238,7 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str
         "study",
         f"study {sweep.name}",
         params=params,
-        tags={"kdexp.study": sweep.name, "mlflow.note.content": _about(sweep)},
+        tags={"kdexp.study": sweep.name, "kdexp.mark": mark, "mlflow.note.content": _about(sweep)},
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -30,7 +31,7 @@ from kdexp.runner import EPOCH_METRICS, _named, prepare, started
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
 from kdexp.study import OpenStudy, StudyError
-from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, run_sweep
+from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, _new_parent_run, run_sweep
 from kdexp.tracking import Tracking, TrackingError
 
 
@@ -558,6 +559,14 @@ def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
     monkeypatch.undo()
     events, _ = drain(run_sweep(tiny, settings, tracking, CPU))
     assert [event.number for event in events if isinstance(event, TrialFinished)] == [0, 1, 2, 3]
+
+
+def test_the_run_of_a_study_in_another_storage_is_left_alone(settings, tracking, tiny) -> None:
+    """Two commands share MLflow, not Optuna's storage, and start together: each has a study of its own."""
+    study = partial(_new_parent_run, tiny, tracking, tracking.experiment(tiny.name))
+    own, others = study("own mark"), study("another's mark")
+    assert own != others
+    assert study("own mark") == own, "made by a process that died before Optuna was told"
 
 
 def test_a_run_of_another_version_is_said_to_be_one(settings, tracking, tiny) -> None:
