@@ -226,7 +226,7 @@ def _check_images(sweep: Sweep, begun: Begun | None, splits: Splits, tracking: T
 
 def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: str) -> str:
     for run in tracking.studies(sweep.name):
-        if run.tags.get("kdexp.mark") == mark:
+        if run.tags.get("kdexp.study_mark") == mark:
             return run.run_id  # made by a process that died before it could tell Optuna
     params = {path: value for path, value in flatten(sweep).items() if path.split(".")[0] not in Recipe.model_fields}
     for path in too_long(params):
@@ -238,7 +238,7 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: 
         "study",
         f"study {sweep.name}",
         params=params,
-        tags={"kdexp.study": sweep.name, "kdexp.mark": mark, "mlflow.note.content": _about(sweep)},
+        tags={"kdexp.study": sweep.name, "kdexp.study_mark": mark, "mlflow.note.content": _about(sweep)},
     )
 
 

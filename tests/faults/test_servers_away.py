@@ -221,7 +221,8 @@ def test_who_is_cut_off_for_longer_than_the_grace_loses_the_trial_and_not_the_co
     os.kill(first.process.pid, signal.SIGSTOP)
     engine = sqlalchemy.create_engine(postgresql.url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"))
+        everybody = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+        connection.execute(sqlalchemy.text(everybody))
     engine.dispose()
     second = Life(two, command, Sets(GRACE)).end()
     assert second.code == 0, second.err
@@ -238,7 +239,8 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
 ) -> None:
     """Two machines; eight commands of the second wait for what the first had under way."""
     name = "successors"
-    changes = {**LONG, "name": name, "study__trials": 3, "training__epochs": 150}
+    alike = {"distillation.alpha": {"low": 0.0, "high": 1.0}}  # so that the three train as one
+    changes = {**LONG, "name": name, "study__trials": 3, "training__epochs": 150, "search": alike}
     one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
     first = Life(one, [*command, "--pack", "3"], Sets(GRACE))
     first.trains()
