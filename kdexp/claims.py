@@ -290,7 +290,11 @@ class _Files:
 
     def hold(self) -> None:
         _warn_of_network_drive(self._folder)
-        self._own.acquire()
+        with self._looking:  # between a file's making and its lock nobody may take it for a dead one's
+            self._own.acquire()
+        for path in self._folder.glob("*@*.lock"):
+            if path.stem != self.name:
+                self._is_held(path.stem)  # of those that were killed nothing stays
 
     def release(self) -> None:
         self._own.release()

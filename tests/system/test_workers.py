@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import until
 
+from kdexp.claims import Claimant
+from kdexp.settings import Settings
 from system.conftest import command, environment, runs, started, trials
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -133,7 +135,9 @@ def test_workers_stop_by_themselves_when_their_parent_is_killed(tiny_file: Path,
     assert runs(tmp_path, "trial")["RUNNING"] == 0
     assert runs(tmp_path, "trial")["KILLED"] >= 1
     assert runs(tmp_path, "study") == {"KILLED": 1}
-    assert not list((tmp_path / "mlruns" / "optuna.db-claims").glob("*@*.lock"))
+    with Claimant(Settings(stores=tmp_path / "mlruns")) as claimant:
+        left = [path.stem for path in (tmp_path / "mlruns" / "optuna.db-claims").glob("*@*.lock")]
+        assert left == [claimant.name], "what the killed one has left is cleared up"
 
 
 @pytest.mark.parametrize(
