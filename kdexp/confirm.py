@@ -18,7 +18,7 @@ import torch
 from kdexp.claims import Claimant
 from kdexp.config import Selection
 from kdexp.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
-from kdexp.promote import candidates, look_at_test, looks, register, sweep_of, tell, test_of
+from kdexp.promote import candidates, look_at_test, looks, register, say_where, sweep_of, tell, test_of
 from kdexp.records import recipe_of
 from kdexp.selection import Candidate, FreshSeeds, NothingPasses, confirms, requirement, select
 from kdexp.settings import Settings
@@ -80,6 +80,7 @@ def confirm(
     With `train_and_validation` its models are trained once more, with the same seeds, on all images but test's, and
     these are looked at. Close the generator to stop cleanly. Raises NothingPasses where no trial is confirmed.
     """
+    say_where(study, settings)
     with Claimant(settings) as claimant:
         work = Retrainer(study, sweep_of(study, tracking), settings, tracking, device, claimant)
         return (yield from _confirm(work, rule, seeds, train_and_validation))

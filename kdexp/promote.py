@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,9 +37,13 @@ __all__ = [
     "on_test",
     "promote",
     "register",
+    "say_where",
     "sweep_of",
     "tell",
+    "test_of",
 ]
+
+log = logging.getLogger("kdexp")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
+    say_where(study, settings)
     with Claimant(settings) as claimant, claimant.lock(test_of(study)):
         return _promote(study, rule, settings, tracking, device)
 
@@ -76,6 +82,13 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 def test_of(study: RunRecord) -> str:
     """What is locked around a look at test: of two commands that finish together one looks, the other finds the number."""
     return f"test of study {study.run_id}"
+
+
+def say_where(study: RunRecord, settings: Settings) -> None:
+    """Warn where a study's commands meet on a storage that this one does not know."""
+    if study.tags.get("kdexp.shared_storage") and settings.storage is None:
+        name = study.tags["kdexp.study"]
+        log.warning("Study '%s' has a --storage of its own: give it here too, others may be at this", name)
 
 
 def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:

@@ -118,6 +118,8 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
             if prepared.splits.inspection:
                 log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
             tracking.finish(study.parent_run, "RUNNING")
+            if settings.storage:
+                tracking.tag(study.parent_run, {"kdexp.shared_storage": "yes"})
             log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
             yield TeacherReady(prepared, study.done)
             if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
