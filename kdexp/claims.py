@@ -1,26 +1,28 @@
-"""Who trains which trial: claims that commands make in the study's own database, and lose only when they are gone.
+"""Who trains which trial: claims in the study's own database, lost only by who is gone.
 
-A *claimant* is one command. A *claim* is a row of the table kdexp_claims: a name, the claimant, and a *fencing token*, a
-number that grows by one whenever the claim passes to somebody else. While it lives, a claimant holds a lock of its own,
-which nobody has to renew: on PostgreSQL an advisory lock of one connection, which the server frees when the connection
-ends; with SQLite a lock on a file beside the database, which the system frees even after kill -9.
+A *claimant* is one command. A *claim* is a row of the table kdexp_claims: a name, the claimant, and
+a *fencing token*, a number that grows by one whenever the claim passes to somebody else. While it
+lives, a claimant holds a lock of its own, which nobody has to renew. On PostgreSQL it is an
+advisory lock of one connection: the server frees it when the connection ends. With SQLite it is a
+lock on a file beside the database: the system frees it even after kill -9.
 
 Invariants:
 
 1. A claim passes on by compare-and-set of its token: of any number that try at once, one succeeds.
 2. It passes on only when its claimant has handed it back, or when that claimant's lock is free.
-3. A lock on PostgreSQL must be seen free for GRACE_SECONDS first, without a break: by one connection of the observer's,
-   on the observer's own monotonic clock, and while the claimant has not come back in between. A server that restarts
-   breaks every connection, so everybody's grace begins after everybody could come back; a living claimant does so
-   within seconds, and takes its lock again. So an outage, however long, takes nothing from the living.
-4. A result is accepted inside `fenced`, which holds the claim's row: the token cannot change until the result is told.
-5. No clock of one machine is compared with another's, and none of these numbers is a time.
+3. A lock on PostgreSQL must first be seen free for GRACE_SECONDS, without a break: by one
+   connection of the observer's, on the observer's own monotonic clock, and while the claimant has
+   not come back in between. A server that restarts breaks every connection, so everybody's grace
+   begins after everybody could come back. A living claimant does so within seconds, and takes its
+   lock again. So an outage, however long, takes nothing from the living.
+4. A result is told inside `fenced`, which holds the claim's row: the token cannot change meanwhile.
+5. No clock of one machine is compared with another's, and no number here is a time.
 6. Who lives is one question for all claims at once: requests do not grow with claims or claimants.
 
-What this does not cover: a claimant that the network has cut off for longer than the grace looks like one that is gone.
-It may lose its trials; by 4 its results are then refused. Sessions must be real ones: a connection pooler that gives
-each transaction another connection frees advisory locks at once. On databases other than these two the locks are files in
---stores, and a claim of another --stores is never taken over: they are for one machine.
+What this does not cover. A claimant that the network has cut off for longer than the grace looks
+like one that is gone: it may lose its trials, and by 4 its results are then refused. Connections
+must be real ones: a pooler that gives each transaction another one frees advisory locks at once. On
+other databases the locks are files in --stores, and another's claims are never taken over.
 """
 
 from __future__ import annotations
@@ -55,14 +57,24 @@ from kdexp.schema import reaching
 from kdexp.settings import Settings, without_credentials
 from kdexp.urls import sqlite_file
 
-__all__ = ["AWAY", "Claim", "ClaimLost", "Claimant", "HandedBack", "Held", "Standing", "network_drive"]
+__all__ = [
+    "AWAY",
+    "Claim",
+    "ClaimLost",
+    "Claimant",
+    "HandedBack",
+    "Held",
+    "Standing",
+    "network_drive",
+]
 
-GRACE_SECONDS = 30.0  # more than a living claimant needs to notice a broken connection (14), to wait (2) and connect (10)
+# More than a living claimant needs: to notice a broken connection 14, to wait 2, to connect 10.
+GRACE_SECONDS = 30.0
 KEEP_SECONDS = 2.0  # between two looks at one's own connection
 POLL_SECONDS = 1.0  # between two tries for a named lock
 PATIENCE = 300.0  # seconds that a database may be away
 AWAY = (OperationalError, InterfaceError)
-NETWORK_DRIVES = ("nfs", "lustre", "cifs", "smb", "beegfs", "ceph", "gpfs", "9p", "afs", "fuse.sshfs", "glusterfs")
+NETWORK_DRIVES = ("nfs", "lustre", "cifs", "smb", "beegfs", "ceph", "gpfs", "9p", "fuse.sshfs")
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
 
@@ -94,7 +106,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Standing:
-    """What may be done with a claim: nothing while it is held, nothing yet while that is in doubt, or taking it."""
+    """What may be done with a claim: nothing while it is held, or in doubt; or taking it."""
 
     claim: Claim | None
     state: Literal["held", "doubtful", "free"]
@@ -123,7 +135,7 @@ class Claimant:
         """Held by the one command here that is taking a trial: it spares others a vain attempt."""
         self._mine: set[str] = set()
         self._free_since: dict[tuple[str, int], float] = {}
-        """When a claimant, in its so-manieth connection, was first seen without its lock; on our own clock."""
+        """When a claimant, in which of its connections, was first seen without its lock."""
         self._seen_by = 0
         """The connection of ours that has seen this."""
 
@@ -188,7 +200,7 @@ class Claimant:
 
     @contextmanager
     def lock(self, name: str, patient: bool = True) -> Iterator[bool]:
-        """Whether something of that name is ours alone in here, among all commands on the storage; patiently, it will be."""
+        """Whether that name is ours alone in here, on this storage; patiently, it will be."""
         with self._locks.named(name, patient) or self._claimed(name, patient) as ours:
             yield ours
 
@@ -234,7 +246,7 @@ class Claimant:
             return Standing(None, "free" if name in gone else "doubtful")
         if claim.handed_back:
             return Standing(claim, "free")
-        if claim.claimant == self.name:  # one that is not known was claimed in a request whose answer was lost
+        if claim.claimant == self.name:  # not in _mine: the answer to that request was lost
             return Standing(claim, "held" if name in self._mine else "free")
         if claim.claimant in living:
             return Standing(claim, "held")
@@ -496,9 +508,11 @@ def _warn_of_network_drive(folder: Path) -> None:
 
 
 def _folder(settings: Settings) -> Path:
-    """Where lock files are: beside an SQLite database, whichever --stores its commands have; else in --stores."""
-    file = sqlite_file(settings.storage_url)
-    folder = file.resolve().with_name(f"{file.name}-claims") if file else settings.stores.resolve() / "claims"
+    """Where lock files are: beside an SQLite database, whatever its commands' --stores; else there."""
+    if file := sqlite_file(settings.storage_url):
+        folder = file.resolve().with_name(f"{file.resolve().name}-claims")
+    else:
+        folder = settings.stores.resolve() / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

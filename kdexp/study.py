@@ -87,6 +87,7 @@ OPTUNA = Library(
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
 
+
 @dataclass(frozen=True)
 class Ended:
     """How a trial's training ended, its validation accuracy over so many images, and the student's size."""
@@ -540,9 +541,7 @@ def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]
             )
 
 
-def open_study(
-    sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = ""
-) -> OpenStudy:
+def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = "") -> OpenStudy:
     """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for one that is `gone`.
 
     It is given a mark of the study's own, by which a run that was made and then not told to Optuna is found again.
