@@ -9,7 +9,8 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     compare · verify                 two runs' records side by side · a record held against itself and its weights
     crew, preload · trials           worker processes side by side · one process's part of a study
     remembered                       what Optuna was told of trials, against what their runs record
-    study · workers                  Optuna (the only file that knows it) · which processes are alive
+    study · claims                   Optuna (the only file that knows it) · which command trains which trial
+    workers                          how worker processes are made
     runner                           one training, from recipe to finished MLflow run
     tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
     embedded                         where the embedded store's artifacts are, wherever its folder is by now

@@ -216,12 +216,13 @@ def select(
     confidence: Confidence = None,
     most_accurate: MostAccurate = False,
     stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
     tracking_uri: TrackingUri = None,
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
     """Select the smallest model of a study that meets the bar, and look at the test set once for it."""
-    settings = _settings(stores, None, tracking_uri, data_dir, device, None)
+    settings = _settings(stores, storage, tracking_uri, data_dir, device, None)
     from kdexp.environment import configure
     from kdexp.tracking import Tracking
 
@@ -243,13 +244,14 @@ def confirm(
         bool, typer.Option("--train-and-validation", help="Train the confirmed model on both, and look at that on test.")
     ] = False,
     stores: Stores = DEFAULT_STORES,
+    storage: Storage = None,
     tracking_uri: TrackingUri = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at test for the confirmed."""
-    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
+    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.confirm import confirm as with_fresh_seeds
     from kdexp.environment import configure

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kdexp.claims import Claimant
 from kdexp.config import Selection
 from kdexp.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
-from kdexp.promote import candidates, look_at_test, looks, one_at_a_time, register, sweep_of, tell
+from kdexp.promote import candidates, look_at_test, looks, register, say_where, sweep_of, tell, test_of
 from kdexp.records import recipe_of
 from kdexp.selection import Candidate, FreshSeeds, NothingPasses, confirms, requirement, select
 from kdexp.settings import Settings
@@ -79,7 +80,16 @@ def confirm(
     With `train_and_validation` its models are trained once more, with the same seeds, on all images but test's, and
     these are looked at. Close the generator to stop cleanly. Raises NothingPasses where no trial is confirmed.
     """
-    work = Retrainer(study, sweep_of(study, tracking), settings, tracking, device)
+    say_where(study, settings)
+    with Claimant(settings) as claimant:
+        work = Retrainer(study, sweep_of(study, tracking), settings, tracking, device, claimant)
+        return (yield from _confirm(work, rule, seeds, train_and_validation))
+
+
+def _confirm(
+    work: Retrainer, rule: Selection, seeds: int, train_and_validation: bool
+) -> Generator[SeedEvent | Verdict, None, Confirmation]:
+    study, tracking = work.study, work.tracking
     left, tried = candidates(study, tracking), list[Verdict]()
     images = TRAIN_AND_VALIDATION if train_and_validation else TRAIN_ONLY
     while True:
@@ -151,7 +161,7 @@ def _look(verdict: Verdict, tried: Sequence[Verdict], runs: Sequence[RunRecord],
     """Look at the confirmed recipe's models on test, where that has not been done, and register the first."""
     tracking, name, trial = work.tracking, work.sweep.name, verdict.candidate.trial
     recipe = recipe_of(runs[0], tracking)
-    with one_at_a_time(work.settings):
+    with work.claimant.lock(test_of(work.study)):
         for number, run in enumerate(runs, start=1):
             if "test_accuracy" not in (known := tracking.read(run.run_id)).metrics:
                 work.check(known)

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import torch
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant
 from kdexp.config import Sweep
 from kdexp.environment import configure
 from kdexp.runner import Prepared
@@ -34,7 +35,7 @@ from kdexp.study import OpenStudy, check_study, open_study
 from kdexp.surroundings import open_streams
 from kdexp.tracking import Tracking
 from kdexp.trials import TrialEvent, TrialFailed, TrialFinished, TrialStarted, leave, run_trials
-from kdexp.workers import Worker, start_method
+from kdexp.workers import start_method
 
 __all__ = ["Crew", "CrewError", "WorkerLost", "crew_of", "run_crew"]
 
@@ -264,21 +265,20 @@ def _train(connection: Connection, orders: _Orders) -> None:
     tracking, sweep, settings = Tracking(orders.settings), orders.sweep, orders.settings
     check_study(sweep, settings)
     study = open_study(sweep, settings, _deleted)
-    worker = Worker(settings.stores)
     pack, checkpoints = settings.pack or 1, study.checkpoints(settings)
-    try:
-        with worker:
+    with Claimant(settings) as claimant:
+        try:
             while True:
-                trials = run_trials(study, orders.prepared, tracking, orders.experiment_id, worker, checkpoints, pack)
+                trials = run_trials(study, orders.prepared, tracking, orders.experiment_id, claimant, checkpoints, pack)
                 with closing(trials) as events:
                     for event in events:
                         connection.send(event)
                 connection.send(_Idle())
                 if not connection.recv():
                     return
-    finally:
-        if not _parent_lives():
-            leave(study, tracking, worker, finished=False)
+        finally:
+            if not _parent_lives():
+                leave(study, tracking, claimant, finished=False)
 
 
 def _interrupt_once(*_: object) -> NoReturn:
@@ -298,5 +298,5 @@ def _parent_lives() -> bool:
     return parent is not None and parent.is_alive()
 
 
-def _deleted() -> NoReturn:
+def _deleted(mark: str) -> NoReturn:
     raise KdexpError("the study was deleted from Optuna's storage while it was under way")

@@ -1,21 +1,21 @@
 """The fresh seeds of a trial: each found where a former command has trained it, or trained now.
 
-A seed follows from the study's and the trial's number. Commands that run at the same time share the work: a lock for
-each seed says who is at it. One that was interrupted goes on from its last checkpoint, in the run that it had.
+A seed follows from the study's and the trial's number. Commands that run at the same time share the work: a claim on
+each seed says who is at it, on whatever machine. One that was interrupted goes on from its last checkpoint, in the run
+that it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant
 from kdexp.config import Recipe, Sweep, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.data import Splits, load_splits
@@ -74,7 +74,7 @@ class _Seed:
 
     @property
     def name(self) -> str:
-        """Of its checkpoint and its lock."""
+        """Of its checkpoint and its claim."""
         return f"{self.candidate.run_id}-{self.recipe.training.seed}-{self.images.replace(' ', '-')}"
 
     def tags(self, study: RunRecord) -> dict[str, str]:
@@ -96,6 +96,7 @@ class Retrainer:
     settings: Settings
     tracking: Tracking
     device: torch.device
+    claimant: Claimant
     ready: dict[tuple[str, Training | None], Prepared] = field(default_factory=dict)
     """Data and teacher, the last that were needed: by the images, and by the draws that the teacher's cache is for."""
 
@@ -104,7 +105,7 @@ class Retrainer:
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints and locks are."""
+        """Where checkpoints are."""
         return self.settings.stores / "checkpoints" / f"confirm-{self.study.run_id}"
 
     def train(self, candidate: Candidate, seeds: int, images: str) -> Generator[SeedEvent, None, list[RunRecord]]:
@@ -118,7 +119,7 @@ class Retrainer:
             for seed in (seed for seed in every if seed.number not in runs):
                 if patient:
                     yield Elsewhere(seed.number)
-                with _turn(self.folder / f"{seed.name}.lock", patient) as ours:
+                with self.claimant.lock(f"seed {seed.name}", patient) as ours:
                     if ours:
                         runs[seed.number] = yield from self._find_or_train(seed, trial)
         return [runs[seed.number] for seed in every]
@@ -214,19 +215,3 @@ def _going_on(found: Checkpoint | None, recipe: Recipe, prepared: Prepared) -> C
     """The checkpoint, if a training goes on from it here in the same bits."""
     same = found and found.environment["threads"] == str(torch.get_num_threads()) and goes_on_here(found, recipe, prepared)
     return found if same else None
-
-
-@contextmanager
-def _turn(lock: Path, patient: bool) -> Iterator[bool]:
-    """Whether what the lock stands for is ours in here; patiently, it will be."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file = FileLock(lock)
-    try:
-        file.acquire(blocking=patient)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        file.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
 from torch import nn
 
+from kdexp.claims import Claimant
 from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
 from kdexp.distill.data import Split, load_example, load_test
 from kdexp.distill.deploy import available
@@ -34,12 +35,15 @@ __all__ = [
     "look_at_test",
     "looks",
     "on_test",
-    "one_at_a_time",
     "promote",
     "register",
+    "say_where",
     "sweep_of",
     "tell",
+    "test_of",
 ]
+
+log = logging.getLogger("kdexp")
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,21 @@ def promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tra
 
     A model is looked at once: its recorded test accuracy is used from then on. Raises NothingPasses.
     """
-    with one_at_a_time(settings):
+    say_where(study, settings)
+    with Claimant(settings) as claimant, claimant.lock(test_of(study)):
         return _promote(study, rule, settings, tracking, device)
 
 
-def one_at_a_time(settings: Settings) -> FileLock:
-    """Held around a look at test: of two processes that finish together one looks, the other finds the number."""
-    settings.stores.mkdir(parents=True, exist_ok=True)
-    return FileLock(settings.stores / ".promote.lock")
+def test_of(study: RunRecord) -> str:
+    """What is locked around a look at test: of two commands that finish together one looks, the other finds the number."""
+    return f"test of study {study.run_id}"
+
+
+def say_where(study: RunRecord, settings: Settings) -> None:
+    """Warn where a study's commands meet on a storage that this one does not know."""
+    if study.tags.get("kdexp.shared_storage") and settings.storage is None:
+        name = study.tags["kdexp.study"]
+        log.warning("Study '%s' has a --storage of its own: give it here too, others may be at this", name)
 
 
 def _promote(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device) -> Promotion:

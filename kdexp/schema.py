@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from kdexp import KdexpError
 from kdexp.urls import sqlite_file, without_credentials
 
-__all__ = ["Library", "Schema", "StoreError", "copy_first", "fitting", "restore", "schema_of"]
+__all__ = ["Library", "Schema", "StoreError", "copy_first", "fitting", "reaching", "restore", "schema_of"]
 
 CONNECT_SECONDS = 10  # that a database's server may take to answer at the start
 
@@ -91,6 +91,22 @@ def fitting(url: str, library: Library, recorded: Callable[[], str | None]) -> N
     raise StoreError(f"{shown}, and cannot be taken back: {install}.")
 
 
+def reaching(url: str) -> dict[str, int]:
+    """How a server is reached so that one which is gone is noticed, silent or not: within 14 seconds, by default days.
+
+    What the URL says itself is left as it is.
+    """
+    try:
+        kind, _, driver = sqlalchemy.make_url(url).drivername.partition("+")
+    except ArgumentError:
+        return {}
+    ours = {"connect_timeout": CONNECT_SECONDS} if kind in ("postgresql", "mysql") else {}
+    if kind == "postgresql" and driver in ("", "psycopg", "psycopg2"):
+        ours |= {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
+        ours |= {"tcp_user_timeout": 14_000}  # milliseconds
+    return {name: value for name, value in ours.items() if name not in sqlalchemy.make_url(url).query}
+
+
 def copy_first(file: Path, revision: str) -> Path:
     """A whole copy of an SQLite database beside it; its path."""
     copy = file.with_name(f"{file.name}.before-{revision}")
@@ -124,11 +140,10 @@ def _read(url: str, library: Library) -> tuple[str, str]:
         return "", ""
     shown = f"{library.option} {without_credentials(url)}"
     try:
-        seconds = {"connect_timeout": CONNECT_SECONDS} if re.match("postgresql|mysql", url) else {}
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=seconds)
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=reaching(url))
         with engine.connect() as connection:
             tables = set(sqlalchemy.inspect(connection).get_table_names())
-            if tables - {"alembic_version"} and library.table not in tables:
+            if tables - {"alembic_version", "kdexp_claims"} and library.table not in tables:
                 raise StoreError(
                     f"{shown}: is not {library.name}'s database (its tables are {', '.join(sorted(tables)[:3])}, …): name "
                     f"another with {library.option}."

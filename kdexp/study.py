@@ -1,8 +1,8 @@
 """Optuna: the only file that knows it. A study on a storage, its controls, its trials, its verdicts.
 
 Trial 0 is the recipe's own values, trial 1 the same with alpha = 0: every study holds its baseline and its
-labels-only control. Optuna chooses what no trial has yet; which process trains it is settled here, so that
-any number of processes may run the same study, and what was interrupted keeps its trial number.
+labels-only control. Optuna chooses what no trial has yet; who trains it is settled by kdexp.claims, so that any
+number of commands may run the same study, and what was interrupted keeps its trial number.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import itertools
 import json
 import logging
 import math
-import threading
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import optuna
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
-from sqlalchemy.exc import InterfaceError, OperationalError
 
-from kdexp import KdexpError
+from kdexp import KdexpError, claims
+from kdexp.claims import Claimant, ClaimLost, HandedBack, Held, Standing
 from kdexp.config import (
     CONTROLS,
     Choices,
@@ -49,11 +48,10 @@ from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
 from kdexp.reading import spellings, study_name
-from kdexp.schema import Library, StoreError, fitting
+from kdexp.schema import Library, StoreError, fitting, reaching
 from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.stopping import hopeless
-from kdexp.workers import Worker
 
 __all__ = [
     "OPTUNA",
@@ -75,11 +73,8 @@ STUBBORN = 3  # proposals in a row that were not worth training: from then on th
 NARROW = STUBBORN + 20  # in vain: what is nearly a repeat is then trained, the space may hold nothing else
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 SET_UP_SECONDS = 30.0
-UNSIGNED_SECONDS = 60.0
-BEAT_SECONDS = 10.0
-LEASE_SECONDS = 60.0  # a worker elsewhere whose beat stands still for so long is gone
 PATIENCE = 300.0  # seconds that a database may be away
-AWAY = (OperationalError, InterfaceError, optuna.exceptions.StorageInternalError)
+AWAY = (*claims.AWAY, optuna.exceptions.StorageInternalError)
 LASTING = ("disk I/O error", "disk is full", "No space left", "readonly database", "unable to open")  # waiting does not help
 OPTUNA = Library(
     "Optuna",
@@ -91,9 +86,6 @@ OPTUNA = Library(
 )
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
-
-HandedBack = Literal["released", "failed"]
-"""In the place of a worker's name: a trial that was stopped cleanly, or one that failed by itself."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,6 @@ class Trial:
     """Retried because its worker died, or because it failed: not because it was stopped."""
     _aim: Objective
     _prunes: bool
-    _worker: str
     _trial: optuna.Trial
     _reported: frozenset[int]
 
@@ -185,22 +176,21 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Beat:
-    """The last heartbeat seen of a worker elsewhere, since when on our own clock, and whether others came before it."""
+class _Claimed:
+    """A trial's claim, and whose it is in this process."""
 
-    beat: Any
-    since: float
-    moves: bool
+    claimant: Claimant
+    held: Held
 
 
 class OpenStudy:
     """A handle to one study, for one sweep file."""
 
-    def __init__(self, study: optuna.Study, sweep: Sweep, on_this_machine: bool) -> None:
-        self._study, self.sweep, self._on_this_machine = study, sweep, on_this_machine
+    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
+        self._study, self.sweep = study, sweep
         self._aim = sweep.study.objective
-        self._beats: dict[str, _Beat] = {}
-        """Of workers elsewhere."""
+        self._claims: dict[int, _Claimed] = {}
+        """Of trials that this process has taken, by number."""
         self._recipes: dict[int, Recipe] = {}
         """Of trials, by number."""
 
@@ -238,58 +228,80 @@ class OpenStudy:
         """Whether so many proposals in a row were not worth training that no more are made."""
         return _patiently(self._untrained) >= IN_VAIN
 
-    @contextmanager
-    def beating(self, worker: Worker) -> Iterator[None]:
-        """In here the worker's heart beats, where workers of other machines listen."""
-        stop = threading.Event()
+    def next_trial(self, claimant: Claimant, ended: Callable[[int], Ended | None]) -> Trial | None:
+        """The next trial to train: one whose claimant is gone, else a new one; None where the budget is used up.
 
-        def beat() -> None:
-            number = 0
-            while not stop.is_set():
-                with suppress(Exception):  # a database that is away misses a beat
-                    self._study.set_user_attr(_beat(worker.name), number := number + 1)
-                stop.wait(BEAT_SECONDS)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        if not self._on_this_machine:
-            thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-
-    def next_trial(self, worker: Worker, ended: Callable[[int], Ended | None]) -> Trial | None:
-        """The next trial to train: one whose worker is gone, else a new one; None where the budget is used up.
-
-        `ended` says of a trial whose worker is gone how it ended, if it did (and cleans up after it if not).
+        `ended` says of a trial whose claimant is gone how it ended, if it did (and cleans up after it if not).
         """
-        while (trial := _patiently(lambda: self._next(worker, ended))) is None and self._listening(worker):
-            time.sleep(1)
-        return trial
+        while True:
+            trial = _patiently(lambda: self._next(claimant))
+            if trial is None:
+                if not self._in_doubt(claimant):
+                    return None
+                time.sleep(1)
+            elif not trial.retried or not self._has_ended(trial, ended):
+                return trial
 
-    def _next(self, worker: Worker, ended: Callable[[int], Ended | None]) -> Trial | None:
-        with worker.turn:
-            for frozen in self._trials():
-                own = frozen.user_attrs.get("worker") == worker.name
-                if frozen.state == TrialState.RUNNING and not own and not self._alive(frozen, worker):
-                    verdict = ended(frozen.number)
-                    if verdict is None:
-                        # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
-                        self._study.sampler = _sampler(self.sweep, frozen.number, self._untrained(frozen.number))
-                        trial = optuna.Trial(self._study, frozen._trial_id)
-                        return self._take(trial, worker, frozen)
-                    self.tell(frozen.number, verdict)
-            untrained = self._untrained()
-            if self._begun() >= self.sweep.study.trials or untrained >= IN_VAIN:
-                return None
-            self._study.sampler = _sampler(self.sweep, self._next_number(), untrained)
-            trial = self._study.ask()
-            # Another machine, which the turn does not hold back, may have asked at the same moment.
-            if self._begun(before=trial.number) >= self.sweep.study.trials:
-                trial.set_user_attr("over_budget", True)
-                self._study.tell(trial, state=TrialState.FAIL)
-                return None
-            return self._take(trial, worker, None)
+    def _has_ended(self, trial: Trial, ended: Callable[[int], Ended | None]) -> bool:
+        """Whether a trial that was taken over had come to its end: then it only remains to be told."""
+        try:
+            verdict = ended(trial.number)
+        except BaseException:
+            self.hand_back(trial, "released")
+            raise
+        if verdict:
+            with suppress(ClaimLost):  # whoever has it now finds the same
+                self.tell(trial.number, verdict)
+        return verdict is not None
+
+    def _next(self, claimant: Claimant) -> Trial | None:
+        with claimant.turn:
+            for frozen, standing in self._under_way(claimant):
+                if standing.state == "free" and self._take_over(frozen, standing, claimant):
+                    left = _left(frozen, standing)
+                    # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
+                    self._study.sampler = _sampler(self.sweep, frozen.number, self._untrained(frozen.number))
+                    return self._chosen(optuna.Trial(self._study, frozen._trial_id), frozen, left)
+            return self._ask(claimant)
+
+    def _ask(self, claimant: Claimant) -> Trial | None:
+        """A new trial, where the budget has one left."""
+        untrained = self._untrained()
+        if self._begun() >= self.sweep.study.trials or untrained >= IN_VAIN:
+            return None
+        self._study.sampler = _sampler(self.sweep, self._next_number(), untrained)
+        trial = self._study.ask()
+        # Another machine, which the turn does not hold back, may have asked at the same moment.
+        if self._begun(before=trial.number) >= self.sweep.study.trials:
+            trial.set_user_attr("over_budget", True)
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        standing = claimant.look([name := _claim_of(trial._trial_id)])[name]
+        held = claimant.take(name, standing.claim) if standing.state != "held" else None
+        if held is None:  # this process stood still for so long after it asked that the trial was thought abandoned
+            return self._ask(claimant)
+        self._claims[trial.number] = _Claimed(claimant, held)
+        return self._chosen(trial, None, None)
+
+    def _take_over(self, frozen: FrozenTrial, standing: Standing, claimant: Claimant) -> bool:
+        """Whether an abandoned trial is this claimant's now, and still to be trained."""
+        held = claimant.take(_claim_of(frozen._trial_id), standing.claim)
+        if held is None:
+            return False
+        if self._study.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING:
+            return False  # its former claimant had told it and gone meanwhile
+        self._claims[frozen.number] = _Claimed(claimant, held)
+        return True
+
+    def _under_way(self, claimant: Claimant) -> list[tuple[FrozenTrial, Standing]]:
+        """The trials that have begun and not ended, and how their claims stand."""
+        running = [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
+        standings = claimant.look([_claim_of(trial._trial_id) for trial in running])
+        return [(trial, standings[_claim_of(trial._trial_id)]) for trial in running]
+
+    def _in_doubt(self, claimant: Claimant) -> bool:
+        """Whether some trial's claimant may be gone: a little more patience will tell."""
+        return any(standing.state != "held" for _, standing in _patiently(lambda: self._under_way(claimant)))
 
     def needless(self, size: Size) -> str:
         """Why a student of this size need not be trained, or nothing."""
@@ -344,10 +356,10 @@ class OpenStudy:
         return any(trial.state == TrialState.RUNNING for trial in _patiently(self._trials))
 
     def hand_back(self, trial: Trial, how: HandedBack) -> None:
-        """Leave a trial, if it is still this worker's, to whoever looks for one next."""
-        with suppress(*AWAY):  # then it is found without its worker
-            if self._signed(trial):
-                trial._trial.set_user_attr("worker", how)
+        """Leave a trial, if it is still this process's, to whoever looks for one next."""
+        if claimed := self._claims.pop(trial.number, None):
+            with suppress(*AWAY):  # then it is found without its claimant
+                claimed.claimant.hand_back(claimed.held, how)
 
     def tell(self, number: int, ended: Ended) -> None:
         """A trial has ended: Optuna is told what is known of it, so that its sampler learns from every one.
@@ -375,12 +387,9 @@ class OpenStudy:
             self._tell(number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state)
 
     def owns(self, trial: Trial) -> bool:
-        """Whether a trial is still its worker's: one that was thought dead may have lost it."""
-        return _patiently(lambda: self._signed(trial))
-
-    def _signed(self, trial: Trial) -> bool:
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        return frozen.state == TrialState.RUNNING and frozen.user_attrs.get("worker") == trial._worker
+        """Whether a trial is still this process's: one that was cut off from the storage for long may have lost it."""
+        claimed = self._claims.get(trial.number)
+        return claimed is not None and _patiently(lambda: claimed.claimant.owns(claimed.held))
 
     def _tell(
         self,
@@ -390,13 +399,20 @@ class OpenStudy:
         limits: Mapping[str, float] | None = None,
         ended: State = "complete",
     ) -> None:
+        claimed = self._claims.get(number)
+        if claimed is None:
+            raise ClaimLost(f"Trial {number} is not this process's")
+
         def tell() -> None:
-            frozen = self._study.get_trials(deepcopy=False)[number]
-            if not frozen.state.is_finished():  # or told just before it went away
-                self._note(frozen, limits or {}, ended)
-                self._study.tell(number, told, state=state)
+            with claimed.claimant.fenced(claimed.held):
+                frozen = self._study.get_trials(deepcopy=False)[number]
+                if not frozen.state.is_finished():  # or told just before it went away
+                    self._note(frozen, limits or {}, ended)
+                    self._study.tell(number, told, state=state)
 
         _patiently(tell)
+        claimed.claimant.settled(claimed.held)
+        del self._claims[number]
 
     def _note(self, frozen: FrozenTrial, limits: Mapping[str, float], ended: State) -> None:
         """What a trial's values do not say, while it can still be written."""
@@ -409,10 +425,10 @@ class OpenStudy:
             if ended != "complete":
                 trial.set_user_attr("ended", ended)
 
-    def others(self, worker: Worker) -> int:
-        """How many trials other, living workers have under way."""
-        running = (trial for trial in self._trials() if trial.state == TrialState.RUNNING)
-        return sum(self._alive(trial, worker) for trial in running)
+    def others(self, claimant: Claimant, patient: bool = True) -> int:
+        """How many trials other, living claimants have under way."""
+        found = _patiently(lambda: self._under_way(claimant)) if patient else self._under_way(claimant)
+        return sum(standing.state != "free" for trial, standing in found if trial.number not in self._claims)
 
     def bind(self, facts: Mapping[str, str]) -> None:
         """All trials of a study share data and teacher: remember their hashes, or compare. Raises StudyError."""
@@ -428,33 +444,8 @@ class OpenStudy:
         curves = {trial.number: (trial.user_attrs.get("outcome") or {}).get("curve") for trial in ended}
         return {t.number: Told(tuple(t.values), dict(t.constraints), self._recipe(t), curves[t.number]) for t in ended}
 
-    def _alive(self, trial: FrozenTrial, worker: Worker) -> bool:
-        name = trial.user_attrs.get("worker")
-        if name in get_args(HandedBack):
-            return False
-        if name is None and not self._on_this_machine and trial.datetime_start:  # asked for, not signed yet: where?
-            return (datetime.now() - trial.datetime_start).total_seconds() < UNSIGNED_SECONDS
-        if name is None or worker.knows(name):
-            return worker.sees_alive(name)
-        return self._silent_for(name) < LEASE_SECONDS
-
-    def _silent_for(self, name: str) -> float:
-        """Seconds, on our own clock, for which the heart of a worker elsewhere has been seen to stand still."""
-        beat, now = self._study.user_attrs.get(_beat(name)), time.monotonic()
-        seen = self._beats.get(name)
-        if seen is None or seen.beat != beat:
-            seen = self._beats[name] = _Beat(beat, now, moves=seen is not None)
-        return now - seen.since
-
-    def _listening(self, worker: Worker) -> bool:
-        """Whether some trial's worker elsewhere has not been heard yet: a little more patience will tell."""
-        names = {trial.user_attrs.get("worker") for trial in self._trials() if trial.state == TrialState.RUNNING}
-        return any(name in self._beats and not self._beats[name].moves for name in names)
-
-    def _take(self, trial: optuna.Trial, worker: Worker, former: FrozenTrial | None) -> Trial:
-        """Sign a trial; `former` is what is known of it where somebody else had begun it."""
-        left = former.user_attrs.get("worker") if former else None
-        trial.set_user_attr("worker", worker.name)
+    def _chosen(self, trial: optuna.Trial, former: FrozenTrial | None, left: str | None) -> Trial:
+        """A claimed trial; `former` is what is known of it where somebody else had begun it, `left` how that ended."""
         chosen, untrained = {}, self._untrained(trial.number)
         for path in self.sweep.search:  # each from a sampler of its own: an ask may have been cut short between two values
             self._study.sampler = _sampler(self.sweep, trial.number, untrained, path)
@@ -468,7 +459,6 @@ class OpenStudy:
             broken=left not in (None, "released"),
             _aim=self._aim,
             _prunes=self.sweep.study.pruner != "none",
-            _worker=worker.name,
             _trial=trial,
             _reported=frozenset(former.intermediate_values if former else ()),
         )
@@ -527,12 +517,16 @@ def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
         storage = _storage(settings)
         if settings.storage is None:
             write_ahead(settings.stores / "optuna.db")
-    with suppress(KeyError):  # there is none yet
+    try:
         study = optuna.load_study(storage=storage, study_name=_stored_name(storage, sweep.name))
         if "sweep" in study.user_attrs:
             _check_same(study, sweep)
             done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
             return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs)
+    except KeyError:  # there is none yet
+        pass
+    finally:
+        storage.engine.dispose()  # its connections: a server has few
     return None
 
 
@@ -547,9 +541,10 @@ def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]
             )
 
 
-def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], str], gone: str = "") -> OpenStudy:
+def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = "") -> OpenStudy:
     """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for one that is `gone`.
 
+    It is given a mark of the study's own, by which a run that was made and then not told to Optuna is found again.
     Raises StudyError.
     """
     with FileLock(settings.stores / ".optuna.lock"):  # on one machine, one at a time makes stores and studies
@@ -565,16 +560,22 @@ def open_study(sweep: Sweep, settings: Settings, new_parent_run: Callable[[], st
         if "sweep" not in study.user_attrs:
             _check_directions(study, sweep)
             if "mlflow_run_id" not in study.user_attrs:
-                study.set_user_attr("mlflow_run_id", new_parent_run())
+                study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
             _enqueue_controls(study, sweep)
             if sweep.study.sampler == "grid":
                 _enqueue_grid(study, sweep)
             study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
         elif gone and study.user_attrs["mlflow_run_id"] == gone:
-            study.set_user_attr("mlflow_run_id", new_parent_run())
+            study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
     _check_same(study, sweep)
-    # Only those who share the stores see each other's locks: with a storage of its own, SQLite too, hearts must beat.
-    return OpenStudy(study, sweep, settings.storage is None)
+    return OpenStudy(study, sweep)
+
+
+def _mark(study: optuna.Study) -> str:
+    """What tells a study from one of the same name in another storage."""
+    if "mark" not in study.user_attrs:
+        study.set_user_attr("mark", uuid.uuid4().hex)
+    return str(study.user_attrs["mark"])
 
 
 def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
@@ -583,8 +584,15 @@ def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
     return [outcome["curve"] for outcome in known if outcome]
 
 
-def _beat(name: str) -> str:
-    return f"beat of {name}"
+def _claim_of(trial_id: int) -> str:
+    return f"trial {trial_id}"
+
+
+def _left(frozen: FrozenTrial, standing: Standing) -> str | None:
+    """How a trial was left: handed back, or by whom; nothing where nobody had come to claim it."""
+    if standing.claim:
+        return standing.claim.handed_back or standing.claim.claimant
+    return frozen.user_attrs.get("worker")  # as earlier versions had it
 
 
 def _patiently(call: Callable[[], T]) -> T:
@@ -661,12 +669,12 @@ def upgrade(url: str) -> None:
         raise StoreError(f"Optuna's own upgrade failed: {str(error).splitlines()[0]}") from error
 
 
-def _storage(settings: Settings) -> optuna.storages.BaseStorage:
+def _storage(settings: Settings) -> optuna.storages.RDBStorage:
     url = settings.storage_url
     fitting(url, OPTUNA, lambda: None)
     for attempt in range(3):  # two machines that make the tables at the same moment disturb each other once
         try:
-            storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine(url))
             if settings.storage is None:
                 _commit_quickly(storage)
             return storage
@@ -678,6 +686,12 @@ def _storage(settings: Settings) -> optuna.storages.BaseStorage:
                 f"Optuna storage {without_credentials(url)}: {_cause(error)}; correct --storage, or start the database"
             ) from None
     raise AssertionError("unreachable")
+
+
+def _engine(url: str) -> dict[str, Any]:
+    """How Optuna reaches a database: on a server with two connections at most, one for each thread that asks."""
+    few = {"pool_size": 1, "max_overflow": 1, "connect_args": reaching(url)} if reaching(url) else {}
+    return {"pool_pre_ping": True} | few
 
 
 def _commit_quickly(storage: optuna.storages.RDBStorage) -> None:

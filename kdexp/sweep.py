@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant
 from kdexp.config import Range, Recipe, Sweep, Training, flatten
 from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.data import Splits
@@ -35,7 +36,7 @@ from kdexp.trials import (
     leave,
     run_trials,
 )
-from kdexp.workers import Worker, warm_up
+from kdexp.workers import warm_up
 
 __all__ = [
     "EpochDone",
@@ -109,34 +110,36 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     )
     check_bar(sweep.selection, len(prepared.splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must stay as it began.
-    study = open_study(sweep, settings, lambda: _new_parent_run(sweep, tracking, experiment_id), gone)
-    worker, finished = Worker(settings.stores), False
-    try:
-        study.bind(_facts(prepared))
-        if prepared.splits.inspection:
-            log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
-        tracking.finish(study.parent_run, "RUNNING")
-        log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
-        yield TeacherReady(prepared, study.done)
-        if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
-            yield Misremembered(wrong)
-        crew = crew_of(settings, device, study.left - study.others(worker))
-        yield crew
-        if crew.workers > 1:
-            yield from run_crew(crew, study, prepared, settings, device, experiment_id)
-        else:
-            with worker:
+    study = open_study(sweep, settings, lambda mark: _new_parent_run(sweep, tracking, experiment_id, mark), gone)
+    finished = False
+    with Claimant(settings) as claimant:
+        try:
+            study.bind(_facts(prepared))
+            if prepared.splits.inspection:
+                log_text(study.parent_run, IMAGES, json.dumps(prepared.splits.inspection.digests, indent=0), tracking)
+            tracking.finish(study.parent_run, "RUNNING")
+            if settings.storage:
+                tracking.tag(study.parent_run, {"kdexp.shared_storage": "yes"})
+            log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
+            yield TeacherReady(prepared, study.done)
+            if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
+                yield Misremembered(wrong)
+            crew = crew_of(settings, device, study.left - study.others(claimant))
+            yield crew
+            if crew.workers > 1:
+                yield from run_crew(crew, study, prepared, settings, device, experiment_id)
+            else:
                 pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, study.left)
-                yield from run_trials(study, prepared, tracking, experiment_id, worker, study.checkpoints(settings), pack)
-        if study.exhausted:
-            yield NothingLeft(study.done, study.smallest)
-        finished = True
-    finally:
-        others = leave(study, tracking, worker, finished)
-    if not others:
-        with worker.turn:  # nobody takes a trial now: a command that has raised the budget may be at one already
-            if not study.under_way:
-                study.checkpoints(settings).clear()
+                yield from run_trials(study, prepared, tracking, experiment_id, claimant, study.checkpoints(settings), pack)
+            if study.exhausted:
+                yield NothingLeft(study.done, study.smallest)
+            finished = True
+        finally:
+            others = leave(study, tracking, claimant, finished)
+        if not others:
+            with claimant.turn:  # nobody takes a trial now: a command that has raised the budget may be at one already
+                if not study.under_way:
+                    study.checkpoints(settings).clear()
     return others
 
 
@@ -223,9 +226,9 @@ def _check_images(sweep: Sweep, begun: Begun | None, splits: Splits, tracking: T
         )
 
 
-def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str:
+def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: str) -> str:
     for run in tracking.studies(sweep.name):
-        if run.status == "RUNNING" and not tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id):
+        if run.tags.get("kdexp.study_mark") == mark:
             return run.run_id  # made by a process that died before it could tell Optuna
     params = {path: value for path, value in flatten(sweep).items() if path.split(".")[0] not in Recipe.model_fields}
     for path in too_long(params):
@@ -237,7 +240,7 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str) -> str
         "study",
         f"study {sweep.name}",
         params=params,
-        tags={"kdexp.study": sweep.name, "mlflow.note.content": _about(sweep)},
+        tags={"kdexp.study": sweep.name, "kdexp.study_mark": mark, "mlflow.note.content": _about(sweep)},
     )
 
 

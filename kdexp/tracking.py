@@ -66,6 +66,8 @@ RACES = 5
 CONNECT_SECONDS = 10.0  # that a server may be busy at the start
 PATIENCE = 300.0  # seconds that it may be away later
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+OVERLOADED = ("database is locked", "QueuePool limit", "too many clients", "connection slots")
+"""What a store says that is only busy, also where the server makes a 400 of it."""
 PARAMS, METRICS = 100, 1000  # MLflow's limits in one request
 DATASET = ("name", "digest", "source_type", "source", "profile")
 EXPERIMENTS = 1000  # in one page, and in one search for runs
@@ -634,9 +636,11 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return error.response.status_code == 429 or error.response.status_code >= 500
     text = str(error)
+    if any(reason in text for reason in OVERLOADED):
+        return True
     refused = "error code 4" in text and "error code 429" not in text
     passing = "API request to" in text and "failed with" in text and not refused
-    return isinstance(error, requests.ConnectionError | requests.Timeout) or passing or "database is locked" in text
+    return isinstance(error, requests.ConnectionError | requests.Timeout) or passing
 
 
 @contextmanager

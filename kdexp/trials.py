@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant, ClaimLost
 from kdexp.config import Recipe
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.execution import choose
@@ -29,7 +30,6 @@ from kdexp.settings import first_line, in_one_line, without_credentials
 from kdexp.study import Ended, OpenStudy, Trial
 from kdexp.surroundings import out_of_memory
 from kdexp.tracking import Tracking
-from kdexp.workers import Worker
 
 __all__ = [
     "EpochDone",
@@ -112,7 +112,7 @@ def run_trials(
     prepared: Prepared,
     tracking: Tracking,
     experiment_id: str,
-    worker: Worker,
+    claimant: Claimant,
     checkpoints: Checkpoints,
     pack: int = 1,
 ) -> Generator[TrialEvent, None, None]:
@@ -120,28 +120,28 @@ def run_trials(
 
     With `pack` above 1, so many trials are asked for at once, and those that can be fused train as one batch.
     """
-    here = _Here(study, prepared, tracking, experiment_id, worker, checkpoints, pack)
-    with study.beating(worker), here.handing_back():
+    here = _Here(study, prepared, tracking, experiment_id, claimant, checkpoints, pack)
+    with here.handing_back():
         while group := here.next_group():
             yield from here.news()
             yield from _run_pack(group, here)
         yield from here.news()
 
 
-def leave(study: OpenStudy, tracking: Tracking, worker: Worker, finished: bool) -> int:
+def leave(study: OpenStudy, tracking: Tracking, claimant: Claimant, finished: bool) -> int:
     """How many trials others have under way; with none, the study's run is closed.
 
-    Called once this worker's own lock is free, so that of several that stop together the last one sees nobody.
+    Called once its own trials are ended or handed back, so that of several that stop together the last one sees nobody.
     """
     if finished:
-        return _leave(study, tracking, worker, "FINISHED")
+        return _leave(study, tracking, claimant, "FINISHED")
     with tracking.at_once(), suppress(Exception):  # on the way out nobody waits; why we leave is what is to be heard
-        return _leave(study, tracking, worker, "KILLED")
+        return _leave(study, tracking, claimant, "KILLED")
     return 0
 
 
-def _leave(study: OpenStudy, tracking: Tracking, worker: Worker, status: Literal["FINISHED", "KILLED"]) -> int:
-    others = study.others(worker)
+def _leave(study: OpenStudy, tracking: Tracking, claimant: Claimant, status: Literal["FINISHED", "KILLED"]) -> int:
+    others = study.others(claimant, patient=status == "FINISHED")
     if not others:
         tracking.finish(study.parent_run, status)
     return others
@@ -183,7 +183,7 @@ class _Here:
     prepared: Prepared
     tracking: Tracking
     experiment_id: str
-    worker: Worker
+    claimant: Claimant
     checkpoints: Checkpoints
     pack: int
     waiting: list[_Begun] = field(default_factory=list)
@@ -247,7 +247,7 @@ class _Here:
 
     def _ask(self) -> _Begun | None:
         """The next trial that is worth its training."""
-        while trial := self.study.next_trial(self.worker, self._ended):
+        while trial := self.study.next_trial(self.claimant, self._ended):
             try:
                 if begun := self._worth_training(trial):
                     return begun
@@ -367,14 +367,16 @@ class _Seat:
         self.running.settle(report)
         return self.running.state != "complete" or report.epoch == report.epochs
 
-    def leave(self) -> TrialFinished:
-        """Close the run, then tell Optuna. Raises KdexpError where the trial has become another worker's."""
+    def leave(self) -> TrialFinished | TrialFailed:
+        """Close the run, then tell Optuna. A trial that has become another command's is dropped."""
+        try:
+            return self._leave()
+        except ClaimLost as error:
+            return self._dropped(error)
+
+    def _leave(self) -> TrialFinished:
         if not self.here.study.owns(self.trial):
-            self.left = True
-            raise KdexpError(
-                f"Trial {self.trial.number} was taken over by another worker while this one was cut off from the study's "
-                f"storage: what was trained of it here is dropped. Start the command again to go on with the study."
-            )
+            raise ClaimLost("another command has taken it over while this one was cut off")
         self.stack.close()
         result, samples = self.running.result, len(self.here.prepared.splits.validation)
         assert result is not None
@@ -384,6 +386,18 @@ class _Seat:
         self.here.checkpoints.remove(_name(self.trial))
         self.left = True
         return TrialFinished(self.trial.number, result, self.here.study.done)
+
+    def _dropped(self, error: ClaimLost) -> TrialFailed:
+        """Take back what was recorded: of each trial one training is accepted, and it is not this one."""
+        self.left = True
+        self.here.study.hand_back(self.trial, "released")  # which it no longer is: nothing but our own memory of it
+        why = f"{error}; what was trained of it here is dropped"
+        with suppress(ClaimLost), self.stack:  # its run is closed as broken off, where it is still open
+            raise error
+        with suppress(KdexpError):
+            self.here.tracking.tag(self.running.run_id, {"kdexp.state": "interrupted", "kdexp.error": why})
+            self.here.tracking.finish(self.running.run_id, "KILLED")
+        return TrialFailed(self.trial.number, why)
 
     def _pointless(self, report: EpochReport) -> bool:
         study, samples = self.here.study, len(self.here.prepared.splits.validation)

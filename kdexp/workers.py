@@ -1,4 +1,4 @@
-"""Which processes are alive: each worker holds a lock file while it lives, and the system frees it even after kill -9."""
+"""How worker processes are made."""
 
 from __future__ import annotations
 
@@ -7,69 +7,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import uuid
 from collections.abc import Iterator
 from multiprocessing import forkserver, util
-from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from kdexp import KdexpError
-from kdexp.files import write_atomically
 
-__all__ = ["Worker", "start_method", "warm_up"]
+__all__ = ["start_method", "warm_up"]
 
 SOCKET_ROOM = 60  # bytes, of the 108 that a socket's path may have: multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx
-
-
-class Worker:
-    """This process among those that share a folder of stores; a context manager that is alive inside."""
-
-    def __init__(self, stores: Path) -> None:
-        self.folder = stores / "workers"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.turn = FileLock(stores / ".ask.lock")
-        """Held by the one worker that is taking a trial."""
-        with self.turn:
-            self.place = _place(self.folder)
-        self.name = f"{uuid.uuid4().hex[:12]}@{self.place}"
-        self._lock = FileLock(self.folder / f"{self.name}.lock")
-
-    def __enter__(self) -> Worker:
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        (self.folder / f"{self.name}.lock").unlink(missing_ok=True)
-
-    def knows(self, name: str) -> bool:
-        """Whether a worker of that name would be seen here: it shares this folder."""
-        return name.partition("@")[2] == self.place
-
-    def sees_alive(self, name: str | None) -> bool:
-        """Whether another worker of that name, sharing this folder, lives."""
-        if name is None or name == self.name:
-            return False
-        path = self.folder / f"{name}.lock"
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                pass
-        except Timeout:
-            return True
-        with contextlib.suppress(OSError):
-            path.unlink()
-        return False
-
-
-def _place(folder: Path) -> str:
-    """What names a folder of workers, whatever host or container it is seen from."""
-    file = folder / "place"
-    if not file.exists():
-        write_atomically(file, lambda path: path.write_text(uuid.uuid4().hex[:8], "utf-8"))
-    return file.read_text("utf-8")
 
 
 def warm_up() -> None:

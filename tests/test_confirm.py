@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from conftest import CPU, stores_in, tiny_sweep
-from filelock import FileLock
 from test_sweep import drain, interrupt_at, statuses
 
 from kdexp import KdexpError
+from kdexp.claims import Claimant
 from kdexp.config import ConfigError, Selection, Sweep
 from kdexp.confirm import Confirmation, Verdict, confirm
 from kdexp.distill import data as data_module
@@ -226,18 +227,21 @@ def test_a_run_whose_command_was_killed_is_closed_and_its_seed_trained_again(pla
     assert statuses(place, "confirmation")["RUNNING"] == 0
 
 
-def test_two_commands_share_the_seeds(place, store) -> None:
-    """What another command is at is left until last, and then waited for."""
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_commands_share_the_seeds(place, store, tmp_path, machines) -> None:
+    """What another command is at is left until last, and then waited for: also one of another machine, on one storage."""
     number = untrained(place, store)
     begun = lambda event: isinstance(event, EpochDone) and event.number == number  # noqa: E731
     interrupt_at(confirming(place, store, seeds=number), begun)
     folder = place.stores / "checkpoints" / f"confirm-{store.study('luck').run_id}"
     (checkpoint,) = folder.glob("*.checkpoint")
-    with FileLock(folder / f"{checkpoint.stem}.lock"):
-        events = interrupt_at(confirming(place, store, seeds=number + 1), lambda event: isinstance(event, Elsewhere))
+    here = place if machines == 1 else replace(place, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    there = here if machines == 1 else replace(here, stores=tmp_path / "other")
+    with Claimant(there) as other, other.lock(f"seed {checkpoint.stem}"):
+        events = interrupt_at(confirming(here, store, seeds=number + 1), lambda event: isinstance(event, Elsewhere))
         assert trained(events) == {number + 1}
         assert events[-1] == Elsewhere(number)
-    events, _ = drain(confirming(place, store, seeds=number + 1))
+    events, _ = drain(confirming(here, store, seeds=number + 1))
     assert number in trained(events)
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "kdexp.surroundings": 0,
     "kdexp.own": 1,
     "kdexp.workers": 1,
+    "kdexp.claims": 2,
     "kdexp.config": 1,
     "kdexp.settings": 1,
     "kdexp.environment": 2,

@@ -19,6 +19,7 @@ from test_objective import drain, optuna_of, skipped
 
 import kdexp.sweep as sweep_module
 from benchmarks.searching import different
+from kdexp.claims import Claimant
 from kdexp.config import NEAR, Choices, Range, Recipe, Sweep, nearly_alike
 from kdexp.distill.data import load_splits
 from kdexp.distill.models import Size, measure, outline
@@ -28,7 +29,6 @@ from kdexp.settings import Settings
 from kdexp.study import NARROW, PATIENCE, check_study, open_study
 from kdexp.sweep import NothingLeft, TrialFinished, TrialSkipped, TrialStarted, run_sweep
 from kdexp.trials import _Here
-from kdexp.workers import Worker
 
 
 def risky(**study) -> Sweep:
@@ -187,17 +187,17 @@ def test_a_smaller_student_is_no_repeat_of_its_like_where_the_smallest_is_search
     tree["selection"]["accuracy_bar"] = 0.99
     sweep = Sweep.model_validate_json(json.dumps(tree))
     drain(run_sweep(sweep, settings, tracking, CPU))
-    with Worker(settings.stores) as worker:
+    with Claimant(settings) as claimant:
         study = open_study(sweep.model_copy(update={"study": sweep.study.model_copy(update={"trials": 9})}), settings, str)
         optuna_of(settings).enqueue_trial({"student.hidden": 15})
-        trial = study.next_trial(worker, lambda number: None)
+        trial = study.next_trial(claimant, lambda number: None)
         assert trial is not None
         assert [recipe.student.hidden for recipe in study.like(trial).values()] == [16], (
             "the labels-only control has another alpha"
         )
         splits = load_splits(sweep.data)
         prepared = SimpleNamespace(splits=splits)
-        here = _Here(study, prepared, tracking, "", worker, study.checkpoints(settings), 1)  # type: ignore[arg-type]
+        here = _Here(study, prepared, tracking, "", claimant, study.checkpoints(settings), 1)  # type: ignore[arg-type]
         own, larger = (
             measure(outline(network, splits.train), splits.train) for network in (trial.recipe.student, sweep.student)
         )
@@ -222,30 +222,6 @@ def test_early_stopping_does_not_wait_for_a_database_that_is_locked(tmp_path) ->
     assert not study.pointless(Size(9, 9, 9), [0.1], 3, 287)
 
 
-def test_two_commands_with_one_sqlite_storage_and_two_stores_leave_each_other_their_trials(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("kdexp.study.BEAT_SECONDS", 0.1)
-    monkeypatch.setattr("kdexp.study.LEASE_SECONDS", 1.0)
-    sweep, storage = risky(), f"sqlite:///{tmp_path / 'shared.db'}"
-    one, two = (Settings(stores=tmp_path / name, storage=storage) for name in ("one", "two"))
-    check_study(sweep, one)
-    first, second = open_study(sweep, one, str), open_study(sweep, two, str)
-    with Worker(one.stores) as here, Worker(two.stores) as there, second.beating(there):
-        with first.beating(here):
-            mine = first.next_trial(here, lambda number: None)
-            assert mine is not None
-            assert second.others(there) == 1
-            time.sleep(1.5)
-            theirs = second.next_trial(there, lambda number: None)
-            assert theirs is not None
-            assert (mine.number, theirs.number) == (0, 1)
-            assert first.owns(mine)
-        second.others(there)
-        time.sleep(1.5)
-        taken = second.next_trial(there, lambda number: None)
-        assert taken is not None
-        assert (taken.number, taken.retried) == (0, True), "whose heart stands still is gone"
-
-
 def test_a_study_that_ends_leaves_the_checkpoints_of_a_command_that_goes_on_with_it(settings, tracking, monkeypatch) -> None:
     """It has raised the budget and taken a trial before the first command has cleared up."""
     sweep, kept = risky(sampler="random", trials=2), []
@@ -254,20 +230,20 @@ def test_a_study_that_ends_leaves_the_checkpoints_of_a_command_that_goes_on_with
 
     def leaving(*args, **named) -> int:
         others = really(*args, **named)
-        study, worker = open_study(more, settings, str), Worker(settings.stores)
-        worker.__enter__()
-        assert study.next_trial(worker, lambda number: None) is not None
+        study, claimant = open_study(more, settings, str), Claimant(settings)
+        claimant.__enter__()
+        assert study.next_trial(claimant, lambda number: None) is not None
         folder = study.checkpoints(settings).folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "trial-2.checkpoint").write_bytes(b"kept")
-        kept.extend([worker, folder / "trial-2.checkpoint"])
+        kept.extend([claimant, folder / "trial-2.checkpoint"])
         return others
 
     monkeypatch.setattr(sweep_module, "leave", leaving)
     drain(run_sweep(sweep, settings, tracking, CPU))
-    worker, checkpoint = kept
+    claimant, checkpoint = kept
     assert checkpoint.read_bytes() == b"kept"
-    worker.__exit__()
+    claimant.__exit__()
     monkeypatch.setattr(sweep_module, "leave", really)
     drain(run_sweep(more, settings, tracking, CPU))
     assert not checkpoint.parent.exists(), "the last one clears up"

@@ -6,6 +6,8 @@ import json
 import shutil
 import sqlite3
 from collections import Counter
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -29,7 +31,7 @@ from kdexp.runner import EPOCH_METRICS, _named, prepare, started
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
 from kdexp.study import OpenStudy, StudyError
-from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, run_sweep
+from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, _new_parent_run, run_sweep
 from kdexp.tracking import Tracking, TrackingError
 
 
@@ -521,16 +523,19 @@ def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str)
     assert _named(Student(**network)) == name
 
 
-def test_a_trial_that_has_become_another_workers_is_not_ended_here(settings, tracking, tiny) -> None:
+def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(settings, tracking, tiny) -> None:
     sweep = run_sweep(tiny, settings, tracking, CPU)
     next(event for event in sweep if isinstance(event, EpochDone))
-    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
-    optuna.Trial(study, study.trials[0]._trial_id).set_user_attr("worker", "somebody else")
-    with pytest.raises(KdexpError, match="Trial 0 was taken over by another worker"):
-        drain(sweep)
-    trial = study.get_trials()[0]
-    assert (trial.state.name, trial.user_attrs["worker"]) == ("RUNNING", "somebody else"), "it is left to that one"
-    assert statuses(settings, "trial") == Counter(FAILED=1)
+    with closing(sqlite3.connect(settings.stores / "optuna.db", isolation_level=None)) as optuna_db:
+        optuna_db.execute("update kdexp_claims set token = token + 1, claimant = 'somebody@elsewhere'")
+    events, others = drain(sweep)
+    lost = [event for event in events if isinstance(event, TrialFailed)]
+    assert [event.number for event in lost] == [0]
+    assert "another command has taken it over" in lost[0].why
+    assert others == 1
+    trials = optuna.load_study(study_name=tiny.name, storage=settings.storage_url).trials
+    assert [trial.state.name for trial in trials] == ["RUNNING"] + ["COMPLETE"] * 3, "it is left to that one"
+    assert statuses(settings, "trial") == Counter(KILLED=1, FINISHED=3)
 
 
 @pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, "released"), (KdexpError, "released"), (ValueError, "failed")])
@@ -549,11 +554,19 @@ def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
     else:
         with pytest.raises(stop):
             drain(sweep)
-    study = optuna.load_study(study_name=tiny.name, storage=settings.storage_url)
-    assert study.trials[0].user_attrs["worker"] == left
+    with closing(sqlite3.connect(settings.stores / "optuna.db")) as optuna_db:
+        assert optuna_db.execute("select handed_back from kdexp_claims").fetchall() == [(left,)]
     monkeypatch.undo()
     events, _ = drain(run_sweep(tiny, settings, tracking, CPU))
     assert [event.number for event in events if isinstance(event, TrialFinished)] == [0, 1, 2, 3]
+
+
+def test_the_run_of_a_study_in_another_storage_is_left_alone(settings, tracking, tiny) -> None:
+    """Two commands share MLflow, not Optuna's storage, and start together: each has a study of its own."""
+    study = partial(_new_parent_run, tiny, tracking, tracking.experiment(tiny.name))
+    own, others = study("own mark"), study("another's mark")
+    assert own != others
+    assert study("own mark") == own, "made by a process that died before Optuna was told"
 
 
 def test_a_run_of_another_version_is_said_to_be_one(settings, tracking, tiny) -> None:

@@ -16,7 +16,7 @@ from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.runner import EPOCH_METRICS, Prepared, Running, prepare, started
 from kdexp.settings import Settings
-from kdexp.tracking import EpochMetrics, Tracking, TrackingError
+from kdexp.tracking import EpochMetrics, Tracking, TrackingError, _may_pass
 
 RECIPE = tiny_sweep().recipe
 
@@ -192,3 +192,11 @@ def test_a_database_in_use_stays_as_it_is(tmp_path: Path, monkeypatch) -> None:
         write_ahead(tmp_path / "x.db")
         database.execute("rollback")
         assert database.execute("pragma journal_mode").fetchone() == ("delete",)
+
+
+@pytest.mark.parametrize("busy", ["QueuePool limit of size 5 overflow 10 reached", "FATAL: sorry, too many clients already"])
+def test_a_busy_store_is_waited_for_though_its_server_calls_that_a_bad_request(busy: str) -> None:
+    refused = "API request to endpoint /api/2.0/mlflow/runs/search failed with error code 400 != 200. Response body: "
+    assert _may_pass(MlflowException(f"BAD_REQUEST: (sqlalchemy.exc.TimeoutError) {busy}, connection timed out"))
+    assert _may_pass(MlflowException(f"{refused}'BAD_REQUEST: {busy}'"))
+    assert not _may_pass(MlflowException(f"{refused}'BAD_REQUEST: no such parameter'"))

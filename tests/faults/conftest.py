@@ -34,11 +34,11 @@ class End:
 class Life:
     """One kdexp command under way."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], fault: Fault | None = None) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], fault: Fault | None = None, name: str = "") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kdexp.preload"])
-        self.folder = folder
-        self.process = context.Process(target=_live, args=(folder, tuple(arguments), fault))
+        self.folder, self.name = folder, name
+        self.process = context.Process(target=_live, args=(folder, tuple(arguments), fault, name))
         self.process.start()
 
     def trains(self, timeout: float = 120) -> None:
@@ -54,7 +54,7 @@ class Life:
         """Wait for it."""
         self.process.join(timeout)
         assert not self.process.is_alive(), "it hangs"
-        texts = [(self.folder / name).read_text() for name in ("out.txt", "err.txt")]
+        texts = [(self.folder / name).read_text() for name in (f"{self.name}out.txt", f"{self.name}err.txt")]
         return End(self.process.exitcode, *texts)
 
     def kill(self) -> None:
@@ -62,12 +62,12 @@ class Life:
         self.process.kill()
 
 
-def _live(folder: Path, arguments: Sequence[str], fault: Fault | None) -> None:
+def _live(folder: Path, arguments: Sequence[str], fault: Fault | None, prefix: str) -> None:
     os.setsid()
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, stream in (("out.txt", 1), ("err.txt", 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(prefix + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     for name in [name for name in os.environ if name.startswith(("KDEXP_", "MLFLOW_TRACKING"))]:
         del os.environ[name]
     os.environ["COLUMNS"] = "200"

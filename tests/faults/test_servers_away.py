@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy
+from conftest import until
 
 from faults.conftest import SWEEP, Dies, Facts, Life, Sets, facts, statuses, written
 from faults.servers import BadProxy, MlflowServer, Postgresql
@@ -16,6 +22,7 @@ from faults.servers import BadProxy, MlflowServer, Postgresql
 pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
 
 LONG = {"training__epochs": 40, "study__trials": 6, "study__sampler": "random", "study__retries": 100}
+GRACE = {"kdexp.claims:GRACE_SECONDS": 3.0, "kdexp.claims:KEEP_SECONDS": 0.3}
 OFTEN = {"kdexp.runner:DELIVER_SECONDS": 0.3}
 
 
@@ -43,8 +50,6 @@ def renamed(folder: Path, name: str, **changes: object) -> Path:
 
 def of_study(server: MlflowServer, folder: Path, name: str) -> Facts:
     """Only this study's runs: the server holds several."""
-    import sqlite3
-
     copy = folder / "server-copy.db"
     with sqlite3.connect(server.database, timeout=60) as source, sqlite3.connect(copy) as target:
         source.backup(target)
@@ -132,20 +137,121 @@ def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: 
     assert sum(statuses(place).values()) == 8
 
 
-def test_a_worker_of_another_machine_that_is_gone_is_noticed_by_its_silence(tmp_path: Path, postgresql: Postgresql) -> None:
-    """The second machine takes over the trial, within the lease, and neither lets a run stay open that it can reach."""
-    changes = {"training__epochs": 6, "study__trials": 3}
-    leases = Sets({"kdexp.study:BEAT_SECONDS": 0.5, "kdexp.study:LEASE_SECONDS": 3.0})
-    stores = tmp_path / "mlflow.db"
-    command = [*SWEEP, "--storage", postgresql.url, "--tracking-uri", f"sqlite:///{stores}"]
+def of_two(tmp_path: Path, storage: str, tracking: str, **changes: object) -> tuple[Path, Path, list[str]]:
+    """Two machines: folders of their own, the same servers."""
     one, two = written(tmp_path / "one", **changes), written(tmp_path / "two", **changes)
+    return one, two, [*SWEEP, "--storage", storage, "--tracking-uri", tracking]
+
+
+def runs_of(server: MlflowServer, study: str) -> Counter[tuple[str, str]]:
+    """How many runs of a study there are by (kind, status)."""
+    query = (
+        "select kind.value, runs.status from runs join tags kind using (run_uuid) join tags study using (run_uuid) "
+        "where kind.key = 'kdexp.kind' and study.key = 'kdexp.study' and study.value = ? and kind.value in ('trial', 'study')"
+    )
+    with closing(sqlite3.connect(server.database, timeout=60)) as mlflow:
+        return Counter(mlflow.execute(query, (study,)).fetchall())
+
+
+def claimed(server: Postgresql) -> list[tuple[int, str]]:
+    """Token and claimant of each trial."""
+    engine = sqlalchemy.create_engine(server.url)
+    with engine.connect() as connection:
+        query = "select token, claimant from kdexp_claims where name like 'trial %' order by name"
+        rows = connection.execute(sqlalchemy.text(query)).all()
+    engine.dispose()
+    return [(token, claimant) for token, claimant in rows]
+
+
+def accepted(server: Postgresql) -> list[tuple[int, str]]:
+    """Number and state of the trials in Optuna, as often as they are there."""
+    engine = sqlalchemy.create_engine(server.url)
+    with engine.connect() as connection:
+        rows = connection.execute(sqlalchemy.text("select number, state::text from trials order by number")).all()
+    engine.dispose()
+    return [(number, state) for number, state in rows]
+
+
+def test_a_command_of_another_machine_that_is_gone_is_noticed(tmp_path: Path, postgresql: Postgresql) -> None:
+    """The second machine takes over the trial, after the grace, and neither lets a run stay open that it can reach."""
+    stores = tmp_path / "mlflow.db"
+    one, two, command = of_two(tmp_path, postgresql.url, f"sqlite:///{stores}", training__epochs=6, study__trials=3)
     dies = Dies("kdexp.runner:Running.record", call=8)
-    assert Life(one, command, Sets(leases.values, dies)).end().code == -signal.SIGKILL
+    assert Life(one, command, Sets(GRACE, dies)).end().code == -signal.SIGKILL
     started = time.monotonic()
-    end = Life(two, command, leases).end()
+    end = Life(two, command, Sets(GRACE)).end()
     assert end.code == 0, end.err
     assert "Selected: trial" in end.out
     assert time.monotonic() - started > 3.0
     found = statuses(two, stores)
     assert found["trial", "FINISHED"] == 3
     assert found["trial", "RUNNING"] == found["study", "RUNNING"] == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5, 9.0])
+def test_an_outage_of_the_database_takes_no_trial_from_the_living(
+    tmp_path: Path, postgresql: Postgresql, server: MlflowServer, seconds: float
+) -> None:
+    """Of no time, below and above the grace of 3 s; two machines train all the while."""
+    name = f"outage {seconds}"
+    one, two, command = of_two(tmp_path, postgresql.url, server.url, **{**LONG, "name": name})
+    lives = [Life(folder, command, Sets(GRACE)) for folder in (one, two)]
+    for life in lives:
+        life.trains()
+    postgresql.kill()
+    time.sleep(seconds)
+    postgresql.start()
+    ends = [life.end() for life in lives]
+    assert [end.code for end in ends] == [0, 0], "".join(end.err for end in ends)
+    assert "taken it over" not in "".join(end.out for end in ends)
+    assert accepted(postgresql) == [(number, "COMPLETE") for number in range(6)]
+    assert runs_of(server, name) == Counter({("trial", "FINISHED"): 6, ("study", "FINISHED"): 1})
+
+
+def test_who_is_cut_off_for_longer_than_the_grace_loses_the_trial_and_not_the_command(
+    tmp_path: Path, postgresql: Postgresql, server: MlflowServer
+) -> None:
+    """Its process stands still, and its connection ends, as where a machine is suspended."""
+    name = "suspended"
+    changes = {**LONG, "name": name, "study__trials": 2}
+    one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
+    first = Life(one, command, Sets(GRACE))
+    first.trains()
+    assert first.process.pid is not None
+    os.kill(first.process.pid, signal.SIGSTOP)
+    engine = sqlalchemy.create_engine(postgresql.url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        everybody = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+        connection.execute(sqlalchemy.text(everybody))
+    engine.dispose()
+    second = Life(two, command, Sets(GRACE)).end()
+    assert second.code == 0, second.err
+    os.kill(first.process.pid, signal.SIGCONT)
+    end = first.end()
+    assert end.code == 0, end.err
+    assert "another command has taken it over" in end.out
+    assert accepted(postgresql) == [(0, "COMPLETE"), (1, "COMPLETE")]
+    assert runs_of(server, name)["trial", "FINISHED"] == 2
+
+
+def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
+    tmp_path: Path, postgresql: Postgresql, server: MlflowServer
+) -> None:
+    """Two machines; eight commands of the second wait for what the first had under way."""
+    name = "successors"
+    alike = {"distillation.alpha": {"low": 0.0, "high": 1.0}}  # so that the three train as one
+    changes = {**LONG, "name": name, "study__trials": 3, "training__epochs": 150, "search": alike}
+    one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
+    first = Life(one, [*command, "--pack", "3"], Sets(GRACE))
+    first.trains()
+    until(lambda: [state for _, state in accepted(postgresql)] == ["RUNNING"] * 3, "three trials are under way")
+    first.kill()
+    assert first.end().code == -signal.SIGKILL
+    waiters = [Life(two, command, Sets(GRACE), f"{number}") for number in range(8)]
+    ends = [waiter.end(500) for waiter in waiters]
+    assert [end.code for end in ends] == [0] * 8, "".join(end.err for end in ends)
+    assert accepted(postgresql) == [(number, "COMPLETE") for number in range(3)]
+    assert runs_of(server, name) == Counter({("trial", "FINISHED"): 3, ("trial", "KILLED"): 3, ("study", "FINISHED"): 1})
+    assert [token for token, _ in claimed(postgresql)] == [2, 2, 2]
+    assert len({claimant for _, claimant in claimed(postgresql)}) == 3
+    assert any("Selected: trial" in end.out for end in ends)

@@ -109,3 +109,5 @@ def test_two_machines_share_a_study(postgresql: str, mlflow_server: str, tiny_fi
     assert any("Selected: trial" in out for out, _ in outputs)
     selected = client.get_model_version_by_alias("tiny", "smallest")
     assert client.get_run(selected.run_id).data.metrics["test_accuracy"] > 0
+    assert len(client.search_model_versions("name = 'tiny'")) == 1, "one of them registers"
+    assert len(client.get_metric_history(selected.run_id, "test_accuracy")) == 1, "one of them looks at test"

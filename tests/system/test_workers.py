@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import until
 
+from kdexp.claims import Claimant
+from kdexp.settings import Settings
 from system.conftest import command, environment, runs, started, trials
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -79,7 +81,7 @@ def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(t
     assert {"trial 0 · documented defaults", "trial 1 · labels only"} < names.keys()
     again = run("reproduce", names["trial 3"])
     assert "identical: 18 metric values" in again
-    assert not list((tmp_path / "mlruns" / "workers").glob("*.lock"))
+    assert not list((tmp_path / "mlruns" / "optuna.db-claims").glob("*@*.lock"))
 
 
 @pytest.mark.slow
@@ -133,7 +135,9 @@ def test_workers_stop_by_themselves_when_their_parent_is_killed(tiny_file: Path,
     assert runs(tmp_path, "trial")["RUNNING"] == 0
     assert runs(tmp_path, "trial")["KILLED"] >= 1
     assert runs(tmp_path, "study") == {"KILLED": 1}
-    assert not list((tmp_path / "mlruns" / "workers").glob("*.lock"))
+    with Claimant(Settings(stores=tmp_path / "mlruns")) as claimant:
+        left = [path.stem for path in (tmp_path / "mlruns" / "optuna.db-claims").glob("*@*.lock")]
+        assert left == [claimant.name], "what the killed one has left is cleared up"
 
 
 @pytest.mark.parametrize(
