@@ -7,11 +7,13 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
     export · variants                a run's student as a file · the smaller forms of a trained student
     compare · verify                 two runs' records side by side · a record held against itself and its weights
-    crew, preload · trials           worker processes side by side · one process's part of a study
+    scheduler                        decides and records: asks Optuna, hands out jobs, writes the runs, tells
     remembered                       what Optuna was told of trials, against what their runs record
     study · claims                   Optuna (the only file that knows it) · which command trains which trial
+    prepare · runs                   data and teacher, ready and on record · the MLflow run of one training
+    pool, preload · work             workers, as threads or processes · one worker: from a job to what came of it
     workers                          how worker processes are made
-    runner                           one training, from recipe to finished MLflow run
+    describe · outcome · bench       a run in words · what came of a training · what every command works with
     tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
     embedded                         where the embedded store's artifacts are, wherever its folder is by now
     doctor · schema                  whether the stores fit what is installed · which version a database is for
@@ -28,6 +30,7 @@ The map of the package (imports point down only; tests/test_layers.py holds it t
     distill.{images, folders, inspection} one image file as pixels · a folder's images · each opened once, and what was read
     config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
     surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
+    patience                         how a server that is away is waited for
     urls                             addresses of servers and databases, and the secrets in them
 
 Importing `kdexp` imports nothing heavy.

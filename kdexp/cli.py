@@ -114,8 +114,8 @@ def sweep(
     if settings.workers != 1:
         warm_up()  # before this process begins its own imports
     console = _console()
-    from kdexp.crew import CrewError
     from kdexp.environment import configure
+    from kdexp.scheduler import WorkersGone
     from kdexp.screen import Screen
     from kdexp.study import StudyAway
     from kdexp.sweep import run_sweep
@@ -131,7 +131,7 @@ def sweep(
             f"Stopped; finished trials are kept, those under way go on from their last checkpoint. "
             f"Continue with the same command: {_again()}"
         ) from None
-    except (CrewError, TrackingAway, StudyAway) as error:
+    except (WorkersGone, TrackingAway, StudyAway) as error:
         raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
     if others:
         console.print(f"{others} trials are still being trained by other processes; the last one to finish selects the model.")
@@ -153,20 +153,23 @@ def train(
     config = _load(file, overrides)
     settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
+    from kdexp.bench import Bench
     from kdexp.environment import configure
-    from kdexp.runner import prepare, started
+    from kdexp.prepare import prepare
+    from kdexp.runs import Entry, recorded
     from kdexp.screen import Screen, interval, percent, teacher_line
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
-    experiment = tracking.experiment(config.name)
+    bench = Bench(settings, tracking, chosen, tracking.experiment(config.name))
     with Screen(console) as screen:
-        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen, training=config.training), screen)
+        prepared = yield_all(prepare(config.recipe, bench, training=config.training), screen)
         console.print(teacher_line(prepared.teacher))
-        with started(config.recipe, prepared, tracking, experiment, "train", f"train {config.name}") as running:
-            for report in running.epochs():
+        entry = Entry("train", f"train {config.name}")
+        with recorded(config.recipe, prepared, bench, entry) as recording:
+            for report in recording.epochs():
                 screen.show(report)
-    result = running.result
+    result = recording.outcome
     assert result is not None
     if result.state == "diverged":
         raise KdexpError(f"The training diverged in epoch {result.epochs}: lower training.learning_rate (run {result.run_id}).")
@@ -191,15 +194,17 @@ def teacher(
     config = _load(file, overrides)
     settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
+    from kdexp.bench import Bench
     from kdexp.environment import configure
-    from kdexp.runner import prepare
+    from kdexp.prepare import prepare
     from kdexp.screen import Screen, interval, teacher_line
     from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
+    bench = Bench(settings, tracking, chosen, tracking.experiment(config.name))
     with Screen(console) as screen:
-        experiment, shared = tracking.experiment(config.name), config.shared_training
-        prepared = yield_all(prepare(config.recipe, settings, tracking, experiment, chosen, training=shared), screen)
+        shared = config.shared_training
+        prepared = yield_all(prepare(config.recipe, bench, training=shared), screen)
     console.print(teacher_line(prepared.teacher))
     console.print(
         f"          95 % interval {interval(prepared.teacher.val_interval)}; weights {prepared.teacher.weights}\n"

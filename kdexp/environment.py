@@ -22,7 +22,7 @@ from kdexp.own import own_file
 
 __all__ = ["configure", "cpu_name", "differing", "own_networks", "record", "remember_code"]
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt(3)
 LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
 
 
@@ -65,6 +65,7 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(TRIM_THRESHOLD, 2**30)
         libc.mallopt(MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        libc.mallopt(ARENA_MAX, 1)  # for threads too: the thresholds hold for the first arena alone
 
 
 def remember_code() -> None:
@@ -72,8 +73,8 @@ def remember_code() -> None:
     _source(), _commit()
 
 
-def record(device: str, recipe: Recipe) -> dict[str, str]:
-    """This machine and code, as text by name; holds no paths, names of people or variables."""
+def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
+    """This machine and code, and a training's CPU threads, as text by name; no paths, names of people or variables."""
     import torch
 
     return {
@@ -85,7 +86,7 @@ def record(device: str, recipe: Recipe) -> dict[str, str]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         **{name: _version(name) for name in LIBRARIES},
     }

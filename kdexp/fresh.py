@@ -9,26 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from kdexp import KdexpError
+from kdexp.bench import Bench
 from kdexp.claims import Claimant
 from kdexp.config import Recipe, Sweep, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.data import Splits, load_splits
-from kdexp.distill.packs import Execution
 from kdexp.distill.randomness import seed_of
+from kdexp.prepare import TeacherProgress, prepare
 from kdexp.records import recipe_of
-from kdexp.runner import Prepared, TeacherProgress, facts, goes_on_here, prepare, started
+from kdexp.runs import Entry, Form, facts, goes_on_here, recorded
+from kdexp.scheduler import EpochDone
 from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking
-from kdexp.trials import EpochDone
 from kdexp.variants import same_images
 from kdexp.verify import verify, verify_record
+from kdexp.work import Prepared
 
 __all__ = ["TRAIN_AND_VALIDATION", "TRAIN_ONLY", "Elsewhere", "Retrainer", "Retraining", "SeedDone", "SeedEvent"]
 
@@ -104,6 +105,11 @@ class Retrainer:
     """Those that runs were checked on, by their data's recipe."""
 
     @property
+    def bench(self) -> Bench:
+        """What its trainings work with."""
+        return Bench(self.settings, self.tracking, self.device, self.study.experiment_id)
+
+    @property
     def folder(self) -> Path:
         """Where checkpoints are."""
         return self.settings.stores / "checkpoints" / f"confirm-{self.study.run_id}"
@@ -164,8 +170,8 @@ class Retrainer:
         key = seed.images, training
         if key not in self.ready:
             self.ready.clear()
-            where = self.settings, self.tracking, self.study.experiment_id, self.device
-            self.ready[key] = yield from prepare(_on(seed.images, self.sweep.recipe), *where, training=training)
+            recipe = _on(seed.images, self.sweep.recipe)
+            self.ready[key] = yield from prepare(recipe, self.bench, training=training)
         here = facts(self.ready[key])
         for tag, what in (("kdexp.teacher_sha256", "teacher"), ("kdexp.validation_sha256", "validation data")):
             if (then := trial.tags.get(tag, here[tag])) != here[tag]:
@@ -182,26 +188,16 @@ class Retrainer:
         for run in known:  # ours is the lock: whoever trained there is gone
             if run.status == "RUNNING" and not (begun and run.run_id == begun.run_id):
                 self.tracking.finish(run.run_id, "KILLED")
-        how, place = Execution.recorded(begun.environment) if begun else (None, 0)
+        form = Form.of(begun.environment) if begun else None
         images = "" if seed.images == TRAIN_ONLY else f" · {seed.images}"
-        with started(
-            seed.recipe,
-            prepared,
-            self.tracking,
-            self.study.experiment_id,
-            "confirmation",
-            f"trial {seed.candidate.trial} · fresh seed {seed.number}{images}",
-            parent=self.study.run_id,
-            tags=seed.tags(self.study) | {"kdexp.study": self.sweep.name},
-            how=how,
-            place=place,
-            keep=partial(checkpoints.save, seed.name),
-            resumed=begun,
-        ) as running:
-            for report in running.epochs():
-                yield EpochDone(seed.number, report.numbers)
+        name = f"trial {seed.candidate.trial} · fresh seed {seed.number}{images}"
+        tags = {**seed.tags(self.study), "kdexp.study": self.sweep.name}
+        entry = Entry("confirmation", name, self.study.run_id, tags)
+        with recorded(seed.recipe, prepared, self.bench, entry, form, begun) as recording:
+            for report in recording.epochs(checkpoints, seed.name, resumed=begun is not None):
+                yield EpochDone(seed.number, report)
         checkpoints.remove(seed.name)
-        return running.run_id
+        return recording.run_id
 
 
 def _on(images: str, recipe: Recipe) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure  # the object interface: no display, no global state
 from matplotlib.ticker import LogLocator, NullLocator
@@ -16,7 +16,7 @@ __all__ = ["curves", "frontier"]
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
 
-def curves(history: Sequence[dict[str, float]], title: str, kept: int) -> Figure:
+def curves(history: Sequence[Mapping[str, float]], title: str, kept: int) -> Figure:
     """Losses on the left, validation accuracy on the right, against epochs; `kept` marks the weights' epoch."""
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) <= 30 else None

@@ -8,11 +8,10 @@ from __future__ import annotations
 import gc
 from importlib import import_module
 
-from kdexp import crew as crew
+from kdexp import pool as pool
 from kdexp.environment import remember_code
 
-# What torch and MLflow import when they are first used: 4 s for each worker.
-LATE = ("torch._inductor.config", "mlflow.store.tracking.sqlalchemy_store")
+LATE = ("torch._inductor.config",)  # which torch imports when it first compiles
 
 for name in LATE:
     import_module(name)

@@ -17,23 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kdexp import KdexpError
+from kdexp.bench import Bench
 from kdexp.compare import HASHES, Comparison, compare, covered, described, said_by
 from kdexp.config import Precision, Recipe, Variant
 from kdexp.distill.data import load_test
 from kdexp.distill.execution import compiles
 from kdexp.distill.models import weights_hash
-from kdexp.distill.packs import Execution
 from kdexp.distill.train import EpochReport
 from kdexp.environment import differing
 from kdexp.files import sha256_of
+from kdexp.prepare import TeacherProgress, prepare
 from kdexp.promote import on_test
 from kdexp.records import RecordError, environment_of_run, recipe_of, weights_of
-from kdexp.runner import Prepared, TeacherProgress, environment_of, facts, prepare, profile_of, started
+from kdexp.runs import Entry, Form, environment_of, facts, profile_of, recorded
 from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
 from kdexp.tracking import RunRecord, Tracking, TrackingAway, TrackingError, dataset
 from kdexp.variants import load_variant, prefix_of, stored
 from kdexp.verify import Difference, contradictions, lost, unsealed
+from kdexp.work import Prepared
 
 __all__ = ["Checked", "Comparison", "Difference", "reproduce"]
 
@@ -56,37 +58,26 @@ def reproduce(
     _check(original, tracking)
     recipe = recipe_of(original, tracking)
     with tempfile.TemporaryDirectory() as temporary:
-        recorded = _environment(original, tracking)
+        then = _environment(original, tracking)
+        form = Form.of(then)
         if settings.threads is None:
-            torch.set_num_threads(int(recorded["threads"]))  # another count sums in another order
-        how, place = Execution.recorded(recorded)
-        how = replace(how, compiled=how.compiled and compiles(str(device)))
+            torch.set_num_threads(form.threads)  # another count sums in another order
+        compiled = form.execution.compiled and compiles(str(device))
+        execution = replace(form.execution, compiled=compiled)
+        form = Form(execution, form.slot, torch.get_num_threads())
         weights = _teacher_weights(original, tracking, Path(temporary))
         training = recipe.training if original.tags.get("kdexp.logits_per") == "epoch" else None
-        prepared = yield from prepare(recipe, settings, tracking, original.experiment_id, device, weights, training)
-    environment = environment_of(recipe, prepared, how, place)
-    changed = tuple(Difference(name, *pair) for name, pair in differing(recorded, environment).items())
+        bench = Bench(settings, tracking, device, original.experiment_id)
+        prepared = yield from prepare(recipe, bench, weights, training)
+    environment = environment_of(recipe, prepared, form)
+    changed = tuple(Difference(name, *pair) for name, pair in differing(then, environment).items())
     yield Checked((*contradictions(original, recipe, tracking), *_facts_differ(original, prepared), *changed))
     epochs = _epochs(original, tracking)
-    with started(
-        recipe,
-        prepared,
-        tracking,
-        original.experiment_id,
-        "reproduction",
-        f"{original.name} · again",
-        parent=run_id,
-        tags={"kdexp.reproduces": run_id},
-        how=how,
-        place=place,
-    ) as running:
-        for report in running.epochs():
-            yield report
-            if report.epoch == epochs and epochs < report.epochs:
-                running.state = "pruned"
-                break
-    comparison = compared(run_id, running.run_id, prepared, settings, tracking, device)
-    tracking.tag(running.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
+    entry = Entry("reproduction", f"{original.name} · again", run_id, {"kdexp.reproduces": run_id})
+    with recorded(recipe, prepared, bench, entry, form) as recording:
+        yield from recording.epochs(last=epochs)
+    comparison = compared(run_id, recording.run_id, prepared, settings, tracking, device)
+    tracking.tag(recording.run_id, {"kdexp.reproduction": "identical" if comparison.identical else "differs"})
     return comparison
 
 
@@ -122,7 +113,7 @@ def _environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
     """What the run recorded of how and where it was trained. Raises RecordError where that makes no sense."""
     recorded = environment_of_run(run, tracking)
     try:
-        int(recorded["threads"]), Execution.recorded(recorded)
+        Form.of(recorded)
     except (ValueError, KeyError, StopIteration) as error:
         raise RecordError(
             f"Run {run.run_id}: environment.json does not say how the run was trained ({type(error).__name__}: {error}); put "

@@ -15,16 +15,17 @@ from rich.table import Table
 
 from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.confirm import Confirmation, Verdict
-from kdexp.crew import Crew, WorkerLost
 from kdexp.distill.data import Inspection
 from kdexp.distill.deploy import available
 from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead
 from kdexp.distill.train import EpochReport
 from kdexp.export import Exported
 from kdexp.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.outcome import Outcome
+from kdexp.pool import PoolSize
 from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Comparison, Difference
-from kdexp.runner import Result
+from kdexp.scheduler import TrialTaken, WorkerLost
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.sweep import (
     EpochDone,
@@ -82,7 +83,7 @@ class Screen:
         self.read: Inspection | None = None
         """What was last said of the images."""
         self.done = 0
-        self.best: Result | None = None
+        self.best: Outcome | None = None
         self.smallest: int | None = None
 
     def __enter__(self) -> Screen:
@@ -100,9 +101,9 @@ class Screen:
                 self.console.print(teacher_line(event.prepared.teacher))
                 self.done = event.done
                 self.study = self.progress.add_task("study", total=self.trials, completed=event.done, note="")
-            case Crew():
+            case PoolSize():
                 if self.done < (self.trials or 0):
-                    self.console.print(_crew_line(event))
+                    self.console.print(_pool_line(event))
             case TrialStarted():
                 self._not_trained()
                 again = "" if not event.retried else f" (from epoch {event.epoch + 1})" if event.epoch else " (again)"
@@ -145,6 +146,13 @@ class Screen:
             case TrialFailed():
                 self._end(event.number)
                 self.console.print(f"trial {event.number} failed: {event.why}", style="yellow", markup=False)
+            case TrialTaken():
+                self._end(event.number)
+                self.console.print(
+                    f"trial {event.number} was taken over by another command while this one was cut off: "
+                    f"what was trained of it here is dropped",
+                    style="yellow",
+                )
             case WorkerLost():
                 for trial in event.trials:
                     self._end(trial)
@@ -168,7 +176,7 @@ class Screen:
         self.read = event
 
     def _finished(self, event: TrialFinished) -> None:
-        result, self.done = event.result, max(self.done, event.done)  # workers' news may overtake each other
+        result, self.done = event.outcome, max(self.done, event.done)  # workers' news may overtake each other
         self._end(event.number)
         state = "" if result.state == "complete" else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
         label = self.labels.pop(event.number)
@@ -239,9 +247,9 @@ def teacher_line(teacher: CachedTeacher) -> str:
     )
 
 
-def _crew_line(crew: Crew) -> str:
-    workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((crew.workers, "worker"), (crew.threads, "thread")))
-    return f"workers   {workers}, {threads}{' each' if crew.workers > 1 else ''}"
+def _pool_line(size: PoolSize) -> str:
+    workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((size.workers, "worker"), (size.threads, "thread")))
+    return f"workers   {workers}, {threads}{' each' if size.workers > 1 else ''}"
 
 
 def _misremembered(event: Misremembered) -> str:

@@ -47,6 +47,8 @@ from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
+from kdexp.outcome import Outcome
+from kdexp.patience import patiently
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting, reaching
 from kdexp.selection import size_of
@@ -56,7 +58,7 @@ from kdexp.stopping import hopeless
 __all__ = [
     "OPTUNA",
     "Begun",
-    "Ended",
+    "HandedBack",
     "OpenStudy",
     "StudyAway",
     "StudyError",
@@ -86,16 +88,6 @@ OPTUNA = Library(
 )
 T = TypeVar("T")
 log = logging.getLogger("kdexp")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a trial's training ended, its validation accuracy over so many images, and the student's size."""
-
-    state: State
-    val_accuracy: float
-    val_samples: int
-    size: Size
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,7 @@ class OpenStudy:
         """Whether so many proposals in a row were not worth training that no more are made."""
         return _patiently(self._untrained) >= IN_VAIN
 
-    def next_trial(self, claimant: Claimant, ended: Callable[[int], Ended | None]) -> Trial | None:
+    def next_trial(self, claimant: Claimant, ended: Callable[[int], Outcome | None]) -> Trial | None:
         """The next trial to train: one whose claimant is gone, else a new one; None where the budget is used up.
 
         `ended` says of a trial whose claimant is gone how it ended, if it did (and cleans up after it if not).
@@ -242,7 +234,7 @@ class OpenStudy:
             elif not trial.retried or not self._has_ended(trial, ended):
                 return trial
 
-    def _has_ended(self, trial: Trial, ended: Callable[[int], Ended | None]) -> bool:
+    def _has_ended(self, trial: Trial, ended: Callable[[int], Outcome | None]) -> bool:
         """Whether a trial that was taken over had come to its end: then it only remains to be told."""
         try:
             verdict = ended(trial.number)
@@ -361,7 +353,7 @@ class OpenStudy:
             with suppress(*AWAY):  # then it is found without its claimant
                 claimed.claimant.hand_back(claimed.held, how)
 
-    def tell(self, number: int, ended: Ended) -> None:
+    def tell(self, number: int, ended: Outcome) -> None:
         """A trial has ended: Optuna is told what is known of it, so that its sampler learns from every one.
 
         A Gaussian process reads COMPLETE trials alone. Told that nothing came of those that were ended, it proposes the
@@ -597,19 +589,16 @@ def _left(frozen: FrozenTrial, standing: Standing) -> str | None:
 
 def _patiently(call: Callable[[], T]) -> T:
     """What `call` gives; where the database is away, it is waited for. Raises StudyError where it does not come back."""
-    deadline, pause = time.monotonic() + PATIENCE, 0.5
-    while True:
-        try:
-            return call()
-        except AWAY as error:
-            if any(reason in _cause(error) for reason in LASTING):
-                raise StudyError(f"Optuna's storage: {_cause(error)}") from error
-            if time.monotonic() >= deadline:
-                raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
-        if pause == 1.0:  # not for a single request
-            log.warning("Optuna's storage does not answer; waiting for it (up to %.0f s)", PATIENCE)
-        time.sleep(pause)
-        pause = min(2 * pause, 5.0)
+    try:
+        return patiently(call, _may_pass, PATIENCE, "Optuna's storage")
+    except AWAY as error:
+        if _may_pass(error):
+            raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
+        raise StudyError(f"Optuna's storage: {_cause(error)}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, AWAY) and not any(reason in _cause(error) for reason in LASTING)
 
 
 def _cause(error: Exception) -> str:

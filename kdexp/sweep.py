@@ -1,4 +1,4 @@
-"""A sweep: data and teacher once, then the trials, in this process or by a crew of workers, as a stream of events."""
+"""A sweep: data and teacher once, then the trials by a pool of workers, as a stream of events."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ from dataclasses import dataclass
 
 import torch
 
-from kdexp import KdexpError
+from kdexp import KdexpError, describe
+from kdexp.bench import Bench
 from kdexp.claims import Claimant
 from kdexp.config import Range, Recipe, Sweep, Training, flatten
-from kdexp.crew import Crew, WorkerLost, crew_of, run_crew
 from kdexp.distill.data import Splits
 from kdexp.distill.execution import best_pack
 from kdexp.distill.inspection import changed
 from kdexp.distill.packs import Lane
 from kdexp.objective import Passing
+from kdexp.pool import Pool, PoolSize, pool_size
+from kdexp.prepare import TeacherProgress, prepare
 from kdexp.records import log_text
 from kdexp.remembered import misremembered
-from kdexp.runner import Prepared, TeacherProgress, prepare
-from kdexp.selection import check_bar
-from kdexp.settings import Settings, without_credentials
-from kdexp.study import Begun, StudyError, check_facts, check_study, open_study
-from kdexp.tracking import Tracking, TrackingError, TrackingGone, too_long
-from kdexp.trials import (
+from kdexp.scheduler import (
     EpochDone,
+    Scheduler,
     TrialEvent,
     TrialFailed,
     TrialFinished,
     TrialGivenUp,
     TrialSkipped,
     TrialStarted,
+    TrialTaken,
+    WorkerLost,
     leave,
-    run_trials,
 )
+from kdexp.selection import check_bar
+from kdexp.settings import Settings, without_credentials
+from kdexp.study import Begun, StudyError, check_facts, check_study, open_study
+from kdexp.tracking import Tracking, TrackingError, TrackingGone, too_long
+from kdexp.work import Prepared
 from kdexp.workers import warm_up
 
 __all__ = [
@@ -48,6 +52,8 @@ __all__ = [
     "TrialGivenUp",
     "TrialSkipped",
     "TrialStarted",
+    "TrialTaken",
+    "WorkerLost",
     "run_sweep",
 ]
 
@@ -80,7 +86,7 @@ class Misremembered:
     trials: tuple[int, ...]
 
 
-Event = Misremembered | TeacherProgress | TeacherReady | Crew | WorkerLost | TrialEvent | NothingLeft
+Event = Misremembered | TeacherProgress | TeacherReady | PoolSize | TrialEvent | NothingLeft
 
 
 def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device) -> Generator[Event, None, int]:
@@ -92,17 +98,15 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
     experiment_id, begun, gone = _home(sweep, settings, tracking)
     for note in _uneven(sweep):
         log.warning(note)
-    if crew_of(settings, device, sweep.study.trials).workers > 1:
+    bench = Bench(settings, tracking, device, experiment_id)
+    if pool_size(settings, device, sweep.study.trials).workers > 1:
         warm_up()
     shared = _shared_training(sweep, settings, device)
     every = sweep.student_choices  # one takes 60 ms to try: of thousands a few stand for all, what fails later is left out
     students = [sweep.recipe.replace(choice).student for choice in every[:: max(len(every) // STUDENTS, 1)]]
     prepared = yield from prepare(
         sweep.recipe,
-        settings,
-        tracking,
-        experiment_id,
-        device,
+        bench,
         training=shared,
         students=students,
         losses=sweep.losses,
@@ -124,13 +128,11 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
             yield TeacherReady(prepared, study.done)
             if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
                 yield Misremembered(wrong)
-            crew = crew_of(settings, device, study.left - study.others(claimant))
-            yield crew
-            if crew.workers > 1:
-                yield from run_crew(crew, study, prepared, settings, device, experiment_id)
-            else:
-                pack = settings.pack or best_pack(Lane.of(sweep.recipe), prepared.source, study.left)
-                yield from run_trials(study, prepared, tracking, experiment_id, claimant, study.checkpoints(settings), pack)
+            size = pool_size(settings, device, study.left - study.others(claimant))
+            yield size
+            pack = _pack(sweep, settings, prepared, size, study.left)
+            pool = Pool(size, prepared, str(device))
+            yield from Scheduler(study, prepared, bench, claimant, pool, pack).run()
             if study.exhausted:
                 yield NothingLeft(study.done, study.smallest)
             finished = True
@@ -141,6 +143,13 @@ def run_sweep(sweep: Sweep, settings: Settings, tracking: Tracking, device: torc
                 if not study.under_way:
                     study.checkpoints(settings).clear()
     return others
+
+
+def _pack(sweep: Sweep, settings: Settings, prepared: Prepared, size: PoolSize, left: int) -> int:
+    """How many trials train as one, unless the settings say: what is fastest for one worker."""
+    if settings.pack or size.workers > 1:
+        return settings.pack or 1
+    return best_pack(Lane.of(sweep.recipe), prepared.source, left)
 
 
 def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Begun | None, str]:
@@ -240,20 +249,9 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: 
         "study",
         f"study {sweep.name}",
         params=params,
-        tags={"kdexp.study": sweep.name, "kdexp.study_mark": mark, "mlflow.note.content": _about(sweep)},
-    )
-
-
-def _about(sweep: Sweep) -> str:
-    rule, unit = sweep.selection, sweep.selection.size.replace("_", "-")
-    limit = f" with at most {rule.limit:,} {unit}" if rule.limit else ""
-    aim = {
-        "smallest": f"minimising {unit} (proposals no smaller than one that passes are not trained: their numbers are missing)",
-        "accuracy": "maximising validation accuracy",
-        "pareto": f"for the frontier of {unit} and validation accuracy",
-    }[sweep.study.objective]
-    return (
-        f"A *study*: {sweep.study.trials} trials search {', '.join(f'`{path}`' for path in sweep.search)} for the smallest "
-        f"student whose validation accuracy reaches **{rule.accuracy_bar:.2%}**{limit}, {aim}. Each child run is one trial. "
-        f"Trial 0 is the documented defaults, trial 1 the same without the teacher (alpha = 0)."
+        tags={
+            "kdexp.study": sweep.name,
+            "kdexp.study_mark": mark,
+            "mlflow.note.content": describe.of_study(sweep),
+        },
     )

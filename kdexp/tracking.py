@@ -26,6 +26,7 @@ from filelock import FileLock
 from kdexp import KdexpError, __version__
 from kdexp.embedded import folder_for, is_local, readdressed, run_place, shown
 from kdexp.files import sha256_of, write_ahead, write_atomically
+from kdexp.patience import patiently
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting
 from kdexp.settings import Settings, deaf, without_credentials
@@ -224,17 +225,24 @@ class Tracking:
         tags: Mapping[str, str],
         parent: str | None = None,
     ) -> str:
-        """A new run with its params and tags; its id."""
+        """A new run with its params and tags; its id. Broken off in the middle, it is closed."""
+        mark = uuid.uuid4().hex
         every = {
             "kdexp.kind": kind,
             "mlflow.source.name": f"kdexp {__version__}",
             **({"mlflow.parentRunId": parent} if parent else {}),
             **tags,
         }
-        run_id = self._create(experiment_id, every, name)
-        flat = [Param(key, as_param(value)) for key, value in params.items()]
-        for first in range(0, len(flat), PARAMS):
-            self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
+        try:
+            run_id = self._create(experiment_id, every, name, mark)
+            flat = [Param(key, as_param(value)) for key, value in params.items()]
+            for first in range(0, len(flat), PARAMS):
+                self._do(self.client.log_batch, run_id, params=flat[first : first + PARAMS])
+        except BaseException:
+            with self.at_once(), suppress(Exception):
+                for run in self._marked(experiment_id, mark):
+                    self.finish(run.info.run_id, "KILLED")
+            raise
         return run_id
 
     def log_metrics(
@@ -547,20 +555,23 @@ class Tracking:
             found = home
         return f"MLFLOW_TRACKING_URI={shlex.quote(self.address)} mlflow experiments restore -x {found.experiment_id}"
 
-    def _create(self, experiment_id: str, tags: Mapping[str, str], name: str) -> str:
+    def _create(self, experiment_id: str, tags: Mapping[str, str], name: str, mark: str) -> str:
         """A new run, once, also where the server went away before it could say so."""
-        mark = {"kdexp.mark": uuid.uuid4().hex}
 
         def create() -> str:
-            if attempts:
-                found = self.client.search_runs([experiment_id], f"tags.`kdexp.mark` = '{mark['kdexp.mark']}'")
-                if found:
-                    return str(found[0].info.run_id)
+            if attempts and (found := self._marked(experiment_id, mark)):
+                return str(found[0].info.run_id)
             attempts.append(1)
-            return str(self.client.create_run(experiment_id, tags={**tags, **mark}, run_name=name).info.run_id)
+            every = {**tags, "kdexp.mark": mark}
+            return str(self.client.create_run(experiment_id, tags=every, run_name=name).info.run_id)
 
         attempts: list[int] = []
         return self._do(create)
+
+    def _marked(self, experiment_id: str, mark: str) -> Sequence[Run]:
+        """The run that carries a mark, if it was made."""
+        found: Sequence[Run] = self.client.search_runs([experiment_id], f"tags.`kdexp.mark` = '{mark}'")
+        return found
 
     def _make(self, database: Path) -> None:
         """A new embedded store, whole or not at all: MLflow does not recover one whose tables are made in part."""
@@ -612,19 +623,12 @@ class Tracking:
         )
 
     def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        deadline, pause = time.monotonic() + self.patience, 0.5
-        while True:
-            try:
-                return method(*args, **kwargs)
-            except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
-                if not _may_pass(error):
-                    raise TrackingError(self._message(error)) from error
-                if time.monotonic() >= deadline:
-                    raise TrackingAway(f"No answer from MLflow, {self.shown}: {self._message(error)}") from error
-            if pause == 1.0:  # not for a single request
-                log.warning("MLflow, %s, does not answer; waiting for it (up to %.0f s)", self.shown, self.patience)
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+        try:
+            return patiently(lambda: method(*args, **kwargs), _may_pass, self.patience, f"MLflow, {self.shown},")
+        except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
+            if _may_pass(error):
+                raise TrackingAway(f"No answer from MLflow, {self.shown}: {self._message(error)}") from error
+            raise TrackingError(self._message(error)) from error
 
     def _message(self, error: Exception) -> str:
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -633,6 +637,8 @@ class Tracking:
 
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: no connection, no answer in time, an overloaded or failing server."""
+    if not isinstance(error, mlflow.exceptions.MlflowException | requests.RequestException):
+        return False
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return error.response.status_code == 429 or error.response.status_code >= 500
     text = str(error)

@@ -114,7 +114,7 @@ def _accuracy(
 
 def allowance(run: RunRecord, recipe: Recipe, samples: int, tracking: Tracking, device: torch.device) -> int:
     """By how many images two measurements of the same weights may be apart, here and where the run was trained."""
-    then, here = environment_of_run(run, tracking), record(device.type, recipe)
+    then, here = environment_of_run(run, tracking), record(device.type, recipe, torch.get_num_threads())
     return ROUNDING if all(then.get(name) == here[name] for name in MACHINE) else ROUNDING + math.ceil(ELSEWHERE * samples)
 
 

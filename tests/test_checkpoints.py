@@ -20,7 +20,7 @@ from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EpochReport, Snapshot, SoftLabels, train
 from kdexp.files import write_atomically
-from kdexp.trials import _Begun
+from kdexp.scheduler import _Claimed
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 EPOCHS = 4
@@ -263,7 +263,7 @@ def test_trials_that_go_on_with_max_steps_share_a_pack_only_in_one_epoch(digits)
         recipe = Recipe(student=lane().network, training=Training(epochs=4, max_steps=max_steps))
         trial = types.SimpleNamespace(recipe=recipe)
         environment = {"threads": "1", **Execution(2, shared=False).record(0)}
-        return _Begun(trial, dataclasses.replace(checkpoint(), environment=environment, snapshot=Snapshot(epoch, 0, {}))).key
+        return _Claimed(trial, dataclasses.replace(checkpoint(), environment=environment, snapshot=Snapshot(epoch, 0, {}))).key
 
     assert begun(1, None) == begun(2, None)
     assert begun(1, 100) != begun(2, 100)

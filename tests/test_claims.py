@@ -22,9 +22,10 @@ from sqlalchemy.exc import OperationalError
 from kdexp import claims
 from kdexp.claims import AWAY, Claimant, ClaimLost, network_drive
 from kdexp.distill.models import Size
+from kdexp.outcome import Outcome
 from kdexp.schema import reaching
 from kdexp.settings import Settings
-from kdexp.study import Ended, OpenStudy, check_study, open_study
+from kdexp.study import OpenStudy, check_study, open_study
 
 GRACE = 1.5
 SHORT = {"GRACE_SECONDS": GRACE, "KEEP_SECONDS": 0.1, "POLL_SECONDS": 0.05}
@@ -84,7 +85,7 @@ def nothing(number: int) -> None:
     """Of no trial is it known how it ended."""
 
 
-ENDED = Ended("complete", 0.5, 287, Size(9, 9, 9))
+ENDED = Outcome("x", "complete", Size(9, 9, 9), 0.5, 287, 1, 1)
 
 
 # --- a claim ---

@@ -11,7 +11,7 @@ import torch
 from kdexp.config import Sweep
 from kdexp.promote import candidates
 from kdexp.reproduce import reproduce
-from kdexp.runner import Running
+from kdexp.runs import Recording
 from kdexp.selection import select
 from kdexp.study import Trial
 from kdexp.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
@@ -86,7 +86,7 @@ def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(fused, set
     monkeypatch.setattr(Trial, "report", report)
     events, _ = drain(run_sweep(pruning, replace(settings, pack=4), tracking, CPU))
     monkeypatch.undo()
-    finished = {e.number: e.result for e in events if isinstance(e, TrialFinished)}
+    finished = {e.number: e.outcome for e in events if isinstance(e, TrialFinished)}
     assert sorted(finished) == list(range(8))
     assert {number for number, result in finished.items() if result.state == "pruned"} == {2, 4}
     order = [(type(e), e.number) for e in events if isinstance(e, TrialStarted | TrialFinished)]
@@ -98,10 +98,10 @@ def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(fused, set
 
 
 def test_a_failure_in_one_pack_closes_every_run_of_it(fused, settings, tracking, monkeypatch) -> None:
-    def broken(self: Running, report) -> None:
+    def broken(self: Recording, epoch) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Running, "record", broken)
+    monkeypatch.setattr(Recording, "take", broken)
     with pytest.raises(OSError, match="No space"):
         drain(run_sweep(fused, replace(settings, pack=4), tracking, CPU))
     monkeypatch.undo()

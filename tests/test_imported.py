@@ -89,7 +89,7 @@ def test_the_record_names_each_and_a_change_of_any_changes_it(written) -> None:
 
     def recorded() -> dict[str, str]:
         importlib.import_module("mynets.students")
-        return {name: value for name, value in record("cpu", recipe).items() if name.startswith("student ")}
+        return {name: value for name, value in record("cpu", recipe, 1).items() if name.startswith("student ")}
 
     before = recorded()
     assert before.keys() == {"student source", *(f"student imports {name}" for name in IMPORTED - {"mynets.students"})}

@@ -53,27 +53,33 @@ LAYERS = {
     "kdexp.distill.teacher": 8,
     "kdexp.distill.weights": 2,
     "kdexp.tracking": 4,
-    "kdexp.runner": 9,
+    "kdexp.bench": 5,
+    "kdexp.patience": 0,
+    "kdexp.outcome": 8,
+    "kdexp.describe": 9,
+    "kdexp.work": 9,
+    "kdexp.pool": 10,
+    "kdexp.preload": 11,
+    "kdexp.runs": 11,
+    "kdexp.prepare": 12,
     "kdexp.study": 9,
-    "kdexp.trials": 10,
+    "kdexp.scheduler": 12,
     "kdexp.remembered": 10,
-    "kdexp.crew": 11,
-    "kdexp.preload": 12,
-    "kdexp.sweep": 12,
+    "kdexp.sweep": 13,
     "kdexp.records": 5,
     "kdexp.variants": 6,
     "kdexp.verify": 7,
     "kdexp.compare": 8,
     "kdexp.promote": 9,
     "kdexp.export": 9,
-    "kdexp.reproduce": 10,
-    "kdexp.fresh": 11,
-    "kdexp.confirm": 12,
+    "kdexp.reproduce": 13,
+    "kdexp.fresh": 13,
+    "kdexp.confirm": 14,
     "kdexp.ui": 9,
     "kdexp.doctor": 10,
-    "kdexp.screen": 13,
-    "kdexp.cli": 14,
-    "kdexp.__main__": 15,
+    "kdexp.screen": 15,
+    "kdexp.cli": 16,
+    "kdexp.__main__": 17,
 }
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
 OWNERS = {
@@ -127,6 +133,12 @@ def test_the_core_imports_no_shell_library() -> None:
     core = "import kdexp.distill.teacher, kdexp.distill.train"
     assert not loaded_after(core) & SHELL_LIBRARIES
     assert loaded_after(f"{core}, optuna") & SHELL_LIBRARIES, "this test must be able to fail"
+
+
+def test_a_worker_knows_no_server_and_no_study() -> None:
+    forbidden = {"mlflow", "optuna", "sqlalchemy"}
+    assert not loaded_after("import kdexp.work, kdexp.pool, kdexp.preload") & forbidden
+    assert loaded_after("import kdexp.pool, kdexp.tracking") & forbidden, "this test must be able to fail"
 
 
 def test_kdexp_and_its_command_line_import_nothing_heavy() -> None:

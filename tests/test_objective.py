@@ -177,7 +177,7 @@ def finished(tmp_path_factory, empty_store) -> Iterator[tuple]:
         return train(trained, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdexp.trials.train", spying)
+        patch.setattr("kdexp.work.train", spying)
         events = drain(run_sweep(sweep, settings, tracking, CPU))
     return sweep, settings, tracking, events, lanes
 
@@ -424,7 +424,7 @@ def test_a_diverged_trial_is_infeasible_and_the_study_goes_on(settings, tracking
     tree["training"] |= {"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}
     del tree["search"]["training.learning_rate"]
     events = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
-    assert [e.result.state for e in events if isinstance(e, TrialFinished)] == ["diverged"] * 4
+    assert [e.outcome.state for e in events if isinstance(e, TrialFinished)] == ["diverged"] * 4
     for trial in optuna_of(settings).trials:
         assert (trial.state.name, trial.user_attrs["ended"]) == ("COMPLETE", "diverged")
         assert trial.constraints == constraints("smallest", int(trial.value), 0.0, small().selection, 287), "the worst there is"

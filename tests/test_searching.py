@@ -19,16 +19,17 @@ from test_objective import drain, optuna_of, skipped
 
 import kdexp.sweep as sweep_module
 from benchmarks.searching import different
+from kdexp.bench import Bench
 from kdexp.claims import Claimant
 from kdexp.config import NEAR, Choices, Range, Recipe, Sweep, nearly_alike
 from kdexp.distill.data import load_splits
 from kdexp.distill.models import Size, measure, outline
 from kdexp.promote import candidates
+from kdexp.scheduler import Scheduler
 from kdexp.selection import passes
 from kdexp.settings import Settings
 from kdexp.study import NARROW, PATIENCE, check_study, open_study
 from kdexp.sweep import NothingLeft, TrialFinished, TrialSkipped, TrialStarted, run_sweep
-from kdexp.trials import _Here
 
 
 def risky(**study) -> Sweep:
@@ -116,7 +117,7 @@ def test_a_search_beside_a_region_that_diverges_trains_different_recipes_and_fin
     sweep = risky(sampler=sampler, early_stop=early_stop, objective=objective, seed=2)
     events = drain(run_sweep(sweep, settings, tracking, CPU))
     trained = [event.recipe for event in events if isinstance(event, TrialStarted)]
-    ended = {event.number: event.result for event in events if isinstance(event, TrialFinished)}
+    ended = {event.number: event.outcome for event in events if isinstance(event, TrialFinished)}
     assert len(trained) == len(ended) == 12
     assert different(trained, sweep) == 12
     study, every = optuna_of(settings), candidates(tracking.study("small"), tracking)
@@ -197,7 +198,7 @@ def test_a_smaller_student_is_no_repeat_of_its_like_where_the_smallest_is_search
         )
         splits = load_splits(sweep.data)
         prepared = SimpleNamespace(splits=splits)
-        here = _Here(study, prepared, tracking, "", claimant, study.checkpoints(settings), 1)  # type: ignore[arg-type]
+        here = Scheduler(study, prepared, Bench(settings, tracking, CPU), claimant, pool=None)  # type: ignore[arg-type]
         own, larger = (
             measure(outline(network, splits.train), splits.train) for network in (trial.recipe.student, sweep.student)
         )

@@ -18,21 +18,33 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
+from kdexp.bench import Bench
 from kdexp.config import ConfigError, Recipe, Selection, Student, Sweep, flatten
+from kdexp.describe import named
 from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport, train
+from kdexp.prepare import prepare
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.records import recipe_of
 from kdexp.reproduce import reproduce
-from kdexp.runner import EPOCH_METRICS, _named, prepare, started
+from kdexp.runs import Entry, recorded
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
 from kdexp.study import OpenStudy, StudyError
-from kdexp.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, _new_parent_run, run_sweep
+from kdexp.sweep import (
+    EpochDone,
+    TrialFailed,
+    TrialFinished,
+    TrialStarted,
+    TrialTaken,
+    _new_parent_run,
+    run_sweep,
+)
 from kdexp.tracking import Tracking, TrackingError
+from kdexp.work import EPOCH_METRICS
 
 
 def drain(generator):
@@ -74,7 +86,7 @@ def finished(tmp_path_factory, empty_store):
         return train(lanes, *rest, **named)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("kdexp.trials.train", spying)
+    patch.setattr("kdexp.work.train", spying)
     events, others = drain(run_sweep(sweep, settings, tracking, CPU))
     patch.undo()
     assert others == 0
@@ -363,7 +375,7 @@ def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(tiny: Sweep,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdexp.runner.save_file", failing)
+        patch.setattr("kdexp.runs.save_file", failing)
         with pytest.raises(OSError, match="No space left"):
             drain(run_sweep(tiny, settings, tracking, CPU))
     assert statuses(settings, "trial") == {"FAILED": 1}
@@ -382,7 +394,7 @@ def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(
     study = tiny.study.model_copy(update={"pruner": "median", "sampler": sampler})
     events, _ = drain(run_sweep(tiny.model_copy(update={"study": study}), settings, tracking, CPU))
     monkeypatch.undo()
-    states = [e.result.state for e in events if isinstance(e, TrialFinished)]
+    states = [e.outcome.state for e in events if isinstance(e, TrialFinished)]
     assert states == ["complete", "complete", "pruned", "pruned"]
     study = optuna.load_study(study_name="tiny", storage=settings.storage_url)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", told, told]
@@ -408,7 +420,7 @@ def test_a_diverged_trial_ends_and_the_study_goes_on(tiny: Sweep, settings, trac
         }
     )
     events, _ = drain(run_sweep(wild, settings, tracking, CPU))
-    assert [e.result.state for e in events if isinstance(e, TrialFinished)] == ["diverged"] * 4
+    assert [e.outcome.state for e in events if isinstance(e, TrialFinished)] == ["diverged"] * 4
     assert statuses(settings, "trial") == {"FINISHED": 4}
     with pytest.raises(NothingPasses):
         promote(tracking.study("tiny"), wild.selection, settings, tracking, CPU)
@@ -446,7 +458,7 @@ def test_stopping_while_the_teacher_is_trained_leaves_no_run_and_no_study(tiny: 
 
 
 def test_a_study_does_not_go_on_with_another_teacher(tiny: Sweep, settings, tracking, tmp_path) -> None:
-    _, prepared = drain(prepare(tiny.recipe, settings, tracking, tracking.experiment("x"), CPU))
+    _, prepared = drain(prepare(tiny.recipe, Bench(settings, tracking, CPU, tracking.experiment("x"))))
     checkpoint = tmp_path / "teacher.safetensors"
     shutil.copy(prepared.teacher.weights, checkpoint)
     given = tiny.replace({"teacher.weights": str(checkpoint)})
@@ -459,16 +471,19 @@ def test_a_study_does_not_go_on_with_another_teacher(tiny: Sweep, settings, trac
     assert statuses(settings, "study")["RUNNING"] == 0
 
 
-def test_a_network_that_cannot_be_exported_is_selected_all_the_same(finished, monkeypatch) -> None:
-    sweep, settings, tracking, _, _ = finished
+def test_a_network_that_cannot_be_exported_is_selected_all_the_same(tiny: Sweep, settings, tracking, monkeypatch) -> None:
+    drain(run_sweep(tiny, settings, tracking, CPU))
 
-    def refusing(*_: object) -> None:
+    def refusing(*_: object, **__: object) -> None:
         raise RuntimeError("data-dependent control flow")
 
-    monkeypatch.setattr(Tracking, "log_model", refusing)
-    done = promote(tracking.study(sweep.name), Selection(accuracy_bar=0.0, goal="most_accurate"), settings, tracking, CPU)
+    monkeypatch.setattr(torch.export, "export", refusing)
+    done = promote(tracking.study(tiny.name), Selection(accuracy_bar=0.0, goal="most_accurate"), settings, tracking, CPU)
     assert done.test_accuracy > 0
-    assert tracking.read(done.candidate.run_id).tags["kdexp.selected"] == "most_accurate"
+    tags = tracking.read(done.candidate.run_id).tags
+    assert tags["kdexp.selected"] == "most_accurate"
+    assert tags["kdexp.not_registered"] == "data-dependent control flow"
+    assert not done.model
 
 
 def test_an_empty_search_is_refused_before_any_work(tiny: Sweep, settings, tracking) -> None:
@@ -486,11 +501,11 @@ def test_a_student_that_cannot_be_built_is_found_before_any_trial(tiny: Sweep, s
 
 
 def test_a_run_that_fails_is_closed_with_its_reason(tiny: Sweep, settings, tracking) -> None:
-    experiment = tracking.experiment("x")
-    _, prepared = drain(prepare(tiny.recipe, settings, tracking, experiment, CPU))
+    bench = Bench(settings, tracking, CPU, tracking.experiment("x"))
+    _, prepared = drain(prepare(tiny.recipe, bench))
     with (
         pytest.raises(RuntimeError, match="boom"),
-        started(tiny.recipe, prepared, tracking, experiment, "train", "x") as running,
+        recorded(tiny.recipe, prepared, bench, Entry("train", "x")) as running,
     ):
         raise RuntimeError("boom")
     run = tracking.read(running.run_id)
@@ -520,7 +535,7 @@ def test_no_store_of_a_study_holds_a_test_figure_before_selection(tiny: Sweep, s
     ],
 )
 def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str) -> None:
-    assert _named(Student(**network)) == name
+    assert named(Student(**network)) == name
 
 
 def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(settings, tracking, tiny) -> None:
@@ -529,9 +544,7 @@ def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(settings
     with closing(sqlite3.connect(settings.stores / "optuna.db", isolation_level=None)) as optuna_db:
         optuna_db.execute("update kdexp_claims set token = token + 1, claimant = 'somebody@elsewhere'")
     events, others = drain(sweep)
-    lost = [event for event in events if isinstance(event, TrialFailed)]
-    assert [event.number for event in lost] == [0]
-    assert "another command has taken it over" in lost[0].why
+    assert [event.number for event in events if isinstance(event, TrialTaken)] == [0]
     assert others == 1
     trials = optuna.load_study(study_name=tiny.name, storage=settings.storage_url).trials
     assert [trial.state.name for trial in trials] == ["RUNNING"] + ["COMPLETE"] * 3, "it is left to that one"
@@ -545,7 +558,7 @@ def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
     def fail(*_: object) -> None:
         raise stop("it is out of memory")
 
-    monkeypatch.setattr("kdexp.trials.choose", fail)
+    monkeypatch.setattr("kdexp.scheduler.choose", fail)
     sweep = run_sweep(tiny, settings, tracking, CPU)
     if stop is ValueError:
         failed = next(event for event in sweep if isinstance(event, TrialFailed))

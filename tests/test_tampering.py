@@ -21,23 +21,25 @@ from conftest import CPU, stores_in, tiny_sweep
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
+from kdexp.bench import Bench
 from kdexp.config import Selection
 from kdexp.confirm import confirm
 from kdexp.export import export
 from kdexp.fresh import SeedDone
 from kdexp.intervals import wilson_interval
 from kdexp.objective import constraints
+from kdexp.prepare import prepare
 from kdexp.promote import candidates, promote, sweep_of
 from kdexp.records import RecordError, recipe_of
 from kdexp.remembered import misremembered
 from kdexp.reproduce import Checked, compared, reproduce
-from kdexp.runner import Prepared, prepare
 from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
 from kdexp.study import open_study
 from kdexp.sweep import Misremembered, run_sweep
 from kdexp.tracking import Tracking
 from kdexp.verify import contradictions, verify
+from kdexp.work import Prepared
 
 SWEEP = tiny_sweep().replace(
     {"training.epochs": 2, "teacher.epochs": 1, "study.trials": 2, "data.augment.flip": True, "selection.accuracy_bar": 0.05}
@@ -105,7 +107,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Store:
     comparison = drain(reproduce(done.candidate.run_id, settings, tracking, CPU))
     assert comparison.identical, comparison.differences
     run = tracking.read(done.candidate.run_id)
-    prepared = drain(prepare(recipe_of(run, tracking), settings, tracking, run.experiment_id, CPU, training=SWEEP.training))
+    bench = Bench(settings, tracking, CPU, run.experiment_id)
+    prepared = drain(prepare(recipe_of(run, tracking), bench, training=SWEEP.training))
     return Store(settings, tracking, run.run_id, comparison.again.run_id, prepared)
 
 

@@ -11,12 +11,15 @@ import pytest
 from conftest import CPU, tiny_sweep
 from mlflow.exceptions import MlflowException
 
-from kdexp import runner
+from kdexp import runs
+from kdexp.bench import Bench
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
-from kdexp.runner import EPOCH_METRICS, Prepared, Running, prepare, started
+from kdexp.prepare import prepare
+from kdexp.runs import Entry, Recording, recorded
 from kdexp.settings import Settings
 from kdexp.tracking import EpochMetrics, Tracking, TrackingError, _may_pass
+from kdexp.work import EPOCH_METRICS, Ended, Epoch, Prepared
 
 RECIPE = tiny_sweep().recipe
 
@@ -26,7 +29,7 @@ def prepared(tmp_path_factory, empty_store) -> Prepared:
     """Data and teacher, made once: what is tested here is where the metrics go."""
     settings = Settings(stores=tmp_path_factory.mktemp("prepared"))
     tracking = Tracking(settings)
-    making = prepare(RECIPE, settings, tracking, tracking.experiment("x"), CPU)
+    making = prepare(RECIPE, Bench(settings, tracking, CPU, tracking.experiment("x")))
     while True:
         try:
             next(making)
@@ -35,9 +38,10 @@ def prepared(tmp_path_factory, empty_store) -> Prepared:
 
 
 @contextmanager
-def a_run(prepared: Prepared, tracking: Tracking) -> Iterator[Running]:
-    with started(RECIPE, prepared, tracking, tracking.experiment("x"), "train", "x") as running:
-        yield running
+def a_run(prepared: Prepared, tracking: Tracking) -> Iterator[Recording]:
+    bench = Bench(Settings(), tracking, CPU, tracking.experiment("x"))
+    with recorded(RECIPE, prepared, bench, Entry("train", "x")) as recording:
+        yield recording
 
 
 def an_epoch(epoch: int) -> EpochReport:
@@ -47,10 +51,12 @@ def an_epoch(epoch: int) -> EpochReport:
     )  # fmt: skip
 
 
-def record(running: Running, *epochs: int) -> None:
+def record(recording: Recording, *epochs: int) -> None:
     for epoch in epochs:
-        running.record(an_epoch(epoch))
-        running.settle(an_epoch(epoch))
+        report = an_epoch(epoch)
+        row = {"epoch": epoch, "time_ms": epoch} | {name: getattr(report, name) for name in EPOCH_METRICS}
+        recording.take(Epoch(recording.run_id, report, row, safe=epoch))
+    recording.ended = Ended(0, 0, recording.run_id, "complete", None, 0, 0, {})
 
 
 def epochs_in_store(tracking: Tracking, run_id: str) -> list[int]:
@@ -82,10 +88,7 @@ def test_every_epoch_is_in_the_store_after_a_normal_end(prepared, tracking) -> N
 
 def test_every_epoch_is_in_the_store_after_pruning(prepared, tracking) -> None:
     with a_run(prepared, tracking) as running:
-        for report in running.epochs():
-            if report.epoch == 2:
-                running.state = "pruned"
-                break
+        list(running.epochs(last=2))
     run = tracking.read(running.run_id)
     assert (run.status, run.tags["kdexp.state"]) == ("FINISHED", "pruned")
     assert epochs_in_store(tracking, running.run_id) == [1, 2]
@@ -93,7 +96,7 @@ def test_every_epoch_is_in_the_store_after_pruning(prepared, tracking) -> None:
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
 def test_every_epoch_is_in_the_store_after_an_interrupt_or_a_failure(prepared, tracking, error, status) -> None:
-    def stopped_in_the_middle(running: Running) -> None:
+    def stopped_in_the_middle(running: Recording) -> None:
         for report in running.epochs():
             if report.epoch == 2:
                 raise error
@@ -105,7 +108,7 @@ def test_every_epoch_is_in_the_store_after_an_interrupt_or_a_failure(prepared, t
 
 
 def test_many_epochs_take_few_requests(prepared, tracking, requests, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "DELIVER_SECONDS", 1000.0)
+    monkeypatch.setattr(runs, "DELIVER_SECONDS", 1000.0)
     with a_run(prepared, tracking) as running:
         record(running, *range(1, 301))
     assert epochs_in_store(tracking, running.run_id) == list(range(1, 301))
@@ -116,7 +119,7 @@ def test_many_epochs_take_few_requests(prepared, tracking, requests, monkeypatch
 
 
 def test_a_long_training_is_seen_before_its_end(prepared, tracking, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "DELIVER_SECONDS", 1000.0)
+    monkeypatch.setattr(runs, "DELIVER_SECONDS", 1000.0)
     with a_run(prepared, tracking) as running:
         record(running, 1, 2, 3)
         assert epochs_in_store(tracking, running.run_id) == [1], "close upon each other they wait"
@@ -155,7 +158,7 @@ def test_a_store_that_fails_in_the_middle_is_heard_of_and_nothing_is_finished(
 
 
 def test_what_a_failing_store_refused_is_delivered_once_it_answers_again(prepared, tracking, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "DELIVER_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "DELIVER_SECONDS", 0.0)
     real, failures = tracking.client.log_batch, iter([None, MlflowException("disk I/O error")])
 
     def failing_once(run_id, metrics=(), **rest):

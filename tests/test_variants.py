@@ -22,13 +22,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kdexp import KdexpError
+from kdexp.bench import Bench
 from kdexp.config import Selection
 from kdexp.distill.data import load_splits, load_test
 from kdexp.distill.deploy import Deployed, DeployError
 from kdexp.distill.evaluate import evaluate
 from kdexp.export import export
+from kdexp.prepare import prepare
 from kdexp.promote import candidates, gain, promote
-from kdexp.runner import prepare, started
+from kdexp.runs import Entry, recorded
 from kdexp.screen import show_promotion
 from kdexp.selection import AS_TRAINED, Candidate, NothingPasses, passes, select
 from kdexp.settings import Settings
@@ -262,9 +264,9 @@ def test_an_exported_file_runs_and_is_what_was_measured(finished, tmp_path, prec
 def test_a_student_that_was_trained_on_validation_too_is_exported_without_an_accuracy_on_its_record(finished, tmp_path) -> None:
     settings, tracking = finished
     recipe = tiny_sweep().recipe.replace({"data.train_on_validation": True, "training.keep": "last"})
-    experiment = tracking.experiment("tiny")
-    prepared = drained(prepare(recipe, settings, tracking, experiment, CPU))
-    with started(recipe, prepared, tracking, experiment, "train", "both") as running:
+    bench = Bench(settings, tracking, CPU, tracking.experiment("tiny"))
+    prepared = drained(prepare(recipe, bench))
+    with recorded(recipe, prepared, bench, Entry("train", "both")) as running:
         list(running.epochs())
     done = export(running.run_id, "int8", tmp_path / "x.onnx", settings, tracking)
     assert not done.held_out

@@ -26,8 +26,8 @@ from kdexp.files import write_atomically
 
 __all__ = ["CHECKPOINT_SECONDS", "Checkpoint", "Checkpoints", "Kept", "State"]
 
-State = Literal["complete", "pruned", "diverged"]
-"""How a training ends; 'complete' also while it goes on."""
+State = Literal["running", "complete", "pruned", "diverged"]
+"""Where a training stands, or how it ended."""
 
 CHECKPOINT_SECONDS = 1.0
 """Where epochs are shorter, not each of them is kept: so much training may be lost."""

@@ -19,6 +19,7 @@ from kdexp.config import Network
 from kdexp.distill.data import Split, pixels
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.models import ModelError, build, layout_of, what_and_where
+from kdexp.distill.randomness import drawing
 from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward
 
 __all__ = ["check_network", "check_plan", "stored_correct"]
@@ -33,7 +34,7 @@ AS_IT_IS = "wrap it in an nn.Module with a forward of its own, which is then tra
 def check_network(network: Network, like: Split) -> None:
     """That a network can be trained, evaluated and stored. Raises ModelError, which says what is in the way."""
     name, images = network.architecture, _examples(like)
-    with _drawing_apart(), torch.enable_grad():
+    with drawing(), torch.enable_grad():
         one, other = _built(network, like, 1), _built(network, like, 2)
         with _failing_as(f"{name}: fails in training"):
             one.to(memory_format=layout_of(one))
@@ -111,7 +112,7 @@ def stored_correct(network: Network, weights: Mapping[str, Tensor], counted: int
     Raises ModelError where that is not what was `counted` in training, but for images that rounding may decide.
     """
     name = network.architecture
-    with _drawing_apart():
+    with drawing():
         module = _built(network, validation, 3)
     _load(module, weights, name)
     with _failing_as(f"{name}: fails on validation images"):
@@ -133,13 +134,6 @@ def _examples(like: Split) -> Float[Tensor, "batch channels height width"]:
     """Images from all over a split, on the CPU; of fewer than that, some twice."""
     chosen = torch.arange(EXAMPLES, device=like.labels.device) * len(like) // EXAMPLES
     return pixels(like, chosen).cpu().contiguous()
-
-
-@contextmanager
-def _drawing_apart() -> Iterator[None]:
-    """In here torch's generator is another one."""
-    with torch.random.fork_rng([]):
-        yield
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kdexp import KdexpError
 from kdexp.config import FAMILIES, Network, Teacher
 from kdexp.distill.data import Split
+from kdexp.distill.randomness import drawing
 from kdexp.own import load_own, own_line
 
 __all__ = [
@@ -121,7 +122,7 @@ def layout_of(module: nn.Module) -> torch.memory_format:
 def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
     """Whether a network of one's own trains in the plain layout and not in channels last, as where it calls x.view(…)."""
     for layout in (torch.channels_last, torch.contiguous_format):
-        with torch.random.fork_rng([]), torch.enable_grad():
+        with drawing(), torch.enable_grad():
             try:
                 module = _made(Network.model_validate_json(network), shape, classes)
                 module.eval()(torch.zeros(2, *shape))  # lazy layers find their sizes
@@ -136,7 +137,7 @@ def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
 
 def outline(network: Network, like: Split) -> nn.Module:
     """A network to look at, not to train: torch's generator stays as it was. Raises ModelError."""
-    with torch.random.fork_rng([]):
+    with drawing():
         return build(network, like)
 
 

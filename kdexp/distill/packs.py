@@ -21,7 +21,7 @@ from kdexp.distill.data import Split, pixels
 from kdexp.distill.losses import Loss, Term, distillation_loss, label_loss
 from kdexp.distill.models import ModelError, build, layout_of
 from kdexp.distill.optimizers import Average, Optimizer
-from kdexp.distill.randomness import dropout_mask, seed_of
+from kdexp.distill.randomness import drawing, dropout_mask, seed_of
 from kdexp.distill.stacked import Form, Lowering, Plan, Stack, dropouts, forward, plan_of, strayed
 
 __all__ = [
@@ -328,8 +328,8 @@ class Separate:
             own = Batch(*(None if t is None else t[place] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
             if place + 1 < len(self.modules):  # a network may work in place, and the next one sees the same images
                 own = own._replace(images=own.images.clone())
-            with torch.random.fork_rng(_cuda_devices(rates.device)):
-                torch.manual_seed(seed_of(self.lanes[place].training.seed, "dropout", step))
+            seed = seed_of(self.lanes[place].training.seed, "dropout", step)
+            with drawing(seed, _cuda_devices(rates.device)):
                 losses.append(self._step(place, own, rate))
             average = self.averages[place]
             if average:
@@ -473,8 +473,7 @@ def _columns(parameters: Float[Tensor, "lanes parameters"], shapes: Mapping[str,
 
 def fresh(lane: Lane, like: Split) -> nn.Module:
     """A lane's network at its start: the same weights whatever was drawn before."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(lane.training.seed)
+    with drawing(lane.training.seed):
         return build(lane.network, like)
 
 

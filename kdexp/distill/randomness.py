@@ -6,16 +6,34 @@ So a lane's masks depend neither on its neighbours nor on K, and any epoch can b
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-__all__ = ["dropout_mask", "seed_of", "uniform_bits"]
+__all__ = ["drawing", "dropout_mask", "seed_of", "uniform_bits"]
 
 BITS = 2**32 - 1
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive numbers become far apart
+
+
+_generator = threading.RLock()
+
+
+@contextmanager
+def drawing(seed: int | None = None, devices: Sequence[int] = ()) -> Iterator[None]:
+    """In here torch's one generator is this thread's own, seeded if asked; after it, as it was before.
+
+    A training draws from it beside a thread that builds networks to look at their size.
+    """
+    with _generator, torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

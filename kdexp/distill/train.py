@@ -28,6 +28,7 @@ from kdexp.distill.randomness import seed_of
 
 __all__ = [
     "EpochReport",
+    "Reports",
     "Snapshot",
     "SoftLabels",
     "draw",
@@ -109,12 +110,14 @@ def train(
     how: Execution | None = None,
     dtype: torch.dtype = torch.float32,
     resumed: Sequence[Snapshot | None] = (),
+    pulse: Callable[[], object] = lambda: None,
 ) -> Generator[Reports, Mapping[int, Lane | None] | None, None]:
     """Train the lanes together; after each epoch yield their reports, in the order of their places.
 
     `soft` None trains on the labels alone. Lanes must share their fuse key; None leaves a place empty. A lane with
     a snapshot in `resumed` goes on from there. What is sent back changes places before the next epoch: a new lane
-    begins there at its epoch 1, None gives the place up. Ends when no lane is left.
+    begins there at its epoch 1, None gives the place up. Ends when no lane is left. `pulse` is called before
+    every step; what it raises ends the training.
     """
     present = [lane for lane in lanes if lane]
     if len({lane.fuse_key for lane in present}) != 1:
@@ -122,6 +125,7 @@ def train(
     how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in present}) == 1)
     _check(present[:2], splits.train, how)  # two: what is wrong between lanes is wrong between any
     crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
+    crew.pulse = pulse
     crew.resume(resumed)
     while crew.working:
         changes = yield crew.epoch()
@@ -176,6 +180,7 @@ class _Crew:
         anyone = next(lane for lane in lanes if lane)  # a network for an empty place, that idles along
         self.places = [_Place(lane or anyone, idle=lane is None) for lane in lanes]
         self.splits, self.soft, self.how, self.dtype = splits, soft, how, dtype
+        self.pulse: Callable[[], object] = lambda: None
         self.device = splits.train.labels.device
         if soft and soft.per == "epoch" and not how.shared:
             raise ValueError("soft labels by epoch serve lanes that share their mini-batches")
@@ -287,6 +292,7 @@ class _Crew:
         steps = torch.tensor(first, device=self.device)
         losses = torch.zeros(count, 3, len(self.places), dtype=self.dtype, device=self.device)
         for step in range(count):
+            self.pulse()
             loss = self.pack.step(_batch(drawn, step * size, size), on_device[step], steps + step)
             torch.stack(loss, out=losses[step])  # on the device: no .item() in the loop
         bad = [_first(column, at) for column, at in zip(~losses[:, 0].isfinite().T.cpu(), first, strict=True)]

@@ -330,7 +330,7 @@ def test_the_users_file_is_found_and_goes_before_pythons_module_of_that_name(
     (nets / file).write_text(MLP)
     network = Student(architecture=f"{place.format(folder=nets)}:mlp", options={"width": 8})
     assert measure(build(network, digits.train), digits.train).parameters == 64 * 8 + 8 + 8 * 10 + 10
-    assert "student source" in record("cpu", Recipe(student=network))
+    assert "student source" in record("cpu", Recipe(student=network), 1)
     assert hasattr(code, "InteractiveConsole"), "Python's own stays whole"
     assert sys.modules["token"] is token
     assert hasattr(token, "NAME")

@@ -71,10 +71,10 @@ def _live(folder: Path, arguments: Sequence[str], fault: Fault | None, prefix: s
     for name in [name for name in os.environ if name.startswith(("KDEXP_", "MLFLOW_TRACKING"))]:
         del os.environ[name]
     os.environ["COLUMNS"] = "200"
-    import kdexp.runner
+    import kdexp.work
     from kdexp.cli import main
 
-    kdexp.runner.CHECKPOINT_SECONDS = 0.0  # the epochs here are that short
+    kdexp.work.CHECKPOINT_SECONDS = 0.0  # the epochs here are that short
     if fault:
         fault()
     sys.argv = ["kdexp", *arguments]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import sqlite3
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
 
 LONG = {"training__epochs": 40, "study__trials": 6, "study__sampler": "random", "study__retries": 100}
 GRACE = {"kdexp.claims:GRACE_SECONDS": 3.0, "kdexp.claims:KEEP_SECONDS": 0.3}
-OFTEN = {"kdexp.runner:DELIVER_SECONDS": 0.3}
+OFTEN = {"kdexp.runs:DELIVER_SECONDS": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_a_command_of_another_machine_that_is_gone_is_noticed(tmp_path: Path, po
     """The second machine takes over the trial, after the grace, and neither lets a run stay open that it can reach."""
     stores = tmp_path / "mlflow.db"
     one, two, command = of_two(tmp_path, postgresql.url, f"sqlite:///{stores}", training__epochs=6, study__trials=3)
-    dies = Dies("kdexp.runner:Running.record", call=8)
+    dies = Dies("kdexp.runs:Recording.take", call=8)
     assert Life(one, command, Sets(GRACE, dies)).end().code == -signal.SIGKILL
     started = time.monotonic()
     end = Life(two, command, Sets(GRACE)).end()
@@ -255,3 +257,65 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
     assert [token for token, _ in claimed(postgresql)] == [2, 2, 2]
     assert len({claimant for _, claimant in claimed(postgresql)}) == 3
     assert any("Selected: trial" in end.out for end in ends)
+
+
+OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "20"))
+
+
+def test_epochs_go_on_at_their_pace_while_both_servers_are_away(
+    tmp_path: Path, server: MlflowServer, postgresql: Postgresql
+) -> None:
+    """Trials that may be ended early: their workers wait for no verdict, nothing is lost, nothing comes twice."""
+    epochs = round(1.5 * OUTAGE / 0.25)  # of a quarter of a second at least
+    changes = {"study__trials": 4, "study__early_stop": True, "training__epochs": epochs, "training__batch_size": 4}
+    place = renamed(tmp_path / "place", "away", selection__accuracy_bar=0.9999, **changes)
+    command = [*SWEEP, "--tracking-uri", server.url, "--storage", postgresql.url, "--workers", "2"]
+    life = Life(place, command, Sets(OFTEN))
+
+    def both_begun() -> bool:
+        return {number for number, state in accepted(postgresql) if state == "RUNNING"} == {2, 3}
+
+    until(lambda: has_trials(postgresql) and both_begun(), "trials 2 and 3 are under way", 300)
+    time.sleep(4)
+    began = time.time()
+    server.kill()
+    postgresql.kill()
+    time.sleep(OUTAGE)
+    postgresql.start()
+    server.start()
+    ended = time.time()
+    end = life.end(600)
+    assert end.code == 1, "the bar is out of reach"
+    assert "No student of study 'away' meets the bar" in end.err, end.err
+    assert [state for _, state in accepted(postgresql)] == ["COMPLETE"] * 4
+    for steps in times_of_epochs(server, "away").values():
+        assert sorted(steps) == list(range(1, epochs + 1)), "nothing is lost, nothing comes twice"
+    for number in (2, 3):
+        times = sorted(times_of_epochs(server, "away")[number].values())
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        inside = [gap for gap, at in zip(gaps, times[1:], strict=True) if began < at < ended]
+        assert len(inside) > OUTAGE / 2 / statistics.median(gaps), "it trained in the outage"
+        assert max(inside) <= 2 * statistics.median(gaps), (number, max(inside), statistics.median(gaps))
+
+
+def has_trials(server: Postgresql) -> bool:
+    """Whether Optuna has made its tables yet."""
+    engine = sqlalchemy.create_engine(server.url)
+    there = sqlalchemy.inspect(engine).has_table("trials")
+    engine.dispose()
+    return there
+
+
+def times_of_epochs(server: MlflowServer, study: str) -> dict[int, dict[int, float]]:
+    """By trial and epoch, when each was measured, in seconds."""
+    query = (
+        "select trial.value, metrics.step, metrics.timestamp from metrics join tags trial using (run_uuid) "
+        "join tags study using (run_uuid) where metrics.key = 'epoch/val_accuracy' and trial.key = 'kdexp.trial' "
+        "and study.key = 'kdexp.study' and study.value = ?"
+    )
+    found: dict[int, dict[int, float]] = {}
+    with closing(sqlite3.connect(server.database, timeout=60)) as mlflow:
+        for trial, step, at in mlflow.execute(query, (study,)):
+            assert step not in found.setdefault(int(trial), {})
+            found[int(trial)][step] = at / 1000
+    return found

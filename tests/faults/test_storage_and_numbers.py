@@ -55,8 +55,8 @@ class FullDisk:
         "at a checkpoint": FullDisk("kdexp.distill.checkpoints:Checkpoints.save", 6),
         "at the teacher's cache": FullDisk("kdexp.distill.teacher:_fill", 1),
         "at the teacher's weights": FullDisk("kdexp.distill.packs:Stacked.step", 10),
-        "at a run's record": FullDisk("kdexp.runner:_log_record", 2),
-        "at a run's weights": FullDisk("kdexp.runner:_conclude", 2),
+        "at a run's record": FullDisk("kdexp.runs:_log_record", 2),
+        "at a run's weights": FullDisk("kdexp.runs:_conclude", 2),
         "at Optuna's database": FullDisk("kdexp.study:OpenStudy.tell", 2),
     }.items(),
 )
@@ -75,7 +75,7 @@ def test_a_full_disk(place: Path, whole: Facts, moment: str, fault: FullDisk) ->
 @pytest.mark.parametrize("damaged", ["the last one", "both"])
 @pytest.mark.parametrize("damage", ["one bit", "torn", "empty"])
 def test_a_damaged_checkpoint(place: Path, whole: Facts, damage: str, damaged: str) -> None:
-    assert Life(place, SWEEP, Dies("kdexp.runner:Running.record", call=8)).end().code == -signal.SIGKILL
+    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
     files = sorted((place / "mlruns" / "checkpoints").glob("*/*"))
     assert {path.suffix for path in files} == {".checkpoint", ".former"}
     for path in files:
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint(place: Path, whole: Facts, damage: str, damaged: s
 
 
 def test_a_checkpoint_of_other_code_is_not_gone_on_from(place: Path) -> None:
-    assert Life(place, SWEEP, Dies("kdexp.runner:Running.record", call=8)).end().code == -signal.SIGKILL
+    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
     again = Life(place, SWEEP, OtherCode()).end()
     assert again.code == 0, again.err
     assert "(again)" in again.out

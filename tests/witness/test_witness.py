@@ -62,7 +62,7 @@ def test_a_run_of_an_earlier_version_is_reproduced(
     if "compiled" in name:
         request.getfixturevalue("fashion")
     monkeypatch.chdir(unpacked)
-    here = record("cpu", Recipe())
+    here = record("cpu", Recipe(), 1)
     recorded = json.loads(next(unpacked.glob(f"mlruns/artifacts/*/{RUNS[name]}/artifacts/environment.json")).read_text())
     run = kdexp_alone if "compiled" in name else kdexp_here  # shapes checked at run time cannot be compiled
     done = run("reproduce", RUNS[name], "--tolerance", str(TOLERANCE))
