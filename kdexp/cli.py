@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import atexit
 import gc
+import inspect
 import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hints
 
 import typer
 
@@ -76,12 +80,59 @@ Confidence = Annotated[
     typer.Option(metavar="LEVEL", help="How sure it must be that the bar is met, such as 0.95; default: the sweep's."),
 ]
 MostAccurate = Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")]
-DEFAULT_STORES = Path("mlruns")
+COMMON: dict[str, tuple[Any, Any]] = {
+    "stores": (Stores, Path("mlruns")),
+    "storage": (Storage, None),
+    "tracking_uri": (TrackingUri, None),
+    "data_dir": (DataDir, None),
+    "device": (Device, "auto"),
+    "threads": (Threads, None),
+    "workers": (Workers, None),
+    "pack": (Pack, None),
+}
+"""Options that several commands share, with their defaults: together they are the settings."""
+RULE: dict[str, tuple[Any, Any]] = {
+    "bar": (Bar, None),
+    "size": (SizeUnit, None),
+    "limit": (Limit, None),
+    "confidence": (Confidence, None),
+    "most_accurate": (MostAccurate, False),
+}
+"""Options that change a study's own selection rule."""
 STOPPED = 130  # the exit code of what was interrupted
 
 
 class Stopped(KdexpError):
     """Ended before its time by a person or the system, with nothing lost."""
+
+
+def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes these common options as its `settings`, and those of RULE, if it asks for it, as its `rule`."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own, types = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
+        groups = {"settings": {name: COMMON[name] for name in options}, "rule": RULE}
+        shared = {name: group for name, group in groups.items() if name in own}
+
+        @wraps(function)
+        def run(**given: Any) -> None:
+            made = {name: {key: given.pop(key) for key in group} for name, group in shared.items()}
+            function(**given, **made | {"settings": _settings(**made["settings"])})
+
+        parameters = [parameter for name, parameter in own.items() if name not in shared]
+        typed = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
+        for group in reversed(shared.values()):
+            typed += [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                for name, (annotation, default) in group.items()
+            ]
+        typed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+        run.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in typed}
+        app.command()(run)
+        return run
+
+    return register
 
 
 @app.callback()
@@ -92,23 +143,15 @@ def _root(
     """The options of kdexp itself; without a command, its help."""
 
 
-@app.command()
+@command("workers", "pack", "stores", "storage", "tracking_uri", "data_dir", "device", "threads")
 def sweep(
     file: SweepFile,
+    settings: Settings,
     trials: Annotated[Optional[int], typer.Option(min=1, help="How many trials the study has in all.")] = None,  # noqa: UP045
-    workers: Workers = None,
-    pack: Pack = None,
     overrides: Overrides = None,
-    stores: Stores = DEFAULT_STORES,
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
     config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
-    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads, workers, pack)
     from kdexp.workers import warm_up
 
     if settings.workers != 1:
@@ -139,19 +182,14 @@ def sweep(
     _select(config.name, config.selection, settings, tracking, chosen, console)
 
 
-@app.command()
+@command("stores", "tracking_uri", "data_dir", "device", "threads")
 def train(
     file: SweepFile,
+    settings: Settings,
     overrides: Overrides = None,
-    stores: Stores = DEFAULT_STORES,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train one student at the file's own values."""
     config = _load(file, overrides)
-    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.bench import Bench
     from kdexp.environment import configure
@@ -180,19 +218,14 @@ def train(
     )
 
 
-@app.command()
+@command("stores", "tracking_uri", "data_dir", "device", "threads")
 def teacher(
     file: SweepFile,
+    settings: Settings,
     overrides: Overrides = None,
-    stores: Stores = DEFAULT_STORES,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train the teacher, or check the one there is, and fill its cache."""
     config = _load(file, overrides)
-    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.bench import Bench
     from kdexp.environment import configure
@@ -212,51 +245,31 @@ def teacher(
     )
 
 
-@app.command()
+@command("stores", "storage", "tracking_uri", "data_dir", "device")
 def select(
     study: StudyName,
-    bar: Bar = None,
-    size: SizeUnit = None,
-    limit: Limit = None,
-    confidence: Confidence = None,
-    most_accurate: MostAccurate = False,
-    stores: Stores = DEFAULT_STORES,
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    settings: Settings,
+    rule: dict[str, Any],
 ) -> None:
     """Select the smallest model of a study that meets the bar, and look at the test set once for it."""
-    settings = _settings(stores, storage, tracking_uri, data_dir, device, None)
     from kdexp.environment import configure
     from kdexp.tracking import Tracking
 
     tracking = Tracking(settings, make=False)
-    rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
-    _select(study, rule, settings, tracking, configure(settings.device, None), _console())
+    _select(study, _rule(study, tracking, rule), settings, tracking, configure(settings.device, None), _console())
 
 
-@app.command()
+@command("stores", "storage", "tracking_uri", "data_dir", "device", "threads")
 def confirm(
     study: StudyName,
+    settings: Settings,
+    rule: dict[str, Any],
     seeds: Annotated[int, typer.Option(min=2, metavar="N", help="How many fresh seeds each candidate is trained with.")] = 3,
-    bar: Bar = None,
-    size: SizeUnit = None,
-    limit: Limit = None,
-    confidence: Confidence = None,
-    most_accurate: MostAccurate = False,
     train_and_validation: Annotated[
         bool, typer.Option("--train-and-validation", help="Train the confirmed model on both, and look at that on test.")
     ] = False,
-    stores: Stores = DEFAULT_STORES,
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at test for the confirmed."""
-    settings = _settings(stores, storage, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.confirm import confirm as with_fresh_seeds
     from kdexp.environment import configure
@@ -264,10 +277,9 @@ def confirm(
     from kdexp.tracking import Tracking, TrackingAway
 
     tracking = Tracking(settings, make=False)
-    rule = _rule(study, tracking, bar, size, limit, confidence, most_accurate)
     chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
     try:
-        events = with_fresh_seeds(parent, rule, seeds, train_and_validation, settings, tracking, chosen)
+        events = with_fresh_seeds(parent, _rule(study, tracking, rule), seeds, train_and_validation, settings, tracking, chosen)
         with Screen(console) as screen, closing(events):
             done = yield_all(events, screen)
     except KeyboardInterrupt:
@@ -277,21 +289,16 @@ def confirm(
     show_confirmation(console, done, settings.tracking_shown)
 
 
-@app.command()
+@command("stores", "tracking_uri", "data_dir", "device", "threads")
 def reproduce(
     run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run to train again.")],
-    stores: Stores = DEFAULT_STORES,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    threads: Threads = None,
+    settings: Settings,
     tolerance: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="On another machine: let losses and accuracies differ by so much."),
     ] = None,
 ) -> None:
     """Train a run again from its own record, compare, and say identical or what differs."""
-    settings = _settings(stores, None, tracking_uri, data_dir, device, threads)
     console = _console()
     from kdexp.environment import configure
     from kdexp.reproduce import reproduce as again
@@ -306,19 +313,16 @@ def reproduce(
         raise KdexpError(comparison.failure)
 
 
-@app.command()
+@command("stores", "tracking_uri", "data_dir")
 def export(
     run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")],
+    settings: Settings,
     precision: Annotated[
         Literal["float32", "float16", "int8"], typer.Option(help="How the weights are stored: float32, float16 or int8.")
     ] = "float32",
     output: Annotated[Optional[Path], typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")] = None,  # noqa: UP045
-    stores: Stores = DEFAULT_STORES,
-    tracking_uri: TrackingUri = None,
-    data_dir: DataDir = None,
 ) -> None:
     """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation by running it."""
-    settings = _settings(stores, None, tracking_uri, data_dir, "cpu", None)
     from kdexp.environment import configure
     from kdexp.export import export as written
     from kdexp.screen import show_export
@@ -329,31 +333,26 @@ def export(
     show_export(_console(), written(run_id, precision, output, settings, Tracking(settings, make=False)))
 
 
-@app.command()
+@command("stores", "tracking_uri")
 def ui(
+    settings: Settings,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
-    stores: Stores = DEFAULT_STORES,
-    tracking_uri: TrackingUri = None,
 ) -> None:
     """Serve the MLflow UI on 127.0.0.1 and print the address of each study's page."""
-    settings = _settings(stores, None, tracking_uri, None, "cpu", None)
     from kdexp.tracking import Tracking
     from kdexp.ui import serve
 
     serve(Tracking(settings, make=False), port, _console())
 
 
-@app.command()
+@command("stores", "storage", "tracking_uri")
 def doctor(
+    settings: Settings,
     upgrade: Annotated[
         bool, typer.Option("--upgrade", help="Take databases of older versions along, each copied first.")
     ] = False,
-    stores: Stores = DEFAULT_STORES,
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
 ) -> None:
     """Say which versions are here, and whether the stores fit them; change nothing unless asked to."""
-    settings = _settings(stores, storage, tracking_uri, None, "cpu", None)
     from kdexp.doctor import examine
 
     if not examine(settings, upgrade, lambda line: print(without_credentials(line))):
@@ -419,28 +418,20 @@ def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device
     show_promotion(console, promotion, settings.tracking_shown)
 
 
-def _rule(
-    study: str,
-    tracking: Tracking,
-    bar: float | None,
-    size: str | None,
-    limit: int | None,
-    confidence: float | None,
-    most_accurate: bool,
-) -> Any:
+def _rule(study: str, tracking: Tracking, given: dict[str, Any]) -> Any:
     """The study's own selection rule with what the command line changes in it."""
     from kdexp.config import select_rule
     from kdexp.promote import sweep_of
 
     changed = {
-        "accuracy_bar": bar,
-        "size": size,
-        "limit": limit,
-        "confidence": confidence,
-        "goal": "most_accurate" if most_accurate else None,
+        "accuracy_bar": given["bar"],
+        "size": given["size"],
+        "limit": given["limit"],
+        "confidence": given["confidence"],
+        "goal": "most_accurate" if given["most_accurate"] else None,
     }
     rule = sweep_of(tracking.study(study), tracking).selection
-    if size not in (None, rule.size):
+    if given["size"] not in (None, rule.size):
         rule = rule.model_copy(update={"limit": None})  # it counts in the former unit
     return select_rule(rule, {key: value for key, value in changed.items() if value is not None})
 
@@ -456,11 +447,11 @@ def _load(file: Path, overrides: list[str] | None) -> Sweep:
 
 def _settings(
     stores: Path,
-    storage: str | None,
-    tracking_uri: str | None,
-    data_dir: Path | None,
-    device: str,
-    threads: int | None,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
     workers: int | None = 1,
     pack: int | None = 1,
 ) -> Settings:
@@ -499,6 +490,8 @@ def _fail(message: str, code: int) -> None:
             stream.flush()
         except OSError:
             _to_nowhere(stream)
+    if any(thread.name.startswith("kdexp worker") for thread in threading.enumerate()):
+        os._exit(code)  # after a second Ctrl-C: a worker is at something that cannot be broken off
     sys.exit(code)
 
 
