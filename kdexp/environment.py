@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +20,12 @@ from kdexp.config import Recipe
 from kdexp.imported import own_modules
 from kdexp.own import own_file
 
-__all__ = ["configure", "cpu_name", "differing", "own_networks", "record", "remember_code"]
+__all__ = ["configure", "core", "cpu_name", "differing", "own_networks", "record", "remember_code"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt(3)
+PACKAGE = Path(__file__).resolve().parent
+CORE = ("config.py", "own.py", "work.py")
+"""Besides distill/: what a training's bits depend on."""
 LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
 
 
@@ -70,7 +73,7 @@ def _keep_memory() -> None:
 
 def remember_code() -> None:
     """The code of this process, and of all forked from it, is what lies on the disk now, whatever is edited later."""
-    _source(), _commit()
+    _source(), _core(), _commit()
 
 
 def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
@@ -80,6 +83,7 @@ def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
     return {
         "kdexp": __version__,
         "source": _source(),
+        "core": _core(),
         "commit": _commit(),
         **own_networks(recipe),
         "python": platform.python_version(),
@@ -117,10 +121,24 @@ def cpu_name() -> str:
 @cache
 def _source() -> str:
     """SHA-256 of the package's source files."""
+    return _digest(PACKAGE.rglob("*.py"))
+
+
+@cache
+def _core() -> str:
+    """SHA-256 of those that a training's bits depend on: an edit of any other breaks off nothing that is under way."""
+    return _digest(core())
+
+
+def core() -> list[Path]:
+    """The files that a training's bits depend on."""
+    return [*(PACKAGE / "distill").rglob("*.py"), *(PACKAGE / name for name in CORE)]
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    here = Path(__file__).resolve().parent
-    for path in sorted(here.rglob("*.py")):
-        digest.update(f"{path.relative_to(here)}\n".encode() + path.read_bytes())
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from kdexp.distill.data import Split, Splits
 from kdexp.distill.execution import choose, compiles
 from kdexp.distill.models import measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane
-from kdexp.distill.train import EpochReport
+from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.environment import record
 from kdexp.outcome import Outcome
 from kdexp.plots import curves
@@ -34,7 +34,7 @@ from kdexp.pool import Died, Pool, PoolSize
 from kdexp.records import seal
 from kdexp.settings import without_credentials
 from kdexp.tracking import EpochMetrics, Kind, Tracking, TrackingAway
-from kdexp.work import EPOCH_METRICS, Broke, Ended, Epoch, Job, Measured, Prepared, Row, Task
+from kdexp.work import Broke, Ended, Epoch, Job, Measured, Prepared, Row, Task
 
 __all__ = [
     "Entry",
@@ -52,8 +52,8 @@ __all__ = [
 
 DELIVER_SECONDS = 30.0
 """An epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short ones."""
-ELSEWHERE = ("threads", "commit")
-"""A training that goes on sets its own threads; the source's hash says more than the commit."""
+ELSEWHERE = ("threads", "commit", "source")
+"""A training that goes on sets its own threads; of the package its bits depend on the core alone."""
 
 
 @dataclass(frozen=True)

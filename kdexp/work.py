@@ -25,13 +25,12 @@ from kdexp.distill.guard import stored_correct
 from kdexp.distill.models import ModelError
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import CachedTeacher
-from kdexp.distill.train import EpochReport, Reports, Snapshot, train
+from kdexp.distill.train import EPOCH_METRICS, EpochReport, Reports, Snapshot, train
 from kdexp.own import own_line
 from kdexp.settings import first_line, in_one_line, without_credentials
 from kdexp.surroundings import out_of_memory
 
 __all__ = [
-    "EPOCH_METRICS",
     "Broke",
     "Done",
     "Ended",
@@ -47,9 +46,6 @@ __all__ = [
     "work",
 ]
 
-EPOCH_METRICS = (
-    "loss", "distillation_loss", "student_loss", "val_accuracy", "val_loss", "learning_rate", "seconds",
-)  # fmt: skip
 MOMENT = 0.25  # seconds that a training waits for a verdict at least, where its epochs are shorter
 Row = Mapping[str, int | float]
 """What an epoch measured: `epoch`, `time_ms`, and each of EPOCH_METRICS."""

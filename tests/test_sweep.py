@@ -25,7 +25,7 @@ from kdexp.distill import data as data_module
 from kdexp.distill.data import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.randomness import seed_of
-from kdexp.distill.train import EpochReport, train
+from kdexp.distill.train import EPOCH_METRICS, EpochReport, train
 from kdexp.prepare import prepare
 from kdexp.promote import candidates, gain, promote, sweep_of
 from kdexp.records import recipe_of
@@ -44,7 +44,6 @@ from kdexp.sweep import (
     run_sweep,
 )
 from kdexp.tracking import Tracking, TrackingError
-from kdexp.work import EPOCH_METRICS
 
 
 def drain(generator):

@@ -13,13 +13,13 @@ from mlflow.exceptions import MlflowException
 
 from kdexp import runs
 from kdexp.bench import Bench
-from kdexp.distill.train import EpochReport
+from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.files import write_ahead
 from kdexp.prepare import prepare
 from kdexp.runs import Entry, Recording, recorded
 from kdexp.settings import Settings
 from kdexp.tracking import EpochMetrics, Tracking, TrackingError, _may_pass
-from kdexp.work import EPOCH_METRICS, Ended, Epoch, Prepared
+from kdexp.work import Ended, Epoch, Prepared
 
 RECIPE = tiny_sweep().recipe
 

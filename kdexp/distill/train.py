@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from kdexp.distill.packs import Drawn, Execution, Lane, Source, fresh, pack_of, 
 from kdexp.distill.randomness import seed_of
 
 __all__ = [
+    "EPOCH_METRICS",
     "EpochReport",
     "Reports",
     "Snapshot",
@@ -65,20 +66,25 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+def metric() -> Any:
+    """A number of each epoch that is recorded under its own name; a run of an earlier version may lack it."""
+    return field(metadata={"metric": True})
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochReport:
     """One epoch of one lane. Losses are means over its steps; epochs count from 1."""
 
     epoch: int
     epochs: int
-    loss: float
-    distillation_loss: float
-    student_loss: float
-    val_accuracy: float
+    loss: float = metric()
+    distillation_loss: float = metric()
+    student_loss: float = metric()
+    val_accuracy: float = metric()
     val_correct: int
-    val_loss: float
-    learning_rate: float
-    seconds: float
+    val_loss: float = metric()
+    learning_rate: float = metric()
+    seconds: float = metric()
     """Of the whole pack."""
     weights: dict[str, Tensor] | None
     """On the CPU, and only where these are the weights to keep so far."""
@@ -98,6 +104,8 @@ class EpochReport:
         return replace(self, weights=None, snapshot=None)
 
 
+EPOCH_METRICS = tuple(each.name for each in fields(EpochReport) if each.metadata.get("metric"))
+"""What is recorded of each epoch."""
 Reports = tuple[EpochReport | None, ...]
 """One for each place of the pack; None where no lane is in training."""
 
