@@ -378,6 +378,8 @@ def main() -> None:
         if "--help" not in arguments:
             sys.path.append(str(working_folder()))  # where architecture: package.module:callable is looked for
         code = app(arguments, prog_name="kdexp", standalone_mode=False) or 0
+        if code == STOPPED:  # typer makes that of a Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as stop:

@@ -17,10 +17,12 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +41,8 @@ WORKER_BYTES = 5 * 2**28
 """A process at its peak, with compiled students on Fashion-MNIST: 1.1 to 1.2 GiB, some of it shared."""
 INTERRUPTED = 130
 WAKE_SECONDS = 0.2
+STOP_SECONDS = 60.0
+"""For so long a worker that is stopped may finish what it is at."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,11 @@ class Pool:
         try:
             for worker in living:
                 worker.stop()
+            deadline = time.monotonic() + STOP_SECONDS
             for worker in living:
                 while not worker.join(WAKE_SECONDS):
-                    pass
+                    if time.monotonic() > deadline:
+                        worker.kill()
         except KeyboardInterrupt:
             for worker in living:
                 worker.kill()
@@ -322,15 +328,22 @@ def _serve(connection: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "SIGHUP"):  # our command stops us, once it has heard of it
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _interrupt_once)
+        stopped = threading.Event()
+
+        def pulse() -> None:  # where what was raised in the middle of a library came to nothing
+            if stopped.is_set():
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, partial(_interrupt_once, stopped))
         threading.Thread(target=_stop_without_parent, daemon=True).start()
         orders: _Orders = pickle.loads(connection.recv_bytes())  # noqa: S301 - our parent's own
         configure(orders.device, orders.threads)
         say, hear = _lines(connection)
         while True:
+            pulse()
             message = pickle.loads(connection.recv_bytes())  # noqa: S301 - our parent's own
             if isinstance(message, Job):  # not a verdict that came too late
-                work(message, orders.prepared, say, hear)
+                work(message, orders.prepared, say, hear, pulse)
     except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or our command is gone
         sys.exit(INTERRUPTED)
     except Exception as error:
@@ -357,7 +370,8 @@ def _lines(
     return say, hear
 
 
-def _interrupt_once(*_: object) -> NoReturn:
+def _interrupt_once(stopped: threading.Event, *_: object) -> NoReturn:
+    stopped.set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being closed is not interrupted again
     raise KeyboardInterrupt
 

@@ -27,6 +27,7 @@ from kdexp.promote import Promotion, gain, load_call
 from kdexp.reproduce import Checked, Comparison, Difference
 from kdexp.scheduler import TrialTaken, WorkerLost
 from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
+from kdexp.study import IN_VAIN
 from kdexp.sweep import (
     EpochDone,
     Misremembered,
@@ -262,7 +263,7 @@ def _misremembered(event: Misremembered) -> str:
 
 def _nothing_left(event: NothingLeft) -> str:
     than = f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}" if event.smallest else "new"
-    return f"Nothing {than} is left to try: the study ends after {event.done} trials."
+    return f"Of the last {IN_VAIN} proposals none was {than}: the study ends after {event.done} trials."
 
 
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:

@@ -177,7 +177,7 @@ def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Be
         if not begun.done:
             return tracking.experiment(name), begun, begun.parent_run  # nothing is lost: its trials begin again
         if error.restore:
-            how = f"is deleted in {tracking.shown}: restore it with its trials ({error.restore})"
+            how = f"is deleted in {tracking.shown}: restore it ({error.restore}), and each of its trials that is deleted too"
         else:
             how = f"{tracking.shown} does not hold: put that back, or name the store that does (--stores, --tracking-uri)"
         raise KdexpError(

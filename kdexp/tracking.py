@@ -419,8 +419,9 @@ class Tracking:
             return runs[-1]
         if deleted := self._named(name, ViewType.ALL):
             raise TrackingGone(
-                f"Study '{name}' is deleted in {self.shown} (run {deleted[-1].info.run_id}): restore it with its trials "
-                f"({self._again('runs', deleted[-1])}; in kdexp ui all at once, State: Deleted), or run the sweep under "
+                f"Study '{name}' is deleted in {self.shown} (run {deleted[-1].info.run_id}): restore it "
+                f"({self._again('runs', deleted[-1])}) "
+                f"and its trials (in kdexp ui all at once, State: Deleted), or run the sweep under "
                 f"another name (--set name={name}-2)."
             )
         known = sorted({run.tags["kdexp.study"] for run in self.find("study", {})})

@@ -184,3 +184,30 @@ def test_separable_convolutions_cost_a_fraction_of_whole_ones() -> None:
         for a in ("residual", "separable")
     )
     assert apart < 0.2 * whole
+
+
+def _computed(kind: str) -> nn.Module:
+    """A network of a convolution and a linear layer whose weights are computed from others."""
+    from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+    wrap = {
+        "plain": lambda layer: layer,
+        "weight_norm": weight_norm,
+        "spectral_norm": spectral_norm,
+        "parametrized weight_norm": parametrizations.weight_norm,
+        "parametrized spectral_norm": parametrizations.spectral_norm,
+        "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    }[kind]
+    torch.manual_seed(0)
+    layers = wrap(nn.Conv2d(1, 4, 3, padding=1)), nn.ReLU(), nn.Flatten(), wrap(nn.Linear(4 * 8 * 8, 10))
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "kind", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm", "pruned"]
+)
+def test_a_weight_that_is_computed_costs_what_a_plain_one_costs(digits, kind: str) -> None:
+    plain = measure(_computed("plain"), digits.train)
+    assert plain.multiply_adds == 64 * (4 * 9 + 4) + 10 * 256 + 10
+    assert measure(_computed(kind), digits.train).multiply_adds == plain.multiply_adds

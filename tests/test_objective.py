@@ -299,7 +299,8 @@ def test_a_study_ends_where_nothing_smaller_is_left(tmp_path, settings, tracking
             screen.show(event)
     lines = shown.file.getvalue().splitlines()
     assert lines[-1] == (
-        f"Nothing smaller than trial {chosen.trial}'s {chosen.parameters:,} is left to try: the study ends after {done} trials."
+        f"Of the last {IN_VAIN} proposals none was smaller than trial {chosen.trial}'s {chosen.parameters:,}: the study ends "
+        f"after {done} trials."
     )
     assert lines[-2].endswith(f" proposals not trained: trial {chosen.trial} meets the bar with {chosen.parameters:,}")
 

@@ -280,7 +280,8 @@ def _reason(error: Exception, file: Path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\((\d+) pixels\)", str(error))
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"has {int(pixels[1]):,} pixels, of {most:,} that are allowed" if pixels else f"has over {most:,} pixels"
+        found = f"{int(pixels[1]):,}" if pixels else "too many"
+        return f"has {found} pixels, {most:,} are allowed: scale it down"
     if isinstance(error, UnidentifiedImageError):
         return "is no image that can be read here"
     if isinstance(error, MemoryError):

@@ -84,7 +84,7 @@ def inspect(
                 broken.append(f"{shown(sample.file)} ({role} split) {why}")
     if broken:
         many = f"{len(broken):,} images cannot be read: " if len(broken) > 1 else ""
-        raise DataError(f"{many}{'; '.join(broken[:3])}{'; …' * (len(broken) > 3)}. Mend or remove what cannot be read")
+        raise DataError(f"{many}{'; '.join(broken[:3])}{'; …' * (len(broken) > 3)}. Mend them or take them away")
     every = [(sample, role, each) for role in splits for sample, each in zip(splits[role], seen[role], strict=True)]
     _check_ranges([(sample.file, each) for sample, _, each in every])
     notes = (*_what_was_done([each for *_, each in every]), *_equals(folder, every))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -219,9 +220,31 @@ def _head(network: Network, features: int, classes: int) -> list[nn.Module]:
 
 def measure(module: nn.Module, like: Split) -> Size:
     """Parameters, multiply-adds and bytes of a network on one image like those of a split."""
-    info = _torchinfo(module, like)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    return Size(sum(p.numel() for p in module.parameters()), int(info.total_mult_adds), stored)
+    parameters = sum(p.numel() for p in module.parameters())
+    return Size(parameters, _multiply_adds(_torchinfo(module, like)), stored)
+
+
+def _multiply_adds(info: torchinfo.ModelStatistics) -> int:
+    """torchinfo's count. Of a layer that computes its weight from others it would count none, or too many: that is
+    counted here as the plain layer that it is in use."""
+    computed = [layer for layer in info.summary_list if _computes_its_weight(layer.module)]
+    counted = sum(layer.macs for layer in computed if layer.is_leaf_layer)
+    return int(info.total_mult_adds) - counted + sum(_plainly(layer) for layer in computed)
+
+
+def _computes_its_weight(module: nn.Module) -> bool:
+    """Whether by a parametrization, or by the hook of a former torch (weight_norm, spectral_norm, pruning)."""
+    plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    return plain and "weight" not in module._parameters
+
+
+def _plainly(layer: torchinfo.layer_info.LayerInfo) -> int:
+    """As torchinfo counts a plain layer: each weight once for each place of the output."""
+    module, shape = layer.module, layer.output_size
+    weights = module.weight.numel() + (0 if module.bias is None else module.bias.numel())  # type: ignore[operator]
+    places = shape[0] if isinstance(module, nn.Linear) else math.prod([shape[0], *shape[2:]])
+    return int(weights * places)
 
 
 def summary(module: nn.Module, like: Split) -> str:
