@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import until
 
 from system.conftest import runs, started, trials, wait_for_trial
 
@@ -64,3 +65,15 @@ def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(kdexp, ti
     assert trials(tmp_path) == dict.fromkeys(range(6), 1)
     assert runs(tmp_path, "trial")["RUNNING"] == 0
     assert "Selected: trial" in out or "Selected: trial" in kdexp("select", "tiny").stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_a_stop_while_libraries_are_loaded_is_said_too(tiny_file: Path, tmp_path: Path) -> None:
+    process = started(tmp_path)
+    until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch is being imported", 60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("kdexp: Stopped"), errors
+    assert "kdexp sweep tiny.yaml --set training.epochs=40" in errors
+    assert len(errors.splitlines()) == 1

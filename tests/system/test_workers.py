@@ -183,6 +183,38 @@ def test_a_second_ctrl_c_stops_at_once(tiny_file: Path, tmp_path: Path) -> None:
     until(lambda: all(gone(worker) for worker in workers), "workers are gone", 10)
 
 
+DEAF = """
+import time
+from torch import nn
+
+class Deaf(nn.Flatten):
+    def forward(self, images):
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:  # as a library's callback, or a __del__, may come upon it
+            pass
+        return super().forward(images)
+
+def mlp(channels, image_size, classes, width):
+    return nn.Sequential(Deaf(), nn.Linear(channels * image_size[0] * image_size[1], width), nn.Linear(width, classes))
+"""
+
+
+def test_a_worker_stops_whose_interrupt_came_to_nothing(tiny_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(DEAF)
+    network = [
+        "--set", "student={architecture: 'nets:mlp', options: {width: 8}}",
+        "--set", "search={student.options.width: {choices: [4, 8]}}",
+    ]  # fmt: skip
+    process = started(tmp_path, *network, "--trials", "6", "--workers", "2")
+    workers = both_train(process, tmp_path)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    until(lambda: all(gone(worker) for worker in workers), "workers are gone", 10)
+
+
 FAILS = """
 import errno, multiprocessing, os
 from torch import nn
