@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hi
 import typer
 
 from kdexp import KdexpError, __version__
+from kdexp.files import settle
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import expanded, expanded_url, homeless, open_streams, speak_utf8, working_folder
 
@@ -117,7 +118,12 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
         @wraps(function)
         def run(**given: Any) -> None:
             made = {name: {key: given.pop(key) for key in group} for name, group in shared.items()}
-            function(**given, **made | {"settings": _settings(**made["settings"])})
+            settings = _settings(**made["settings"])
+            try:
+                function(**given, **made | {"settings": settings})
+            finally:
+                for name in ("mlflow.db", "optuna.db"):
+                    settle(settings.stores / name)
 
         parameters = [parameter for name, parameter in own.items() if name not in shared]
         typed = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-__all__ = ["sha256_of", "write_ahead", "write_atomically"]
+__all__ = ["settle", "sha256_of", "write_ahead", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -48,6 +48,16 @@ def write_ahead(database: Path) -> None:
     """
     with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database, timeout=60)) as connection:
         connection.execute("pragma journal_mode = wal")
+
+
+def settle(database: Path) -> None:
+    """Take what an SQLite database's log holds into its file, so that a copy of the file alone has all.
+
+    Where others use it now, they do that when they end.
+    """
+    if database.exists():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(database, timeout=1)) as connection:
+            connection.execute("pragma wal_checkpoint(truncate)")
 
 
 def _fsync_folder(folder: Path) -> None:

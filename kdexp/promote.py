@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -254,7 +255,9 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
     module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
     example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
     try:
-        torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     except Exception as error:  # each network that it refuses in its own way
         return str(error) or type(error).__name__
     seal(run.run_id, tracking.log_model(run.run_id, module, example, like.classes), tracking)

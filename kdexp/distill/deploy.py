@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,15 +104,17 @@ def _exported(student: nn.Module, like: Split) -> Any:
     """The folded student from pixels to logits, for any number of images."""
     module = FromPixels(compact(student, like).cpu(), like).eval()
     try:
-        program = torch.onnx.export(
-            module,
-            (like.images[:2].cpu(),),
-            input_names=["pixels"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the user's network, in words for torch's own developers
+            program = torch.onnx.export(
+                module,
+                (like.images[:2].cpu(),),
+                input_names=["pixels"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # torch.export refuses some networks, each in its own way
         raise DeployError(f"This network cannot be exported to ONNX: {str(error).strip().partition(chr(10))[0]}") from error
     assert program is not None

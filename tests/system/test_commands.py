@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def test_every_command_has_help(kdexp) -> None:
         helped = kdexp(name, "--help")
         assert helped.returncode == 0
         assert "Usage: kdexp" in helped.stdout
+
+
+def test_a_copy_of_the_databases_alone_holds_all_that_a_sweep_recorded(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+    done = kdexp("sweep", "tiny.yaml", "--set", "training.epochs=1", "--trials", "2")
+    assert done.returncode == 0, done.stderr
+    copy = tmp_path / "copy"
+    (copy / "mlruns").mkdir(parents=True)
+    shutil.copy(tmp_path / "mlruns" / "mlflow.db", copy / "mlruns")
+    assert runs(copy, "trial") == {"FINISHED": 2}
