@@ -30,6 +30,7 @@ from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, st
 
 __all__ = [
     "CONTROLS",
+    "LATER",
     "Augment",
     "Choices",
     "ConfigError",
@@ -50,6 +51,7 @@ __all__ = [
     "Variant",
     "differences",
     "flatten",
+    "identity",
     "learns_alike",
     "load",
     "nearly_alike",
@@ -78,6 +80,26 @@ R = TypeVar("R", bound="Recipe")
 
 class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+LATER = {"later": True}
+"""A field's `json_schema_extra`, where it is added after teachers have been trained and kept by a digest without it."""
+
+
+def identity(model: BaseModel) -> str:
+    """A config as the text that digests are made of: a field of LATER stands in it only where it is not at its default."""
+    return model.model_dump_json(exclude=_later(model))
+
+
+def _later(model: BaseModel) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            found |= {name: inside} if (inside := _later(value)) else {}
+        elif field.json_schema_extra == LATER and value == field.get_default(call_default_factory=True):
+            found[name] = True
+    return found
 
 
 # --- the recipe --------------------------------------------------------------------------------

@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from kdexp.config import (
+    LATER,
+    Augment,
     ConfigError,
+    Data,
     Distillation,
     Recipe,
     Sweep,
+    Teacher,
     Training,
     differences,
     flatten,
+    identity,
     learns_alike,
     load,
     recorded,
@@ -287,3 +293,19 @@ def test_a_rule_is_validated_when_changed() -> None:
     assert select_rule(rule, {"accuracy_bar": 0.5}).accuracy_bar == 0.5
     with pytest.raises(ConfigError, match="did you mean bytes"):
         select_rule(rule, {"size": "byte"})
+
+
+def test_a_dial_that_is_added_later_and_left_alone_changes_no_digest() -> None:
+    class Wider(Teacher):
+        groups: int = Field(1, json_schema_extra=LATER)
+
+    class Later(Augment):
+        rotate: float = Field(0.0, json_schema_extra=LATER)
+
+    class Rotated(Data):
+        augment: Later = Later()
+
+    assert identity(Wider()) == identity(Teacher()) == Teacher().model_dump_json()
+    assert identity(Wider(groups=2)) != identity(Teacher())
+    assert identity(Rotated()) == identity(Data())
+    assert identity(Rotated(augment=Later(rotate=1.0))) != identity(Data())

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdexp import __version__
-from kdexp.config import Data, Distillation, Teacher, Training
+from kdexp.config import Data, Distillation, Teacher, Training, identity
 from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint, Checkpoints, Kept
 from kdexp.distill.data import Split, Splits, pixels, views
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
@@ -183,7 +183,7 @@ def _built(teacher: Teacher, like: Split) -> nn.Module:
 
 def _trained(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Generator[EpochReport, None, Path]:
     """The home of a recipe's weights and history; trained now where they are not there."""
-    home = folder / _digest(teacher.model_dump_json(), data.model_dump_json(), *_fingerprints(splits))[:16]
+    home = folder / _digest(identity(teacher), identity(data), *_fingerprints(splits))[:16]
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):  # N processes that start together train it once
         if not (home / WEIGHTS).exists() and teacher.members == 1:
