@@ -18,7 +18,7 @@ from typing import Any, Literal
 from kdexp.config import Choices, Objective, Selection
 from kdexp.intervals import wilson_low
 
-__all__ = ["DIRECTIONS", "Passing", "compared", "constraints", "needless", "scale", "values", "worst"]
+__all__ = ["DIRECTIONS", "Passing", "compared", "constraints", "dominated", "scale", "values", "worst"]
 
 DIRECTIONS: Mapping[Objective, tuple[Literal["minimize", "maximize"], ...]] = {
     "smallest": ("minimize",),
@@ -64,7 +64,7 @@ def compared(aim: Objective, val_accuracy: float) -> float:
     return 1 - val_accuracy if aim == "smallest" else val_accuracy
 
 
-def needless(aim: Objective, size: int, rule: Selection, smallest: Passing | None) -> str:
+def dominated(aim: Objective, size: int, rule: Selection, smallest: Passing | None) -> str:
     """Why a student of this size need not be trained, `smallest` being the smallest that passes; or nothing.
 
     In bytes there is no reason: rounding its weights may make a larger student the smaller one.

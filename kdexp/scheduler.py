@@ -377,7 +377,7 @@ class Scheduler:
             size = measure(outline(trial.recipe.student, like), like)
         except ModelError as error:  # each choice can be built, not every combination of them
             return str(error)
-        if why := self.study.needless(size):
+        if why := self.study.dominated(size):
             return why
         same = self.study.repeated(trial)
         return self._repeats(trial, size) if same is None else f"trial {same} trains the same"
@@ -430,15 +430,15 @@ class Scheduler:
         """Whether a trial is to end now."""
         if not report.finite or not self.study.prunes:
             return False
-        return running.trial.report(report) or self._pointless(running, report)
+        return running.trial.report(report) or self._is_futile(running, report)
 
-    def _pointless(self, running: _Running, report: EpochReport) -> bool:
+    def _is_futile(self, running: _Running, report: EpochReport) -> bool:
         study, samples = self.study, len(self.prepared.splits.validation)
         if not study.sweep.study.early_stop or running.trial.control or report.epoch == report.epochs:
             return False
         like = self.prepared.splits.train
         size = measure(outline(running.trial.recipe.student, like), like)
-        return study.pointless(size, running.recording.curve, report.epochs, samples)
+        return study.futile(size, running.recording.curve, report.epochs, samples)
 
     def _ended(self, assigned: _Assigned, message: Ended) -> Generator[TrialEvent, None, None]:
         """Close the run, then tell Optuna; the slot may go to a successor."""

@@ -46,14 +46,14 @@ from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
-from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
+from kdexp.objective import DIRECTIONS, Passing, compared, constraints, dominated, scale, values, worst
 from kdexp.outcome import Outcome
 from kdexp.patience import patiently
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting, reaching
 from kdexp.selection import size_of
 from kdexp.settings import Settings, without_credentials
-from kdexp.stopping import hopeless
+from kdexp.stopping import futile
 
 __all__ = [
     "OPTUNA",
@@ -295,11 +295,11 @@ class OpenStudy:
         """Whether some trial's claimant may be gone: a little more patience will tell."""
         return any(standing.state != "held" for _, standing in _patiently(lambda: self._under_way(claimant)))
 
-    def needless(self, size: Size) -> str:
+    def dominated(self, size: Size) -> str:
         """Why a student of this size need not be trained, or nothing."""
-        return self._needless(size, _patiently(self._trained))
+        return self._dominated(size, _patiently(self._trained))
 
-    def pointless(self, size: Size, curve: Sequence[float], epochs: int, samples: int) -> bool:
+    def futile(self, size: Size, curve: Sequence[float], epochs: int, samples: int) -> bool:
         """Whether a trial under way can no longer be selected, by its validation accuracies so far (on so many images).
 
         Asked between two epochs: training does not wait for a database that is away, the next epoch asks again.
@@ -308,11 +308,11 @@ class OpenStudy:
             trials = self._trained()
         except AWAY:
             return False
-        return bool(self._needless(size, trials)) or hopeless(curve, self.sweep.selection, _curves(trials), epochs, samples)
+        return bool(self._dominated(size, trials)) or futile(curve, self.sweep.selection, _curves(trials), epochs, samples)
 
-    def _needless(self, size: Size, trials: Sequence[FrozenTrial]) -> str:
+    def _dominated(self, size: Size, trials: Sequence[FrozenTrial]) -> str:
         rule = self.sweep.selection
-        return needless(self._aim, size_of(size, rule.size), rule, self._smallest(trials))
+        return dominated(self._aim, size_of(size, rule.size), rule, self._smallest(trials))
 
     def _smallest(self, trials: Sequence[FrozenTrial]) -> Passing | None:
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -369,7 +369,7 @@ class OpenStudy:
             told = worst(self._aim, size, [trial.values for trial in _patiently(self._trained) if trial.values])
             limits = constraints(self._aim, size, 0.0, rule, ended.val_samples)
             self._tell(number, told, TrialState.COMPLETE, limits, ended.state)
-        elif self.sweep.study.early_stop and self.needless(ended.size):
+        elif self.sweep.study.early_stop and self.dominated(ended.size):
             # Ended because one no larger has met the bar meanwhile: that says nothing against it.
             self._tell(number, None, TrialState.PRUNED, {}, ended.state)
         elif self.sweep.study.pruner != "none" and self.sweep.study.sampler != "gp":

@@ -18,7 +18,7 @@ from kdexp.config import Augment, Data, Distillation, Recipe, Student, Training
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints, Kept
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
-from kdexp.distill.train import EpochReport, Snapshot, SoftLabels, train
+from kdexp.distill.train import EpochReport, Snapshot, TeacherLogits, train
 from kdexp.files import write_atomically
 from kdexp.scheduler import _Claimed
 
@@ -168,9 +168,9 @@ def stopped(lanes: list[Lane], digits, soft, how: Execution, epochs: int) -> lis
     return [Checkpoint.from_bytes(checkpoint(snapshot=snapshot).to_bytes()).snapshot for snapshot in snapshots]
 
 
-def soft_labels(digits) -> SoftLabels:
+def soft_labels(digits) -> TeacherLogits:
     generator = torch.Generator().manual_seed(0)
-    return SoftLabels(torch.randn(9, len(digits.train), 10, generator=generator).half())
+    return TeacherLogits(torch.randn(9, len(digits.train), 10, generator=generator).half())
 
 
 @pytest.mark.parametrize("after", [1, 3])

@@ -27,7 +27,7 @@ from kdexp.config import *
 from kdexp.distill.data import load_splits, views
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
-from kdexp.distill.train import SoftLabels, draw, train
+from kdexp.distill.train import TeacherLogits, draw, train
 from kdexp.environment import configure
 configure("cpu", 1)
 data = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
@@ -35,7 +35,7 @@ splits = load_splits(data)
 soft = torch.randn(9, len(splits.train), 10, generator=torch.Generator().manual_seed(1)).half()
 lanes = [Lane(Student(channels=(4, 8), hidden=16), Training(epochs=2, learning_rate=0.01, seed=s), Distillation(alpha=a))
          for s, a in ((1, 0.2), (1, 0.9))]
-def run(lanes, how, labels=SoftLabels(soft)):
+def run(lanes, how, labels=TeacherLogits(soft)):
     reports = list(train(lanes, splits, data, labels, how))
     return [[(r.loss, r.val_loss) for r in epoch] for epoch in reports], weights_hash(reports[0][0].weights)
 rows = torch.stack([soft[draw(1, e, len(splits.train), 9)[1], torch.arange(len(splits.train))] for e in (1, 2)])
@@ -49,7 +49,7 @@ print(json.dumps({
     "two_eager": run(lanes, Execution(2)),
     "narrow": run(lanes, Execution(2, True, True, precision="bf16")),
     "narrow_eager": run(lanes, Execution(2, precision="bf16")),
-    "by_epoch": run(lanes[:1], Execution(1, True, True), SoftLabels(rows, "epoch")),
+    "by_epoch": run(lanes[:1], Execution(1, True, True), TeacherLogits(rows, "epoch")),
 }))
 """
 

@@ -20,7 +20,7 @@ from kdexp.cli import _rule
 from kdexp.config import Choices, Selection, Sweep
 from kdexp.distill.models import ModelError, Size, build, measure
 from kdexp.distill.train import train
-from kdexp.objective import DIRECTIONS, Passing, compared, constraints, needless, scale, values, worst
+from kdexp.objective import DIRECTIONS, Passing, compared, constraints, dominated, scale, values, worst
 from kdexp.promote import candidates, promote
 from kdexp.screen import Screen
 from kdexp.selection import Candidate, NothingPasses, passes, select, size_of
@@ -101,26 +101,26 @@ def test_each_aim_has_a_value_for_each_direction() -> None:
 
 def test_only_what_is_smaller_than_the_smallest_that_passes_is_worth_training() -> None:
     best = Passing(7, 100)
-    assert needless("smallest", 99, RULE, best) == ""
-    assert needless("smallest", 100, RULE, best) == "trial 7 meets the bar with 100"
-    assert needless("smallest", 100, RULE, None) == ""
+    assert dominated("smallest", 99, RULE, best) == ""
+    assert dominated("smallest", 100, RULE, best) == "trial 7 meets the bar with 100"
+    assert dominated("smallest", 100, RULE, None) == ""
     limited = Selection(accuracy_bar=0.9, limit=50)
-    assert needless("smallest", 51, limited, None) == "selection.limit is 50"
-    assert needless("smallest", 50, limited, best) == ""
+    assert dominated("smallest", 51, limited, None) == "selection.limit is 50"
+    assert dominated("smallest", 50, limited, best) == ""
     rounded = Selection(accuracy_bar=0.9, size="bytes", limit=50)
-    assert needless("smallest", 500, rounded, best) == "", "rounded it may be the smaller one"
-    assert needless("accuracy", 500, limited, best) == needless("pareto", 500, limited, best) == ""
+    assert dominated("smallest", 500, rounded, best) == "", "rounded it may be the smaller one"
+    assert dominated("accuracy", 500, limited, best) == dominated("pareto", 500, limited, best) == ""
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), accuracies), min_size=1, max_size=12))
 def test_leaving_out_what_is_needless_never_changes_the_selected_size(trials) -> None:
-    """Trials in their order, each skipped if it is needless after those before."""
+    """Trials in their order, each skipped if it is dominated after those before."""
     every = [Candidate(f"run{n}", n, size, size, size, accuracy) for n, (size, accuracy) in enumerate(trials)]
     kept: list[Candidate] = []
     for candidate in every:
         passing = [Passing(other.trial, other.parameters) for other in kept if passes(other, RULE)]
         smallest = min(passing, key=lambda other: other.size, default=None)
-        if not needless("smallest", candidate.parameters, RULE, smallest):
+        if not dominated("smallest", candidate.parameters, RULE, smallest):
             kept.append(candidate)
 
     def selected(candidates: list[Candidate]) -> int:
@@ -364,9 +364,14 @@ def test_where_trials_are_ended_by_the_bar_it_stays(settings, tracking) -> None:
 def test_another_unit_takes_the_limit_of_the_former_away(settings, tracking) -> None:
     sweep = small("accuracy", sampler="random", trials=2)
     drain(run_sweep(sweep.model_copy(update={"selection": Selection(limit=10_000)}), settings, tracking, CPU))
-    assert _rule("small", tracking, 0.3, None, None, None, False) == Selection(accuracy_bar=0.3, limit=10_000)
-    assert _rule("small", tracking, 0.3, "bytes", None, None, False) == Selection(accuracy_bar=0.3, size="bytes")
-    assert _rule("small", tracking, 0.3, "bytes", 99, None, False) == Selection(accuracy_bar=0.3, size="bytes", limit=99)
+
+    def rule(**given: object) -> Selection:
+        nothing = {"bar": 0.3, "size": None, "limit": None, "confidence": None, "most_accurate": False}
+        return _rule("small", tracking, nothing | given)
+
+    assert rule() == Selection(accuracy_bar=0.3, limit=10_000)
+    assert rule(size="bytes") == Selection(accuracy_bar=0.3, size="bytes")
+    assert rule(size="bytes", limit=99) == Selection(accuracy_bar=0.3, size="bytes", limit=99)
 
 
 def test_students_over_the_limit_are_not_trained_but_controls_are(settings, tracking, digits) -> None:

@@ -217,10 +217,10 @@ def test_early_stopping_does_not_wait_for_a_database_that_is_locked(tmp_path) ->
     with closing(sqlite3.connect(tmp_path / "own.db", isolation_level=None)) as other:
         other.execute("begin exclusive")
         since = time.monotonic()
-        assert not study.pointless(Size(9, 9, 9), [0.1], 3, 287)
+        assert not study.futile(Size(9, 9, 9), [0.1], 3, 287)
         assert time.monotonic() - since < PATIENCE / 2, "SQLite itself waits for five seconds"
         other.execute("rollback")
-    assert not study.pointless(Size(9, 9, 9), [0.1], 3, 287)
+    assert not study.futile(Size(9, 9, 9), [0.1], 3, 287)
 
 
 def test_a_study_that_ends_leaves_the_checkpoints_of_a_command_that_goes_on_with_it(settings, tracking, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from kdexp.distill.data import Splits
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.randomness import seed_of
-from kdexp.distill.train import EpochReport, SoftLabels, draw, epochs_of, learning_rate, train
+from kdexp.distill.train import EpochReport, TeacherLogits, draw, epochs_of, learning_rate, train
 
 DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
 
@@ -22,12 +22,12 @@ def lane(alpha: float = 0.3, temperature: float = 5.0, channels=(4, 8), **traini
     return Lane(Student(channels=channels, hidden=16), Training(**settings), Distillation(alpha=alpha, temperature=temperature))
 
 
-def logits(splits: Splits, seed: int = 0) -> SoftLabels:
+def logits(splits: Splits, seed: int = 0) -> TeacherLogits:
     generator = torch.Generator().manual_seed(seed)
-    return SoftLabels(torch.randn(9, len(splits.train), 10, generator=generator).half())
+    return TeacherLogits(torch.randn(9, len(splits.train), 10, generator=generator).half())
 
 
-def run(lanes: list[Lane], splits: Splits, soft: SoftLabels | None) -> list[tuple[EpochReport, ...]]:
+def run(lanes: list[Lane], splits: Splits, soft: TeacherLogits | None) -> list[tuple[EpochReport, ...]]:
     return list(train(lanes, splits, DATA, soft))
 
 
@@ -121,7 +121,7 @@ def test_the_teacher_reaches_the_student_at_alpha_1_and_not_at_alpha_0(digits) -
 def test_the_logits_of_the_drawn_view_of_the_drawn_sample_are_used(digits) -> None:
     """A teacher whose logits name (sample's label) in every view: a student of it alone must learn the labels."""
     soft = (10.0 * torch.nn.functional.one_hot(digits.train.labels, 10)).half().expand(9, -1, -1).contiguous()
-    report = run([lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=16)], digits, SoftLabels(soft))[-1][0]
+    report = run([lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=16)], digits, TeacherLogits(soft))[-1][0]
     assert report.val_accuracy > 0.85
 
 
@@ -130,7 +130,7 @@ def test_logits_by_epoch_teach_what_logits_by_view_teach(digits) -> None:
     by_view, one = logits(digits), lane(epochs=3, seed=4)
     every = torch.arange(len(digits.train))
     rows = [by_view.logits[draw(4, epoch, len(digits.train), 9)[1], every] for epoch in (1, 2, 3)]
-    by_epoch = SoftLabels(torch.stack(rows), "epoch")
+    by_epoch = TeacherLogits(torch.stack(rows), "epoch")
     assert facts([r for (r,) in run([one], digits, by_epoch)]) == facts([r for (r,) in run([one], digits, by_view)])
 
 
@@ -196,9 +196,9 @@ def test_seeds_for_different_purposes_differ_and_never_change() -> None:
 
 
 def test_random_erasing_needs_the_logits_of_what_is_left(digits) -> None:
-    with pytest.raises(ValueError, match="soft labels must be by epoch"):
+    with pytest.raises(ValueError, match="teacher logits must be by epoch"):
         run([lane(random_erasing=0.5)], digits, logits(digits))
-    rows = SoftLabels(logits(digits).logits[:2], "epoch")
+    rows = TeacherLogits(logits(digits).logits[:2], "epoch")
     one, same, whole = (facts([r for (r,) in run([lane(random_erasing=share)], digits, rows)]) for share in (0.5, 0.5, 0.0))
     assert one == same != whole
 

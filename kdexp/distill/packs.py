@@ -2,7 +2,7 @@
 
 `Stacked` trains K networks as one (see stacked.py), `Separate` steps any modules side by side.
 
-Nothing of a lane reaches another: its result depends on K and on its place, not on its neighbours.
+Nothing of a lane reaches another: its result depends on K and on its slot, not on its neighbours.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Execution:
     precision: Precision = "fp32"
     """Of activations and products in training; parameters, statistics, loss, optimiser and evaluation are in fp32."""
 
-    def record(self, place: int) -> dict[str, str]:
-        """As text by name, with the place of one lane."""
+    def record(self, slot: int) -> dict[str, str]:
+        """As text by name, with the slot of one lane."""
         return {
             "lanes": str(self.lanes),
-            "lane": str(place),
+            "lane": str(slot),
             "mini-batches": "shared" if self.shared else "own",
             "compiled": "yes" if self.compiled else "no",
             "lowering": self.lowering,
@@ -101,7 +101,7 @@ class Execution:
 
     @classmethod
     def recorded(cls, record: Mapping[str, str]) -> tuple[Execution, int]:
-        """What `record` wrote: the execution, and the lane's place. A run of a former version was alone and plain."""
+        """What `record` wrote: the execution, and the lane's slot. A run of a former version was alone and plain."""
         written = {**cls().record(0), **record}
         lowering = next(known for known in get_args(Lowering) if known == written["lowering"])
         precision = next(known for known in get_args(Precision) if known == written["precision"])
@@ -186,49 +186,49 @@ class Stacked:
         decay = torch.zeros(len(lanes), dtype=dtype, device=self.device)
         self.optimizer = Optimizer(one.training.optimizer, self.parameters, decay)
         self.steps = [0] * len(lanes)
-        for place, lane in enumerate(lanes):
-            self.put(place, lane)
+        for slot, lane in enumerate(lanes):
+            self.put(slot, lane)
 
-    def put(self, place: int, lane: Lane) -> None:
-        """A fresh network in a lane's place."""
+    def put(self, slot: int, lane: Lane) -> None:
+        """A fresh network in a lane's slot."""
         module = fresh(lane, self.source.split)
         if _plan(module, self.source.split) != self.form.plan:
             raise ModelError(f"{lane.network.architecture}: is built otherwise with another seed; let it draw weights only")
         for stack in (self.live, self.kept):
             for name, parameter in module.named_parameters():
-                stack.leaves[name].data[place] = parameter.detach()
+                stack.leaves[name].data[slot] = parameter.detach()
             for name in stack.running:
-                stack.running[name][place] = module.get_buffer(name)
-        self.hyper[:, place] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
+                stack.running[name][slot] = module.get_buffer(name)
+        self.hyper[:, slot] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
         shares = [module.get_submodule(layer.name).p for layer in dropouts(self.form.plan)]
-        self.drop[:, place] = torch.tensor(shares, dtype=self.dtype)
-        self.keys[place] = seed_of(lane.training.seed, "dropout") % 2**32
-        self.optimizer.reset(place, lane.training.weight_decay)
-        self.steps[place] = 0
+        self.drop[:, slot] = torch.tensor(shares, dtype=self.dtype)
+        self.keys[slot] = seed_of(lane.training.seed, "dropout") % 2**32
+        self.optimizer.reset(slot, lane.training.weight_decay)
+        self.steps[slot] = 0
 
-    def save(self, place: int) -> dict[str, Tensor]:
+    def save(self, slot: int) -> dict[str, Tensor]:
         """All that a lane's training goes on from, on the CPU."""
-        return _copies(self._progress(place) | {"batches": torch.tensor(self.steps[place])})
+        return _copies(self._progress(slot) | {"batches": torch.tensor(self.steps[slot])})
 
-    def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
-        """Go on from what `save` gave; the lane is already in this place."""
-        for name, tensor in self._progress(place).items():
+    def load(self, slot: int, progress: Mapping[str, Tensor]) -> None:
+        """Go on from what `save` gave; the lane is already in this slot."""
+        for name, tensor in self._progress(slot).items():
             tensor.copy_(progress[name])
-        self.steps[place] = int(progress["batches"])
+        self.steps[slot] = int(progress["batches"])
 
-    def _progress(self, place: int) -> dict[str, Tensor]:
-        optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(place).items()}
-        running = {name: tensor[place] for name, tensor in self.live.running.items()}
+    def _progress(self, slot: int) -> dict[str, Tensor]:
+        optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(slot).items()}
+        running = {name: tensor[slot] for name, tensor in self.live.running.items()}
         average = enumerate(self.average.tensors if self.average else ())
-        averages = {f"average/{number}": tensor[place] for number, tensor in average}
-        return {"parameters": self.parameters[place], **running, **optimizer, **averages}
+        averages = {f"average/{number}": tensor[slot] for number, tensor in average}
+        return {"parameters": self.parameters[slot], **running, **optimizer, **averages}
 
     def _averaged(self, shapes: Mapping[str, torch.Size]) -> Stack:
         assert self.average is not None
         parameters, *running = self.average.tensors
         return Stack(_columns(parameters, shapes), dict(zip(self.live.running, running, strict=True)))
 
-    def step(self, drawn: Drawn, rates: Float[Tensor, " places"], steps: Int64[Tensor, " places"]) -> Loss:
+    def step(self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]) -> Loss:
         """One optimiser step of every lane on what is drawn for it. Returns each lane's loss.
 
         `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different ones.
@@ -264,13 +264,13 @@ class Stacked:
         """Every lane's logits of the same images, as in evaluation."""
         return forward(self.kept, images.to(self.dtype), self.form, None)[0]
 
-    def state(self, place: int) -> dict[str, Tensor]:
+    def state(self, slot: int) -> dict[str, Tensor]:
         """A lane's state, as its own module would name it, on the CPU."""
-        state = {name: leaf[place] for name, leaf in self.kept.leaves.items()}
+        state = {name: leaf[slot] for name, leaf in self.kept.leaves.items()}
         for name, running in self.kept.running.items():
-            state[name] = running[place]
+            state[name] = running[slot]
             if name.endswith("running_var"):
-                state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(self.steps[place])
+                state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(self.steps[slot])
         return _copies(state)
 
 
@@ -283,34 +283,34 @@ class Separate:
         self.modules = [nn.Module() for _ in lanes]
         self.optimizers: list[torch.optim.Optimizer] = [None] * len(lanes)  # type: ignore[list-item]
         self.averages: list[Average | None] = [None] * len(lanes)
-        for place, lane in enumerate(lanes):
-            self.put(place, lane)
+        for slot, lane in enumerate(lanes):
+            self.put(slot, lane)
 
-    def put(self, place: int, lane: Lane) -> None:
-        """A fresh network in a lane's place."""
+    def put(self, slot: int, lane: Lane) -> None:
+        """A fresh network in a lane's slot."""
         module = fresh(lane, self.source.split)
         module.to(self.source.split.labels.device, self.dtype, memory_format=layout_of(module))  # type: ignore[call-overload]
-        self.lanes[place], self.modules[place] = lane, module
-        self.optimizers[place] = _torch_optimizer(module, lane.training)
-        self.averages[place] = Average(lane.training.ema, _floats(module)) if lane.training.ema else None
+        self.lanes[slot], self.modules[slot] = lane, module
+        self.optimizers[slot] = _torch_optimizer(module, lane.training)
+        self.averages[slot] = Average(lane.training.ema, _floats(module)) if lane.training.ema else None
 
-    def save(self, place: int) -> dict[str, Tensor]:
+    def save(self, slot: int) -> dict[str, Tensor]:
         """All that a lane's training goes on from, on the CPU."""
-        optimizer = self.optimizers[place].state_dict()["state"]
+        optimizer = self.optimizers[slot].state_dict()["state"]
         flat = {f"optimizer/{index}/{name}": value for index, slots in optimizer.items() for name, value in slots.items()}
-        average = self.averages[place]
+        average = self.averages[slot]
         averages = {f"average/{number}": tensor for number, tensor in enumerate(average.tensors if average else ())}
-        module = self.modules[place]
+        module = self.modules[slot]
         state = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}
         return _copies(state | _unstored(module) | flat | averages)
 
-    def load(self, place: int, progress: Mapping[str, Tensor]) -> None:
-        """Go on from what `save` gave; the lane is already in this place."""
-        module, optimizer = self.modules[place], self.optimizers[place]
+    def load(self, slot: int, progress: Mapping[str, Tensor]) -> None:
+        """Go on from what `save` gave; the lane is already in this slot."""
+        module, optimizer = self.modules[slot], self.optimizers[slot]
         module.load_state_dict({name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")})
         for name, buffer in _unstored(module).items():
             buffer.copy_(progress.get(name, buffer))  # which former versions did not save
-        average = self.averages[place]
+        average = self.averages[slot]
         for number, tensor in enumerate(average.tensors if average else ()):
             tensor.copy_(progress[f"average/{number}"])
         for index, parameter in enumerate(module.parameters()):
@@ -321,45 +321,45 @@ class Separate:
                     like = parameter.detach() if value.shape == parameter.shape else value.to(parameter.device)
                     optimizer.state[parameter][name.removeprefix(prefix)] = torch.empty_like(like).copy_(value)
 
-    def step(self, drawn: Drawn, rates: Float[Tensor, " places"], steps: Int64[Tensor, " places"]) -> Loss:
+    def step(self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]) -> Loss:
         """One optimiser step of every lane on what is drawn for it. Returns each lane's loss."""
         batch, losses = gather(self.source, drawn, self.dtype), []
-        for place, (step, rate) in enumerate(zip(steps.tolist(), rates.tolist(), strict=True)):
-            own = Batch(*(None if t is None else t[place] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
-            if place + 1 < len(self.modules):  # a network may work in place, and the next one sees the same images
+        for slot, (step, rate) in enumerate(zip(steps.tolist(), rates.tolist(), strict=True)):
+            own = Batch(*(None if t is None else t[slot] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
+            if slot + 1 < len(self.modules):  # a network may work in place, and the next one sees the same images
                 own = own._replace(images=own.images.clone())
-            seed = seed_of(self.lanes[place].training.seed, "dropout", step)
+            seed = seed_of(self.lanes[slot].training.seed, "dropout", step)
             with drawing(seed, _cuda_devices(rates.device)):
-                losses.append(self._step(place, own, rate))
-            average = self.averages[place]
+                losses.append(self._step(slot, own, rate))
+            average = self.averages[slot]
             if average:
-                average.update(_floats(self.modules[place]), steps[place] + 1)
+                average.update(_floats(self.modules[slot]), steps[slot] + 1)
         return Loss(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
         """Every lane's logits of the same images, as in evaluation."""
         each = []
-        for place, module in enumerate(self.modules):
+        for slot, module in enumerate(self.modules):
             module.eval()
-            kept = self._kept(place) if self.averages[place] else {}
-            own = images.to(self.dtype, copy=place + 1 < len(self.modules))  # a network may work in place
+            kept = self._kept(slot) if self.averages[slot] else {}
+            own = images.to(self.dtype, copy=slot + 1 < len(self.modules))  # a network may work in place
             each.append(torch.func.functional_call(module, kept, (own,), tie_weights=False))
             module.train()
         return torch.stack(each)
 
-    def state(self, place: int) -> dict[str, Tensor]:
+    def state(self, slot: int) -> dict[str, Tensor]:
         """A lane's state, as its own module names it, on the CPU."""
-        return _copies(self._kept(place))
+        return _copies(self._kept(slot))
 
-    def _kept(self, place: int) -> dict[str, Tensor]:
+    def _kept(self, slot: int) -> dict[str, Tensor]:
         """The module's state, with its average in the place of what is averaged."""
-        state, average = self.modules[place].state_dict(), self.averages[place]
+        state, average = self.modules[slot].state_dict(), self.averages[slot]
         names = [name for name, tensor in state.items() if tensor.is_floating_point()]
         return {**state, **dict(zip(names, average.tensors, strict=True))} if average else state
 
-    def _step(self, place: int, batch: Batch, rate: float) -> Loss:
-        module, optimizer, lane = self.modules[place], self.optimizers[place], self.lanes[place]
+    def _step(self, slot: int, batch: Batch, rate: float) -> Loss:
+        module, optimizer, lane = self.modules[slot], self.optimizers[slot], self.lanes[slot]
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.bf16):

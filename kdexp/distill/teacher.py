@@ -35,7 +35,7 @@ from kdexp.distill.execution import choose
 from kdexp.distill.guard import check_network, stored_correct
 from kdexp.distill.models import build, layout_of, measure, weights_hash
 from kdexp.distill.packs import Lane
-from kdexp.distill.train import EpochReport, SoftLabels, draw, draw_erased, epochs_of, train
+from kdexp.distill.train import EpochReport, TeacherLogits, draw, draw_erased, epochs_of, train
 from kdexp.distill.weights import TeacherError, find_weights, read_weights
 from kdexp.files import write_atomically
 from kdexp.surroundings import expanded
@@ -92,7 +92,7 @@ class CachedTeacher:
 
     sha256: str
     logits_sha256: str
-    soft: SoftLabels
+    soft: TeacherLogits
     parameters: int
     val_correct: int
     val_samples: int
@@ -110,7 +110,7 @@ class CachedTeacher:
         logits, _ = _open(state["cache"])
         if (found := weights_hash({"logits": logits})) != state["logits_sha256"]:
             raise _damaged(state["cache"], found, state["logits_sha256"])
-        vars(self).update(state, soft=SoftLabels(logits.to(device), per))
+        vars(self).update(state, soft=TeacherLogits(logits.to(device), per))
 
     @property
     def val_accuracy(self) -> float:
@@ -164,7 +164,7 @@ def prepare_teacher(
     return CachedTeacher(
         sha256=sha256,
         logits_sha256=logits_sha256,
-        soft=SoftLabels(logits.to(splits.train.labels.device), rows.per),
+        soft=TeacherLogits(logits.to(splits.train.labels.device), rows.per),
         parameters=int(facts["parameters"]),
         val_correct=int(facts["val_correct"]),
         val_samples=int(facts["val_samples"]),

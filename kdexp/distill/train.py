@@ -1,6 +1,6 @@
 """Training: a generator of per-epoch reports, one for each lane of a pack. One trial is a pack of one.
 
-The caller logs, prunes, or stops by closing it; between two epochs it may send new lanes for places that have
+The caller logs, prunes, or stops by closing it; between two epochs it may send new lanes for slots that have
 become free. Everything random in epoch e of a lane (order of samples, views, dropout) is seeded by (the lane's
 seed, e) alone, so a lane's result depends neither on its neighbours nor on what ran before, and any epoch can
 be entered without a saved random state.
@@ -31,7 +31,7 @@ __all__ = [
     "EpochReport",
     "Reports",
     "Snapshot",
-    "SoftLabels",
+    "TeacherLogits",
     "draw",
     "draw_erased",
     "epochs_of",
@@ -45,7 +45,7 @@ ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4
 
 
 @dataclass(frozen=True)
-class SoftLabels:
+class TeacherLogits:
     """The teacher's raw logits for the training samples.
 
     One row for each view; or, where there are fewer epochs than views, one for each epoch of the lanes of one
@@ -58,7 +58,7 @@ class SoftLabels:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a lane stands after an epoch: all it needs to go on, bit for bit, in its place of a pack of the same form."""
+    """Where a lane stands after an epoch: all it needs to go on, bit for bit, in its slot of a pack of the same form."""
 
     epoch: int
     best: int
@@ -107,24 +107,24 @@ class EpochReport:
 EPOCH_METRICS = tuple(each.name for each in fields(EpochReport) if each.metadata.get("metric"))
 """What is recorded of each epoch."""
 Reports = tuple[EpochReport | None, ...]
-"""One for each place of the pack; None where no lane is in training."""
+"""One for each slot of the pack; None where no lane is in training."""
 
 
 def train(
     lanes: Sequence[Lane | None],
     splits: Splits,
     data: Data,
-    soft: SoftLabels | None = None,
+    teacher: TeacherLogits | None = None,
     how: Execution | None = None,
     dtype: torch.dtype = torch.float32,
     resumed: Sequence[Snapshot | None] = (),
     pulse: Callable[[], object] = lambda: None,
 ) -> Generator[Reports, Mapping[int, Lane | None] | None, None]:
-    """Train the lanes together; after each epoch yield their reports, in the order of their places.
+    """Train the lanes together; after each epoch yield their reports, in the order of their slots.
 
-    `soft` None trains on the labels alone. Lanes must share their fuse key; None leaves a place empty. A lane with
-    a snapshot in `resumed` goes on from there. What is sent back changes places before the next epoch: a new lane
-    begins there at its epoch 1, None gives the place up. Ends when no lane is left. `pulse` is called before
+    `teacher` None trains on the labels alone. Lanes must share their fuse key; None leaves a slot empty. A lane with
+    a snapshot in `resumed` goes on from there. What is sent back changes slots before the next epoch: a new lane
+    begins there at its epoch 1, None gives the slot up. Ends when no lane is left. `pulse` is called before
     every step; what it raises ends the training.
     """
     present = [lane for lane in lanes if lane]
@@ -132,13 +132,13 @@ def train(
         raise ValueError("lanes of one pack must share their fuse key")
     how = how or Execution(len(lanes), shared=len({lane.training.seed for lane in present}) == 1)
     _check(present[:2], splits.train, how)  # two: what is wrong between lanes is wrong between any
-    crew = _Crew(lanes, splits, views(data.augment), soft, how, dtype)
-    crew.pulse = pulse
-    crew.resume(resumed)
-    while crew.working:
-        changes = yield crew.epoch()
-        for place, lane in (changes or {}).items():
-            crew.change(place, lane)
+    together = _Lanes(lanes, splits, views(data.augment), teacher, how, dtype)
+    together.pulse = pulse
+    together.resume(resumed)
+    while together.working:
+        changes = yield together.epoch()
+        for slot, lane in (changes or {}).items():
+            together.change(slot, lane)
 
 
 def _check(lanes: Sequence[Lane], like: Split, how: Execution) -> None:
@@ -164,8 +164,8 @@ def draw_erased(training: Training, epoch: int, samples: int, image_size: tuple[
 
 
 @dataclass
-class _Place:
-    """A lane in its place: which epoch it is in, and its best so far. Without a lane its network idles along."""
+class _Slot:
+    """A lane in its slot: which epoch it is in, and its best so far. Without a lane its network idles along."""
 
     lane: Lane
     idle: bool = False
@@ -173,7 +173,7 @@ class _Place:
     best: int = -1
 
 
-class _Crew:
+class _Lanes:
     """The lanes of a pack in training."""
 
     def __init__(
@@ -181,93 +181,93 @@ class _Crew:
         lanes: Sequence[Lane | None],
         splits: Splits,
         views: Int64[Tensor, "views 3"],
-        soft: SoftLabels | None,
+        teacher: TeacherLogits | None,
         how: Execution,
         dtype: torch.dtype,
     ) -> None:
-        anyone = next(lane for lane in lanes if lane)  # a network for an empty place, that idles along
-        self.places = [_Place(lane or anyone, idle=lane is None) for lane in lanes]
-        self.splits, self.soft, self.how, self.dtype = splits, soft, how, dtype
+        anyone = next(lane for lane in lanes if lane)  # a network for an empty slot, that idles along
+        self.slots = [_Slot(lane or anyone, idle=lane is None) for lane in lanes]
+        self.splits, self.teacher, self.how, self.dtype = splits, teacher, how, dtype
         self.pulse: Callable[[], object] = lambda: None
         self.device = splits.train.labels.device
-        if soft and soft.per == "epoch" and not how.shared:
-            raise ValueError("soft labels by epoch serve lanes that share their mini-batches")
-        if soft and soft.per == "view" and anyone.training.random_erasing:
-            raise ValueError("what is erased differs from epoch to epoch: soft labels must be by epoch")
-        logits = soft.logits if soft and soft.per == "view" else None
+        if teacher and teacher.per == "epoch" and not how.shared:
+            raise ValueError("teacher logits by epoch serve lanes that share their mini-batches")
+        if teacher and teacher.per == "view" and anyone.training.random_erasing:
+            raise ValueError("what is erased differs from epoch to epoch: teacher logits must be by epoch")
+        logits = teacher.logits if teacher and teacher.per == "view" else None
         self.source = Source(splits.train, views.to(self.device), logits)
-        self.pack = pack_of([place.lane for place in self.places], self.source, how, dtype)
+        self.pack = pack_of([slot.lane for slot in self.slots], self.source, how, dtype)
         self.epochs = epochs_of(anyone.training, len(splits.train))
 
     @property
     def working(self) -> bool:
         """Whether any lane has epochs to go."""
-        return any(not place.idle for place in self.places)
+        return any(not slot.idle for slot in self.slots)
 
     def resume(self, snapshots: Sequence[Snapshot | None]) -> None:
         """Let lanes go on from their snapshots."""
         for at, snapshot in enumerate(snapshots):
             if snapshot:
-                place = self.places[at]
+                slot = self.slots[at]
                 self.pack.load(at, snapshot.tensors)
-                place.epoch, place.best, place.idle = snapshot.epoch, snapshot.best, snapshot.epoch == self.epochs
-        together = len({place.epoch for place in self.places if not place.idle}) <= 1
-        if not together and not whole_epochs(self.places[0].lane.training, len(self.splits.train)):
+                slot.epoch, slot.best, slot.idle = snapshot.epoch, snapshot.best, snapshot.epoch == self.epochs
+        together = len({slot.epoch for slot in self.slots if not slot.idle}) <= 1
+        if not together and not whole_epochs(self.slots[0].lane.training, len(self.splits.train)):
             raise ValueError("with a last epoch cut short by max_steps, lanes are in one epoch")
         if self.how.shared:
             if not together:
                 raise ValueError("lanes that share their mini-batches are in one epoch")
-            for place in self.places:  # also an empty place draws along
-                place.epoch = max(place.epoch for place in self.places)
+            for slot in self.slots:  # also an empty slot draws along
+                slot.epoch = max(slot.epoch for slot in self.slots)
 
     def change(self, at: int, lane: Lane | None) -> None:
-        """Put a new lane in a place, or give the place up."""
+        """Put a new lane in a slot, or give the slot up."""
         if lane is None:
-            self.places[at].idle = True
+            self.slots[at].idle = True
             return
         if self.how.shared:
             raise ValueError("lanes that share their mini-batches start together")
-        if lane.fuse_key != self.places[at].lane.fuse_key:
+        if lane.fuse_key != self.slots[at].lane.fuse_key:
             raise ValueError("lanes of one pack must share their fuse key")
         if not whole_epochs(lane.training, len(self.splits.train)):
             raise ValueError("with a last epoch cut short by max_steps, lanes start together")
-        self.places[at] = _Place(lane)
+        self.slots[at] = _Slot(lane)
         self.pack.put(at, lane)
 
     def epoch(self) -> Reports:
         """Every lane's next epoch, then its evaluation on validation."""
         started = time.perf_counter()
-        working = [place for place in self.places if not place.idle]
-        for place in self.places:
-            place.epoch = min(place.epoch + 1, self.epochs)  # an idle network repeats its last
-        if self.soft and self.soft.per == "epoch":
-            row = self.soft.logits[self.places[0].epoch - 1]
+        working = [slot for slot in self.slots if not slot.idle]
+        for slot in self.slots:
+            slot.epoch = min(slot.epoch + 1, self.epochs)  # an idle network repeats its last
+        if self.teacher and self.teacher.per == "epoch":
+            row = self.teacher.logits[self.slots[0].epoch - 1]
             self.pack.source = replace(self.source, logits=row.expand(len(self.source.views), -1, -1))
-        losses, rates, bad = self._steps(max(place.epoch for place in working))
+        losses, rates, bad = self._steps(max(slot.epoch for slot in working))
         correct, val_losses = self._evaluate()
         seconds = time.perf_counter() - started
-        columns = zip(self.places, losses.T.tolist(), rates, bad, correct, val_losses, strict=True)
+        columns = zip(self.slots, losses.T.tolist(), rates, bad, correct, val_losses, strict=True)
         return tuple(self._report(at, seconds, *values) for at, values in enumerate(columns))
 
     def _report(
         self,
         at: int,
         seconds: float,
-        place: _Place,
+        slot: _Slot,
         losses: list[float],
         rate: float,
         bad: int | None,
         correct: int,
         val_loss: float,
     ) -> EpochReport | None:
-        if place.idle:
+        if slot.idle:
             return None
-        keep = correct > place.best if place.lane.training.keep == "best" else True
-        place.best = max(place.best, correct)
-        place.idle = place.epoch == self.epochs
+        keep = correct > slot.best if slot.lane.training.keep == "best" else True
+        slot.best = max(slot.best, correct)
+        slot.idle = slot.epoch == self.epochs
         total, distillation, student = losses
         return EpochReport(
-            epoch=place.epoch,
+            epoch=slot.epoch,
             epochs=self.epochs,
             loss=total,
             distillation_loss=distillation,
@@ -279,7 +279,7 @@ class _Crew:
             seconds=seconds,
             weights=self.pack.state(at) if keep else None,
             bad_step=bad,
-            snapshot=lambda: Snapshot(place.epoch, place.best, self.pack.save(at)),
+            snapshot=lambda: Snapshot(slot.epoch, slot.best, self.pack.save(at)),
         )
 
     def _steps(self, latest: int) -> tuple[Float[Tensor, "3 lanes"], list[float], list[int | None]]:
@@ -287,18 +287,18 @@ class _Crew:
 
         `latest` of the epochs that lanes in training are in: the last one may be cut short.
         """
-        training, samples = self.places[0].lane.training, len(self.splits.train)
+        training, samples = self.slots[0].lane.training, len(self.splits.train)
         size, total = min(training.batch_size, samples), steps_of(training, samples)
-        first = [(place.epoch - 1) * _steps_per_epoch(training, samples) for place in self.places]
+        first = [(slot.epoch - 1) * _steps_per_epoch(training, samples) for slot in self.slots]
         count = min(_steps_per_epoch(training, samples), total - (latest - 1) * _steps_per_epoch(training, samples))
         drawn = self._draw()
         rates = [
-            [learning_rate(place.lane.training, start + step, total) for start, place in zip(first, self.places, strict=True)]
+            [learning_rate(slot.lane.training, start + step, total) for start, slot in zip(first, self.slots, strict=True)]
             for step in range(count)
         ]
         on_device = torch.tensor(rates, dtype=self.dtype, device=self.device)
         steps = torch.tensor(first, device=self.device)
-        losses = torch.zeros(count, 3, len(self.places), dtype=self.dtype, device=self.device)
+        losses = torch.zeros(count, 3, len(self.slots), dtype=self.dtype, device=self.device)
         for step in range(count):
             self.pulse()
             loss = self.pack.step(_batch(drawn, step * size, size), on_device[step], steps + step)
@@ -308,11 +308,11 @@ class _Crew:
 
     def _draw(self) -> Drawn:
         """This epoch's order of the samples, and each one's view and erased part; once for all where lanes share them."""
-        places, train = self.places[:1] if self.how.shared else self.places, self.splits.train
+        slots, train = self.slots[:1] if self.how.shared else self.slots, self.splits.train
         counts = len(train), len(self.source.views)
-        each = [draw(place.lane.training.seed, place.epoch, *counts) for place in places]
+        each = [draw(slot.lane.training.seed, slot.epoch, *counts) for slot in slots]
         order, chosen = (torch.stack(parts).to(self.device) for parts in zip(*each, strict=True))
-        parts = [draw_erased(place.lane.training, place.epoch, len(train), train.image_size) for place in places]
+        parts = [draw_erased(slot.lane.training, slot.epoch, len(train), train.image_size) for slot in slots]
         erased = None if parts[0] is None else torch.stack(parts).to(self.device)  # type: ignore[arg-type]
         drawn = Drawn(order, chosen, erased)
         return Drawn(*(None if part is None else part[0] for part in drawn)) if self.how.shared else drawn  # type: ignore[arg-type]
@@ -320,10 +320,10 @@ class _Crew:
     def _evaluate(self) -> tuple[list[int], list[float]]:
         """Each lane's correct predictions and mean cross-entropy on validation."""
         split: Split = self.splits.validation
-        correct = torch.zeros(len(self.places), dtype=torch.int64, device=self.device)
-        loss = torch.zeros(len(self.places), dtype=torch.float64, device=self.device)
+        correct = torch.zeros(len(self.slots), dtype=torch.int64, device=self.device)
+        loss = torch.zeros(len(self.slots), dtype=torch.float64, device=self.device)
         for samples in torch.arange(len(split), device=self.device).split(BATCH):
-            labels = split.labels[samples].expand(len(self.places), -1)
+            labels = split.labels[samples].expand(len(self.slots), -1)
             logits = self.pack.logits(pixels(split, samples))
             correct += (logits.argmax(-1) == labels).sum(-1)
             loss += F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(-1)
