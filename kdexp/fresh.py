@@ -185,7 +185,7 @@ class Retrainer:
         checkpoints = Checkpoints(self.folder)
         begun = _going_on(checkpoints.load(seed.name), seed.recipe, prepared)
         begun = begun if begun and self.tracking.there(begun.run_id) else None
-        for run in known:  # ours is the lock: whoever trained there is gone
+        for run in known:  # we hold the lock: a run still marked RUNNING was left by a dead process
             if run.status == "RUNNING" and not (begun and run.run_id == begun.run_id):
                 self.tracking.finish(run.run_id, "KILLED")
         form = Form.of(begun.environment) if begun else None

@@ -164,7 +164,9 @@ class Recording:
     def epochs(
         self, checkpoints: Checkpoints | None = None, name: str = "", resumed: bool = False, last: int | None = None
     ) -> Iterator[EpochReport]:
-        """Train by a worker of this process, and record each epoch as it comes.
+        """Train this recipe alone, by a worker of this process, and record every epoch.
+
+        One that was recorded as a lane of a pack has copies in the other lanes, so that the bits match.
 
         With `name` its checkpoints are kept; `last` is the epoch after which it ends as one that is pruned.
         """

@@ -159,7 +159,8 @@ class _Claimed:
 
     @cached_property
     def key(self) -> tuple[str, ...]:
-        """What trials must agree in to train as one: their fuse key; and those that go on, all but their slots."""
+        """Trials can train as one if their keys are equal. New ones: the fuse key. Resumed ones: also the recorded
+        execution, threads and epoch."""
         if self.checkpoint is None or self.form is None:
             return (self.lane.fuse_key,)
         how = self.form.execution

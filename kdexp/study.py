@@ -251,7 +251,8 @@ class OpenStudy:
             for frozen, standing in self._under_way(claimant):
                 if standing.state == "free" and self._take_over(frozen, standing, claimant):
                     left = _left(frozen, standing)
-                    # The documented way to a Trial is ask(); an interrupted one keeps its number only by its id.
+                    # Optuna documents ask() only. To go on with an interrupted trial under its old number,
+                    # the Trial is built from its id.
                     self._study.sampler = _sampler(self.sweep, frozen.number, self._untrained(frozen.number))
                     return self._chosen(optuna.Trial(self._study, frozen._trial_id), frozen, left)
             return self._ask(claimant)
@@ -480,7 +481,7 @@ class OpenStudy:
     def _untrained(self, before: int | None = None) -> int:
         """How many proposals in a row, the last ones (before this number), were not worth training."""
         trials = [trial for trial in self._trials() if before is None or trial.number < before]
-        # A proposal of another worker's that is only now being looked at is neither.
+        # Skip proposals that another command is still deciding about.
         earlier = (trial for trial in reversed(trials) if trial.state.is_finished() or "run_id" in trial.user_attrs)
         return sum(1 for _ in itertools.takewhile(lambda trial: "skipped" in trial.user_attrs, earlier))
 
@@ -614,7 +615,8 @@ def _wait_for_set_up(study: optuna.Study) -> None:
 
 
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
-    """A study continues only with what it began with; budget may change, and what no trial was told by of the rule."""
+    """A study can only be continued with the sweep that it began with. Its budget may change, and those parts of the
+    selection rule that no trial has been judged by."""
     begun = recorded(study.user_attrs["sweep"], f"study '{sweep.name}', made by another version of kdexp")
     told = {"smallest": Selection.model_fields.keys(), "accuracy": set[str](), "pareto": {"size"}}[begun.study.objective]
     if begun.study.early_stop:  # trials were ended by the bar

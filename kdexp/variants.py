@@ -1,9 +1,9 @@
 """The smaller forms of a trained student, its *variants*: folded, and stored in float32, float16 or int8.
 
 Each is an ONNX file that is run on validation once; file and numbers are then with the student's run. Where size is in bytes
-all of them compete. For the smallest few need to be made: none has fewer bytes than its parameters take. For the most accurate
-each has to be, since rounding may gain as well as lose. But it teaches nothing: the variants of a trial that misses the bar
-itself do not count, since one that passed would pass by chance.
+all of them compete. A variant can never be smaller than its parameters, so for the smallest most need not be built. For the
+most accurate each has to be, since rounding may gain as well as lose. Variants of a trial that misses the bar are ignored:
+rounding can only pass the bar by luck.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4
 class TeacherLogits:
     """The teacher's raw logits for the training samples.
 
-    One row for each view; or, where there are fewer epochs than views, one for each epoch of the lanes of one
-    seed, in which every sample is in the view that is drawn for it then.
+    Row v: the logits of every sample in view v. If the training has fewer epochs than there are views, row e: every
+    sample in the view that epoch e of this seed draws for it.
     """
 
     logits: Float[Tensor, "rows samples classes"]
