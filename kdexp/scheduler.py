@@ -284,6 +284,7 @@ class Scheduler:
             for claimed in group:
                 if claimed in self.waiting:
                     self.waiting.remove(claimed)
+                self.study.hand_back(claimed.trial, "failed")
             yield from self._failed([claimed.trial for claimed in group], failure)
 
     def _open(self, worker: Worker, group: Sequence[_Claimed], number: int) -> Generator[TrialEvent, None, None]:
@@ -485,12 +486,10 @@ class Scheduler:
             assigned.worker.retire()
             yield from self._died(assigned.worker, failure.why, failure.trace)
             return
-        yield from self._failed(self._release(assigned, failure.why), failure)
+        yield from self._failed(self._release(assigned, failure.why, "failed"), failure)
 
     def _failed(self, trials: Sequence[Trial], failure: Broke) -> Generator[TrialEvent, None, None]:
         log.debug("a trial failed\n%s", failure.trace)
-        for trial in trials:
-            self.study.hand_back(trial, "failed")
         self._stop_where_all_fail(failure, trials[0])
         for trial in trials:
             yield TrialFailed(trial.number, failure.why)
