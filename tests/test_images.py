@@ -339,7 +339,7 @@ def test_a_huge_image_is_refused_with_what_is_allowed_and_one_of_a_hundred_megap
     content[16:24] = head
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     file.write_bytes(content)
-    with pytest.raises(Unreadable, match="201,640,000 pixels, of 178,956,970"):
+    with pytest.raises(Unreadable, match="201,640,000 pixels, 178,956,970 are allowed"):
         grey(file)
     Image.new("1", (10000, 10000), 1).save(tmp_path / "y.png")
     assert (grey(tmp_path / "y.png", 8) == 255).all()
