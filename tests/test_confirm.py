@@ -284,7 +284,7 @@ def test_with_random_erasing_the_teacher_sees_what_each_seed_erases(settings, tr
 def test_with_another_teacher_nothing_is_trained(place, store, monkeypatch) -> None:
     monkeypatch.setattr("kdexp.fresh.facts", lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""})
     with pytest.raises(KdexpError, match="Study 'luck' was run with another teacher"):
-        drain(confirming(place, store, seeds=9))
+        drain(confirming(place, store, seeds=untrained(place, store)))
 
 
 def test_a_sweep_file_holds_validation_out() -> None:
