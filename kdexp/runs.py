@@ -24,7 +24,7 @@ from kdexp.config import Data, Recipe, flatten
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.data import Split, Splits
 from kdexp.distill.execution import choose, compiles
-from kdexp.distill.models import measure, outline, summary, weights_hash
+from kdexp.distill.models import Size, measure, outline, summary, weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.environment import record
@@ -41,6 +41,7 @@ __all__ = [
     "Form",
     "Recording",
     "begin",
+    "close_run",
     "closed",
     "environment_of",
     "facts",
@@ -97,6 +98,7 @@ class Recording:
     bench: Bench
     form: Form
     environment: Mapping[str, str]
+    size: Size
     history: list[Row] = field(default_factory=list)
     safe: int = 0
     """So many epochs of the history are in a checkpoint, or need none ..."""
@@ -149,7 +151,7 @@ class Recording:
         with tracking.at_once(), suppress(KdexpError):
             self.deliver()
         with tracking.at_once(), suppress(KdexpError):
-            _close(self.run_id, error, tracking)
+            close_run(self.run_id, error, tracking)
 
     def drop(self) -> None:
         """Close the run of a training that is not accepted, whatever came of it."""
@@ -201,17 +203,18 @@ def begin(
 ) -> Recording:
     """A run for a training, whole on record before its first step; with `resumed` that checkpoint's run goes on."""
     tracking, split = bench.tracking, prepared.splits.train
+    module = outline(recipe.student, split)
+    size = measure(module, split)
     if resumed:
         history = list[Row](resumed.history)
         run_id = resumed.run_id
         tracking.finish(run_id, "RUNNING")
         again = {"kdexp.state": "", "kdexp.error": "", "kdexp.resumed_from_epoch": str(resumed.snapshot.epoch)}
         tracking.tag(run_id, again)
-        recording = Recording(run_id, recipe, prepared, bench, form, resumed.environment, history)
+        recording = Recording(run_id, recipe, prepared, bench, form, resumed.environment, size, history)
         recording.safe = len(history)
         return recording
-    module, environment = outline(recipe.student, split), environment_of(recipe, prepared, form)
-    size = measure(module, split)
+    environment = environment_of(recipe, prepared, form)
     run_id = tracking.start(
         bench.experiment_id,
         entry.kind,
@@ -226,7 +229,7 @@ def begin(
         },
         parent=entry.parent,
     )
-    recording = Recording(run_id, recipe, prepared, bench, form, environment)
+    recording = Recording(run_id, recipe, prepared, bench, form, environment, size)
     try:
         _log_record(recording, summary(module, split))
     except BaseException as error:
@@ -267,11 +270,12 @@ def closed(run_id: str, tracking: Tracking) -> Iterator[None]:
         tracking.finish(run_id, "FINISHED")
     except BaseException as error:
         with tracking.at_once(), suppress(KdexpError):  # where the store failed, its error is the one to hear of
-            _close(run_id, error, tracking)
+            close_run(run_id, error, tracking)
         raise
 
 
-def _close(run_id: str, error: BaseException | str | None, tracking: Tracking) -> None:
+def close_run(run_id: str, error: BaseException | str | None, tracking: Tracking) -> None:
+    """Close a run that did not end: KILLED where it was interrupted (or no error is given), else FAILED with the reason."""
     interrupted = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit)
     if interrupted:
         tracking.tag(run_id, {"kdexp.state": "interrupted"})
@@ -321,9 +325,8 @@ def _log_record(recording: Recording, summary: str) -> None:
 def _conclude(recording: Recording, ended: Ended) -> Outcome:
     """Final metrics, weights and curves on the run."""
     tracking, run_id, recipe = recording.bench.tracking, recording.run_id, recording.recipe
-    teacher, split = recording.prepared.teacher, recording.prepared.splits.train
+    teacher, size = recording.prepared.teacher, recording.size
     samples = len(recording.prepared.splits.validation)
-    size = measure(outline(recipe.student, split), split)
     outcome = Outcome(run_id, ended.state, size, ended.correct / samples, samples, ended.kept_epoch, len(recording.history))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -26,7 +26,7 @@ from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, whole_epochs
 from kdexp.outcome import Outcome
 from kdexp.pool import Died, Pool, Worker
-from kdexp.runs import Entry, Form, Recording, begin, goes_on_here
+from kdexp.runs import Entry, Form, Recording, begin, close_run, goes_on_here
 from kdexp.selection import size_of
 from kdexp.study import OpenStudy, Trial
 from kdexp.tracking import Tracking
@@ -224,8 +224,10 @@ class Scheduler:
             with self.pool:
                 yield from self._assign()
                 while self.assigned:
-                    yield from self._hear(*self.pool.receive())
-                    yield from self._assign()
+                    worker, message = self.pool.receive()
+                    yield from self._hear(worker, message)
+                    if not isinstance(message, Measured | Ended):  # these leave no worker free
+                        yield from self._assign()
             self._check_left()
         except BaseException as found:
             error = found
@@ -278,12 +280,10 @@ class Scheduler:
             failure = broke(number, recipes, error)
             if failure.surroundings:
                 raise
-            assigned = self.assigned.pop(number, None)
-            for running in assigned.trials.values() if assigned else ():
-                running.recording.close(failure.why)
-            for claimed in group:
-                if claimed in self.waiting:
-                    self.waiting.remove(claimed)
+            if assigned := self.assigned.get(number):
+                self._release(assigned, failure.why, "failed")
+            for claimed in [claimed for claimed in group if claimed in self.waiting]:
+                self.waiting.remove(claimed)
                 self.study.hand_back(claimed.trial, "failed")
             yield from self._failed([claimed.trial for claimed in group], failure)
 
@@ -364,8 +364,7 @@ class Scheduler:
         last = next(iter(reasons), "its worker was killed")
         why = f"broke {tries} times without getting on (study.retries: {retries}): {last}"
         for run in runs:
-            tracking.tag(run.run_id, {"kdexp.state": "failed", "kdexp.error": why[:500]})
-            tracking.finish(run.run_id, "FAILED")
+            close_run(run.run_id, why, tracking)
         self.study.give_up(trial, why)
         self.checkpoints.remove(_name(trial))
         return why
@@ -416,21 +415,18 @@ class Scheduler:
                 self._release(assigned)
 
     def _measured(self, assigned: _Assigned, message: Measured) -> Generator[TrialEvent, None, None]:
-        stop = set[str]()
-        for slot, epoch in message.epochs.items():
-            if running := assigned.trials.get(slot):
-                running.recording.take(epoch)
-                if self._stops(running, epoch.report):
-                    stop.add(epoch.run_id)
+        known = [(assigned.trials[slot], epoch) for slot, epoch in message.epochs.items() if slot in assigned.trials]
+        for running, epoch in known:
+            running.recording.take(epoch)
         if assigned.job.watched:
-            assigned.worker.answer(Verdict(message.job, frozenset(stop)))
-        for slot, epoch in message.epochs.items():
-            if running := assigned.trials.get(slot):
-                yield EpochDone(running.trial.number, epoch.report)
+            stop = frozenset(epoch.run_id for running, epoch in known if self._stops(running, epoch.report))
+            assigned.worker.answer(Verdict(message.job, stop))
+        for running, epoch in known:
+            yield EpochDone(running.trial.number, epoch.report)
 
     def _stops(self, running: _Running, report: EpochReport) -> bool:
         """Whether a trial is to end now."""
-        if not report.finite or not self.study.prunes:
+        if not report.finite:
             return False
         return running.trial.report(report) or self._is_futile(running, report)
 
@@ -438,9 +434,7 @@ class Scheduler:
         study, samples = self.study, len(self.prepared.splits.validation)
         if not study.sweep.study.early_stop or running.trial.control or report.epoch == report.epochs:
             return False
-        like = self.prepared.splits.train
-        size = measure(outline(running.trial.recipe.student, like), like)
-        return study.futile(size, running.recording.curve, report.epochs, samples)
+        return study.futile(running.recording.size, running.recording.curve, report.epochs, samples)
 
     def _ended(self, assigned: _Assigned, message: Ended) -> Generator[TrialEvent, None, None]:
         """Close the run, then tell Optuna; the slot may go to a successor."""
@@ -515,12 +509,14 @@ class Scheduler:
         self.lost.append((event, trace))
         yield event
 
-    def _release(self, assigned: _Assigned, why: str = "", how: HandedBack = "released") -> list[Trial]:
+    def _release(
+        self, assigned: _Assigned, why: BaseException | str | None = None, how: HandedBack = "released"
+    ) -> list[Trial]:
         """A job is over; its trials that did not end are handed back, with a reason where it broke off."""
         self.assigned.pop(assigned.job.number)
         assigned.worker.job = None
         for running in assigned.trials.values():
-            running.recording.close(why or None)
+            running.recording.close(why)
             self.study.hand_back(running.trial, how)
         return [running.trial for running in assigned.trials.values()]
 
@@ -540,9 +536,7 @@ class Scheduler:
     def _hand_all_back(self, error: BaseException | None) -> None:
         """What was begun and did not end, and what was not begun, is left to others."""
         for assigned in list(self.assigned.values()):
-            for running in assigned.trials.values():
-                running.recording.close(error)
-                self.study.hand_back(running.trial, "released")
+            self._release(assigned, error)
         for claimed in self.waiting:
             self.study.hand_back(claimed.trial, "released")
 
