@@ -53,7 +53,8 @@ from sqlalchemy.schema import CreateTable
 
 from kdexp import KdexpError
 from kdexp.files import write_atomically
-from kdexp.schema import reaching
+from kdexp.patience import PATIENCE, patiently
+from kdexp.schema import NOTICED, reaching
 from kdexp.settings import Settings, without_credentials
 from kdexp.urls import sqlite_file
 
@@ -72,7 +73,6 @@ __all__ = [
 GRACE_SECONDS = 30.0
 KEEP_SECONDS = 2.0  # between two looks at one's own connection
 POLL_SECONDS = 1.0  # between two tries for a named lock
-PATIENCE = 300.0  # seconds that a database may be away
 AWAY = (OperationalError, InterfaceError)
 NETWORK_DRIVES = ("nfs", "lustre", "cifs", "smb", "beegfs", "ceph", "gpfs", "9p", "fuse.sshfs")
 T = TypeVar("T")
@@ -215,19 +215,19 @@ class Claimant:
                     self.hand_back(held, "released")
 
     def _waited_for(self, name: str, patient: bool) -> Held | None:
-        deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                standing = self.look([name])[name]
-                free = standing.state == "free" or standing.claim is None
-                held = self.take(name, standing.claim) if free else None
-                if held or not patient:
-                    return held
-                deadline = time.monotonic() + PATIENCE
+                held = patiently(lambda: self._tried(name), lambda error: isinstance(error, AWAY), PATIENCE, "The storage")
             except AWAY as error:
-                if time.monotonic() >= deadline:
-                    raise KdexpError(f"The storage {without_credentials(self._url)} has gone away") from error
+                raise KdexpError(f"The storage {without_credentials(self._url)} has gone away") from error
+            if held or not patient:
+                return held
             time.sleep(POLL_SECONDS)
+
+    def _tried(self, name: str) -> Held | None:
+        standing = self.look([name])[name]
+        free = standing.state == "free" or standing.claim is None
+        return self.take(name, standing.claim) if free else None
 
     def _as_held(self, held: Held) -> Claim:
         return Claim(held.token, self.name, "")
@@ -480,12 +480,8 @@ _HELD = sqlalchemy.text(
 _END_FORMER = sqlalchemy.text(
     "select pg_terminate_backend(pid) from pg_stat_activity where application_name = :name and pid <> pg_backend_pid()"
 )
-_NOTICE_THE_DEAD = (  # a machine that vanished without a word frees its lock after 14 seconds
-    "set tcp_keepalives_idle = 5",
-    "set tcp_keepalives_interval = 3",
-    "set tcp_keepalives_count = 3",
-    "set tcp_user_timeout = 14000",
-)
+# A machine that vanished without a word frees its lock as soon as the server's end notices.
+_NOTICE_THE_DEAD = tuple(f"set tcp_{name.removeprefix('tcp_')} = {value}" for name, value in NOTICED.items())
 
 
 def network_drive(path: Path, mounts: str) -> str:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["patiently"]
+__all__ = ["PATIENCE", "patiently"]
 
+PATIENCE = 300.0  # seconds that a server may be away
 PAUSE, LONGEST_PAUSE = 0.5, 5.0
 T = TypeVar("T")
 log = logging.getLogger("kdexp")

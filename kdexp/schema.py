@@ -21,9 +21,11 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from kdexp import KdexpError
 from kdexp.urls import sqlite_file, without_credentials
 
-__all__ = ["Library", "Schema", "StoreError", "copy_first", "fitting", "reaching", "restore", "schema_of"]
+__all__ = ["NOTICED", "Library", "Schema", "StoreError", "copy_first", "fitting", "reaching", "restore", "schema_of"]
 
 CONNECT_SECONDS = 10  # that a database's server may take to answer at the start
+NOTICED = {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 14_000}
+"""How each end of a PostgreSQL connection notices that the other is gone: within 14 seconds. The last in milliseconds."""
 
 
 class StoreError(KdexpError):
@@ -102,8 +104,7 @@ def reaching(url: str) -> dict[str, int]:
         return {}
     ours = {"connect_timeout": CONNECT_SECONDS} if kind in ("postgresql", "mysql") else {}
     if kind == "postgresql" and driver in ("", "psycopg", "psycopg2"):
-        ours |= {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
-        ours |= {"tcp_user_timeout": 14_000}  # milliseconds
+        ours |= {"keepalives": 1, **NOTICED}
     return {name: value for name, value in ours.items() if name not in sqlalchemy.make_url(url).query}
 
 

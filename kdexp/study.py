@@ -48,7 +48,7 @@ from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
 from kdexp.objective import DIRECTIONS, Passing, compared, constraints, dominated, scale, values, worst
 from kdexp.outcome import Outcome
-from kdexp.patience import patiently
+from kdexp.patience import PATIENCE, patiently
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting, reaching
 from kdexp.selection import size_of
@@ -75,7 +75,6 @@ STUBBORN = 3  # proposals in a row that were not worth training: from then on th
 NARROW = STUBBORN + 20  # in vain: what is nearly a repeat is then trained, the space may hold nothing else
 IN_VAIN = STUBBORN + 100  # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 SET_UP_SECONDS = 30.0
-PATIENCE = 300.0  # seconds that a database may be away
 AWAY = (*claims.AWAY, optuna.exceptions.StorageInternalError)
 LASTING = ("disk I/O error", "disk is full", "No space left", "readonly database", "unable to open")  # waiting does not help
 OPTUNA = Library(

@@ -26,7 +26,7 @@ from filelock import FileLock
 from kdexp import KdexpError, __version__
 from kdexp.embedded import folder_for, is_local, readdressed, run_place, shown
 from kdexp.files import sha256_of, write_ahead, write_atomically
-from kdexp.patience import patiently
+from kdexp.patience import PATIENCE, patiently
 from kdexp.reading import spellings, study_name
 from kdexp.schema import Library, StoreError, fitting
 from kdexp.settings import Settings, deaf, without_credentials
@@ -65,7 +65,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 RACES = 5
 CONNECT_SECONDS = 10.0  # that a server may be busy at the start
-PATIENCE = 300.0  # seconds that it may be away later
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 OVERLOADED = ("database is locked", "QueuePool limit", "too many clients", "connection slots")
 """What a store says that is only busy, also where the server makes a 400 of it."""
