@@ -24,7 +24,10 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """From the n-th call of a function on, no file may grow beyond 8 kB: room for what is printed, and for nothing else."""
+    """From the n-th call of a function on, no file may grow beyond 8 kB: room for what is printed, and for nothing else.
+
+    Python ignores SIGXFSZ, so that a write fails with an error as on a full disk.
+    """
 
     where: str
     call: int
@@ -42,7 +45,6 @@ class FullDisk:
         def limiting(*args, **kwargs):
             calls[0] += 1
             if calls[0] == self.call:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
             return original(*args, **kwargs)
 
@@ -92,21 +94,31 @@ def test_a_damaged_checkpoint(place: Path, whole: Facts, damage: str, damaged: s
 
 def test_a_checkpoint_of_other_code_is_not_gone_on_from(place: Path) -> None:
     assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
-    again = Life(place, SWEEP, OtherCode()).end()
+    again = Life(place, SWEEP, OtherCode("_core")).end()
     assert again.code == 0, again.err
     assert "(again)" in again.out
     assert statuses(place)["trial", "KILLED"] == 1, "its first run stays"
     assert statuses(place)["trial", "FINISHED"] == 4
 
 
+def test_a_checkpoint_outlives_edits_outside_of_the_core(place: Path, whole: Facts) -> None:
+    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
+    again = Life(place, SWEEP, OtherCode("_source")).end()
+    assert again.code == 0, again.err
+    assert "from epoch" in again.out
+    assert facts(place) == whole
+
+
 @dataclass(frozen=True)
 class OtherCode:
-    """kdexp's source is another one."""
+    """What kdexp computes with (_core), or all of its source (_source), is another one."""
+
+    part: str
 
     def __call__(self) -> None:
         import kdexp.environment
 
-        kdexp.environment._source = lambda: "0123456789abcdef"
+        setattr(kdexp.environment, self.part, lambda: "0123456789abcdef")
 
 
 def test_a_database_that_is_locked_for_a_while_is_waited_for(place: Path, whole: Facts) -> None:
