@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import tiny_sweep, until
 
+from kdexp.settings import Settings
+from kdexp.tracking import Tracking
+
 Fault = Callable[[], None]
 SWEEP = ("sweep", "tiny.yaml", "--workers", "1", "--threads", "1")
+PRELOAD = (
+    "kdexp.preload",
+    "kdexp.cli",
+    "kdexp.sweep",
+    "kdexp.promote",
+    "mlflow.pytorch",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "optuna.storages",
+    "optuna.samplers._gp.sampler",
+    "sklearn.datasets",
+    "torch.export",
+    "torch._inductor.config",
+)
+"""What a life imports, once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Life:
 
     def __init__(self, folder: Path, arguments: Sequence[str], fault: Fault | None = None, name: str = "") -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kdexp.preload"])
+        context.set_forkserver_preload(list(PRELOAD))
         self.folder, self.name = folder, name
         self.process = context.Process(target=_live, args=(folder, tuple(arguments), fault, name))
         self.process.start()
@@ -185,8 +207,17 @@ def no_run_is_left_open(folder: Path) -> bool:
     return not open_trials and not left and not any(status == "RUNNING" for _, status in statuses(folder))
 
 
+@cache
+def empty_store() -> Path:
+    """A migrated MLflow store: making one takes seconds, copying it none."""
+    folder = Path(tempfile.mkdtemp(prefix="empty-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Tracking(Settings(stores=folder))
+    return folder / "mlflow.db"
+
+
 def written(folder: Path, **changes: Any) -> Path:
-    """The tiny sweep as a file in a folder, with changes by dotted path."""
+    """The tiny sweep as a file in a folder that has a store, with changes by dotted path."""
     tree = json.loads(tiny_sweep().model_dump_json())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -194,7 +225,8 @@ def written(folder: Path, **changes: Any) -> Path:
         for parent in parents:
             at = at[parent]
         at[last] = value
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_store(), folder / "mlruns" / "mlflow.db")
     (folder / "tiny.yaml").write_text(json.dumps(tree))
     return folder
 

@@ -20,7 +20,8 @@ MOMENTS = {
     "between an epoch and its checkpoint": Dies("kdexp.work:_Training.keep", call=7),
     "before a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6),
     "after a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6, after=True),
-    "while a checkpoint is written": Dies("kdexp.files:os.fsync", call=1, only=""),
+    "while a checkpoint is written": Dies("kdexp.files:os.fsync", call=13),
+    "while the teacher's checkpoint is written": Dies("kdexp.files:os.fsync", call=1),
     "between the former checkpoint and the new one": Dies("pathlib:Path.replace", call=2, after=True, only=".checkpoint"),
     "while the teacher is trained": Dies("kdexp.distill.packs:Stacked.step", call=15),
     "before the teacher's weights are written": Dies("kdexp.distill.teacher:write_atomically", only="weights.safetensors"),
@@ -43,7 +44,7 @@ MOMENTS = {
     "after a run is concluded, before it is closed": Dies("kdexp.runs:_conclude", call=2, after=True),
     "after a run is closed, before Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2),
     "after Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2, after=True),
-    "after the last trial": Dies("kdexp.scheduler:leave", call=1),
+    "after the last trial": Dies("kdexp.sweep:leave", call=1),
     "before the look at test": Dies("kdexp.promote:look_at_test", call=1),
     "after the look at test": Dies("kdexp.promote:look_at_test", call=1, after=True),
     "before the model is registered": Dies("kdexp.tracking:Tracking.register", call=1),
@@ -60,6 +61,14 @@ def test_killed(place: Path, whole: Facts, moment: str) -> None:
     assert facts(place) == whole
     assert no_run_is_left_open(place)
     assert statuses(place)["teacher", "FINISHED"] == 1
+
+
+def test_killed_while_the_store_is_made(place: Path, whole: Facts) -> None:
+    (place / "mlruns" / "mlflow.db").unlink()
+    assert Life(place, SWEEP, Dies("kdexp.files:os.fsync")).end().code == -signal.SIGKILL
+    assert not (place / "mlruns" / "mlflow.db").exists()
+    assert Life(place, SWEEP).end().code == 0
+    assert facts(place) == whole
 
 
 def test_killed_at_every_step_of_the_way(tmp_path: Path, whole: Facts) -> None:

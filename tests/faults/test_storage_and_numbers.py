@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import sqlite3
 import threading
@@ -148,6 +149,7 @@ def test_a_database_that_is_locked_for_a_while_is_waited_for(place: Path, whole:
 
 
 def test_stores_that_are_no_folder(place: Path) -> None:
+    shutil.rmtree(place / "mlruns")
     (place / "mlruns").write_text("a file")
     end = Life(place, SWEEP).end()
     assert end.code == 1
