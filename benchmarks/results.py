@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import Row, print_report
-from kdexp.config import ConfigError, Sweep, flatten, load
+from kdexp.config import ConfigError, Distillation, Sweep, flatten, load
 from kdexp.plots import BLUE, GREY
 from kdexp.promote import sweep_of
 from kdexp.records import recipe_of
@@ -141,8 +141,7 @@ def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> 
     by_way: dict[str, dict[int, float]] = {}
     for run in runs:
         recipe = recipe_of(run, tracking)
-        how = recipe.distillation
-        way = f"{how.loss}, alpha {how.alpha:g}, T {how.temperature:g}" if how.alpha else "labels only"
+        way = way_of(recipe.distillation)
         by_way.setdefault(way, {})[recipe.training.seed] = run.metrics["val_accuracy"]
     labels, command = by_way.pop("labels only", {}), commands(sweep)[1] if runs else ""
     for way, accuracies in sorted(by_way.items()):
@@ -162,6 +161,18 @@ def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> 
             "seeds": len(gains),
             "command": command,
         }
+
+
+def way_of(how: Distillation) -> str:
+    """A way to distil in words: what tells it from the others of a study."""
+    if not how.alpha:
+        return "labels only"
+    own = how.model_copy(update={"scale_by_t_squared": None}).times_t_squared
+    if own == how.times_t_squared or how.temperature == 1:
+        factor = ""
+    else:
+        factor = f", {'with' if how.times_t_squared else 'without'} T²"
+    return f"{how.loss}, alpha {how.alpha:g}, T {how.temperature:g}{factor}"
 
 
 def predicted(points: Sequence[Row]) -> dict[str, Any]:
