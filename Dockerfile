@@ -12,8 +12,8 @@ RUN useradd --create-home --uid 1000 kdexp \
 # The dependencies first: gigabytes that change only with these two files.
 WORKDIR /opt/kdexp
 COPY pyproject.toml constraints.txt ./
-RUN mkdir -p kdexp/distill \
-    && touch README.md kdexp/__init__.py kdexp/distill/__init__.py \
+RUN mkdir kdexp \
+    && touch README.md kdexp/__init__.py \
     && pip install -c constraints.txt '.[export,postgresql]'
 
 COPY kdexp kdexp

@@ -1,15 +1,19 @@
-"""What people train a student with instead, each as a process of its own that prints one line of JSON.
+"""What people train a student with instead, each as a process of its own that prints one line of
+JSON.
 
-    python -m benchmarks.contenders common|torchdistill|careful|careful_bf16 --teacher WEIGHTS --epochs E
+    python -m benchmarks.contenders CONTENDER --teacher WEIGHTS --epochs E
 
-All distil the documented student from the same ResNet-50 on the same split of real Fashion-MNIST: batch 128, flips,
-alpha 0.3 (the teacher's weight), T 5, T^2 factor, Adam with weight decay 1e-6, cosine from 3e-4 to 1e-6 a step.
+CONTENDER: common, torchdistill, careful or careful_bf16.
 
-    common        the recipe's loop as it is commonly written: PIL images through a DataLoader, the teacher online in
-                  every step, `.item()` for the log
+All distil the documented student from the same ResNet-50 on the same split of real Fashion-MNIST:
+batch 128, flips, alpha 0.3 (the teacher's weight), T 5, T^2 factor, Adam with weight decay 1e-6,
+cosine from 3e-4 to 1e-6 a step.
+
+    common        the recipe's loop as it is commonly written: PIL images through a DataLoader, the
+                  teacher online in every step, `.item()` for the log
     torchdistill  its DistillationBox and KDLoss as its examples use them, on the same DataLoader
-    careful       an expert's script: images as one tensor, the teacher's logits cached once, channels last, fused
-                  Adam, a compiled step; one trial after another on all cores
+    careful       an expert's script: images as one tensor, the teacher's logits cached once,
+                  channels last, fused Adam, a compiled step; one trial after another on all cores
     careful_bf16  the same under bf16 autocast
 """
 
@@ -35,13 +39,15 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from kdexp.config import Recipe
-from kdexp.distill.data import Split, Splits, load_splits
+from kdexp.distill.datasets import Split, Splits, load_splits
 from kdexp.distill.evaluate import wilson_interval
 from kdexp.distill.models import build
 
 ALPHA, TEMPERATURE, RATE, FINAL_RATE, DECAY, BATCH, SEED = 0.3, 5.0, 3e-4, 1e-6, 1e-6, 128, 8787
 NORMALISE = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
-TRAIN = transforms.Compose([transforms.Grayscale(3), transforms.RandomHorizontalFlip(), transforms.ToTensor(), NORMALISE])
+TRAIN = transforms.Compose(
+    [transforms.Grayscale(3), transforms.RandomHorizontalFlip(), transforms.ToTensor(), NORMALISE]
+)
 TEST = transforms.Compose([transforms.Grayscale(3), transforms.ToTensor(), NORMALISE])
 
 Epoch = tuple[list[float], float, float]
@@ -56,21 +62,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(SEED)
     splits = load_splits(Recipe().data)
     if options.images:
-        splits = Splits(splits.train.take(torch.arange(options.images)), splits.validation.take(torch.arange(options.images)))
+        splits = Splits(
+            splits.train.take(torch.arange(options.images)),
+            splits.validation.take(torch.arange(options.images)),
+        )
     teacher = torchvision.models.resnet50(num_classes=10)
     teacher.load_state_dict(load_file(options.teacher))
     student = build(Recipe().student, splits.train)
     began = time.perf_counter()
     contender = CONTENDERS[options.name]
     epochs = list(contender(teacher.eval(), student, splits, options.epochs, options.steps))
-    print(json.dumps(_figures(options.name, epochs, time.perf_counter() - began, len(splits.validation))))
+    print(
+        json.dumps(
+            _figures(options.name, epochs, time.perf_counter() - began, len(splits.validation))
+        )
+    )
 
 
-def common(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None) -> Iterator[Epoch]:
+def common(
+    teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None
+) -> Iterator[Epoch]:
     """The recipe's loop, plainly."""
     train, validation = _loader(splits.train, TRAIN, True), _loader(splits.validation, TEST, False)
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE, weight_decay=DECAY)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train), FINAL_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, epochs * len(train), FINAL_RATE
+    )
     log = []
     for _ in range(epochs):
         times = []
@@ -87,7 +104,9 @@ def common(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, 
         yield times, *_validate(student, validation)
 
 
-def torchdistill(teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None) -> Iterator[Epoch]:
+def torchdistill(
+    teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None
+) -> Iterator[Epoch]:
     """torchdistill's distillation box; its alpha weighs the labels."""
     from torchdistill.core.distillation import get_distillation_box
 
@@ -114,7 +133,10 @@ def torchdistill(teacher: nn.Module, student: nn.Module, splits: Splits, epochs:
             "forward_hook": {"input": [], "output": [logits["teacher"]]},
             "requires_grad": False,
         },
-        "student": {"forward_proc": "forward_batch_only", "forward_hook": {"input": [], "output": [logits["student"]]}},
+        "student": {
+            "forward_proc": "forward_batch_only",
+            "forward_hook": {"input": [], "output": [logits["student"]]},
+        },
         "optimizer": {"key": "Adam", "kwargs": {"lr": RATE, "weight_decay": DECAY}},
         "scheduler": {
             "key": "CosineAnnealingLR",
@@ -123,10 +145,14 @@ def torchdistill(teacher: nn.Module, student: nn.Module, splits: Splits, epochs:
         },
         "criterion": {
             "key": "WeightedSumLoss",
-            "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}},
+            "kwargs": {
+                "sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}
+            },
         },
     }
-    box = get_distillation_box(teacher, student, {"train": train}, config, torch.device("cpu"), None, False, 1)
+    box = get_distillation_box(
+        teacher, student, {"train": train}, config, torch.device("cpu"), None, False, 1
+    )
     validation, log = _loader(splits.validation, TEST, False), []
     for epoch in range(epochs):
         times: list[float] = []
@@ -141,7 +167,12 @@ def torchdistill(teacher: nn.Module, student: nn.Module, splits: Splits, epochs:
 
 
 def careful(
-    teacher: nn.Module, student: nn.Module, splits: Splits, epochs: int, steps: int | None, bf16: bool = False
+    teacher: nn.Module,
+    student: nn.Module,
+    splits: Splits,
+    epochs: int,
+    steps: int | None,
+    bf16: bool = False,
 ) -> Iterator[Epoch]:
     """Everything on the device, cached logits of both flips, compiled."""
     began = time.perf_counter()
@@ -153,7 +184,9 @@ def careful(
     compiled = torch.compile(student)
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
     per_epoch = len(labels) // BATCH
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch, FINAL_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, epochs * per_epoch, FINAL_RATE
+    )
     for _ in range(epochs):
         student.train()
         order, flips = torch.randperm(len(labels)), torch.randint(2, (len(labels),))
@@ -170,7 +203,9 @@ def careful(
             scheduler.step()
         started = time.perf_counter()
         student.eval()
-        correct = int((_logits(student, splits.validation.images).argmax(1) == splits.validation.labels).sum())
+        correct = int(
+            (_logits(student, splits.validation.images).argmax(1) == splits.validation.labels).sum()
+        )
         yield times, time.perf_counter() - started, correct / len(splits.validation)
 
 
@@ -198,12 +233,16 @@ class _Images(Dataset):  # type: ignore[type-arg]
 
 def _loader(split: Split, transform: Callable[[Any], Tensor], train: bool) -> DataLoader:  # type: ignore[type-arg]
     # Without loader processes: on two cores they took 0.56 s a step, this 0.50 s.
-    return DataLoader(_Images(split, transform), BATCH if train else 500, shuffle=train, drop_last=train)
+    return DataLoader(
+        _Images(split, transform), BATCH if train else 500, shuffle=train, drop_last=train
+    )
 
 
 def _loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     soft = F.kl_div(
-        F.log_softmax(student_logits / TEMPERATURE, 1), F.softmax(teacher_logits / TEMPERATURE, 1), reduction="batchmean"
+        F.log_softmax(student_logits / TEMPERATURE, 1),
+        F.softmax(teacher_logits / TEMPERATURE, 1),
+        reduction="batchmean",
     )
     return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * F.cross_entropy(student_logits, labels)
 
@@ -257,7 +296,9 @@ def _figures(name: str, epochs: list[Epoch], seconds: float, samples: int) -> di
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.contenders")
     parser.add_argument("name", choices=CONTENDERS)
-    parser.add_argument("--teacher", type=Path, required=True, help="ResNet-50 with 10 outputs, .safetensors")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, help="ResNet-50 with 10 outputs, .safetensors"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, help="steps of an epoch, for a quick look")
     parser.add_argument("--images", type=int, help="only the first images")

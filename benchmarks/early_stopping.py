@@ -2,11 +2,12 @@
 
     python -m benchmarks.early_stopping [SWEEP.yaml] [--trials 40] [--seeds 1 2 3]
 
-Each study (sampler, seed) runs twice, without and with `early_stop`, side by side in one run, on a teacher made
-once. A random search proposes the same trials both times, so what is selected can be compared trial by trial; others
-learn from what they are told and may go another way. Where the objective is `smallest`, proposals that are no smaller
-than one that passes are begun neither way. Trials run one after another: who is stopped depends on who was
-first, and so the counts can be repeated.
+Each study (sampler, seed) runs twice, without and with `early_stop`, side by side in one run, on a
+teacher made once. A random search proposes the same trials both times, so what is selected can be
+compared trial by trial; others learn from what they are told and may go another way. Where the
+objective is `smallest`, proposals that are no smaller than one that passes are begun neither way.
+Trials run one after another: who is stopped depends on who was first, and so the counts can be
+repeated.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 from benchmarks.report import Row, print_report
 from kdexp.config import Sweep, load
 from kdexp.environment import configure
-from kdexp.promote import candidates
+from kdexp.runs.tracking import Tracking
+from kdexp.search.sweep import EpochDone, Event, TrialFinished, TrialSkipped, run_sweep
+from kdexp.select.promote import candidates
 from kdexp.selection import select
 from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, Event, TrialFinished, TrialSkipped, run_sweep
-from kdexp.tracking import Tracking
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sampler in options.samplers:
             for seed in options.seeds:
                 study = {"sampler": sampler, "seed": seed, "trials": options.trials}
-                full, early = (_run(base, {**study, "early_stop": on}, Path(stores)) for on in (False, True))
+                full, early = (
+                    _run(base, {**study, "early_stop": on}, Path(stores)) for on in (False, True)
+                )
                 rows.append(_row(sampler, seed, full, early))
                 print(json.dumps(rows[-1]), file=sys.stderr)
     full, early = (sum(row[name] for row in rows) for name in ("model_epochs", "with_early_stop"))
@@ -51,8 +54,12 @@ def name_of(study: Mapping[str, Any]) -> str:
 
 
 def run_study(base: Sweep, study: Mapping[str, Any], stores: Path) -> tuple[list[Event], Tracking]:
-    """A sweep with these study settings, run in this process on one thread: its events, and where it was tracked."""
-    sweep = base.model_copy(update={"name": name_of(study), "study": base.study.model_copy(update=study)})
+    """A sweep with these study settings, run in this process on one thread: its events, and where
+    it was tracked.
+    """
+    sweep = base.model_copy(
+        update={"name": name_of(study), "study": base.study.model_copy(update=study)}
+    )
     settings = Settings(stores=stores, workers=1)
     tracking = Tracking(settings)
     return list(run_sweep(sweep, settings, tracking, configure("cpu", 1))), tracking
@@ -66,8 +73,12 @@ def _run(base: Sweep, study: dict[str, Any], stores: Path) -> dict[str, Any]:
     return {
         "epochs": sum(isinstance(event, EpochDone) for event in events),
         "skipped": sum(isinstance(event, TrialSkipped) for event in events),
-        "stopped": sum(isinstance(event, TrialFinished) and event.result.state == "pruned" for event in events),
-        "chosen": f"trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.val_accuracy:.2%}",
+        "stopped": sum(
+            isinstance(event, TrialFinished) and event.result.state == "pruned" for event in events
+        ),
+        "chosen": (
+            f"trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.val_accuracy:.2%}"
+        ),
     }
 
 
@@ -86,8 +97,12 @@ def _row(sampler: str, seed: int, full: dict[str, Any], early: dict[str, Any]) -
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.early_stopping", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("sweep", type=Path, nargs="?", default=Path(__file__).parents[1] / "sweeps" / "digits.yaml")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.early_stopping", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "sweep", type=Path, nargs="?", default=Path(__file__).parents[1] / "sweeps" / "digits.yaml"
+    )
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])

@@ -1,11 +1,13 @@
-"""Whether aiming at the smallest finds a smaller model that meets the bar than maximising accuracy and filtering.
+"""Whether aiming at the smallest finds a smaller model that meets the bar than maximising accuracy
+and filtering.
 
     python -m benchmarks.objectives [--trials 24] [--seeds 1 2 3 ...] [--samplers gp tpe]
 
-Each study (sampler, seed) runs once with `objective: accuracy` and once with `objective: smallest`, side by side in one
-run, on one teacher, with the same bar, seed, search space and number of trained trials, controls included. The
-selector then picks the smallest over the bar. The sweep is sweeps/digits.yaml with half of its epochs and 224
-students: 14 widths x 16 hidden layers. Test accuracy is of the selected models alone, and chose nothing.
+Each study (sampler, seed) runs once with `objective: accuracy` and once with `objective: smallest`,
+side by side in one run, on one teacher, with the same bar, seed, search space and number of trained
+trials, controls included. The selector then picks the smallest over the bar. The sweep is
+sweeps/digits.yaml with half of its epochs and 224 students: 14 widths x 16 hidden layers. Test
+accuracy is of the selected models alone, and chose nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import torch
 from benchmarks.early_stopping import name_of, run_study
 from benchmarks.report import Row, print_report
 from kdexp.config import Sweep, load
-from kdexp.distill.data import load_test
+from kdexp.distill.datasets import load_test
 from kdexp.distill.evaluate import evaluate
-from kdexp.promote import candidates
-from kdexp.records import load_student, recipe_of
+from kdexp.runs.records import load_student, recipe_of
+from kdexp.runs.tracking import Tracking
+from kdexp.search.sweep import EpochDone, TrialSkipped
+from kdexp.select.promote import candidates
 from kdexp.selection import Candidate, NothingPasses, select
-from kdexp.sweep import EpochDone, TrialSkipped
-from kdexp.tracking import Tracking
 
 DIGITS = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
 WIDTHS = (
@@ -53,15 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sampler in options.samplers:
             for seed in options.seeds:
                 study = {"sampler": sampler, "seed": seed, "trials": options.trials}
-                found = {aim: _run(base, {**study, "objective": aim}, Path(stores)) for aim in ("accuracy", "smallest")}
+                found = {
+                    aim: _run(base, {**study, "objective": aim}, Path(stores))
+                    for aim in ("accuracy", "smallest")
+                }
                 rows.append(_row(sampler, seed, found))
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    counts = {sampler: _counts([row for row in rows if row["sampler"] == sampler]) for sampler in options.samplers}
+    counts = {
+        sampler: _counts([row for row in rows if row["sampler"] == sampler])
+        for sampler in options.samplers
+    }
     title = (
-        f"Parameters that 'accuracy' and 'smallest' come to: {options.trials} trained trials of {base.training.epochs} epochs, "
-        f"bar {base.selection.accuracy_bar}; test: accuracy of the two"
+        f"Parameters that 'accuracy' and 'smallest' come to: {options.trials} trained trials of"
+        f" {base.training.epochs} epochs, bar {base.selection.accuracy_bar}; test: accuracy of"
+        " the two"
     )
-    print_report(title, rows, {"smaller_in": counts[options.samplers[0]]["smaller"], "counts": counts, "rows": rows})
+    print_report(
+        title,
+        rows,
+        {"smaller_in": counts[options.samplers[0]]["smaller"], "counts": counts, "rows": rows},
+    )
 
 
 def _run(base: Sweep, study: Mapping[str, Any], stores: Path) -> dict[str, Any]:
@@ -105,11 +118,17 @@ def _row(sampler: str, seed: int, found: Mapping[str, Mapping[str, Any]]) -> Row
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
     found = [row["it_is"] for row in rows]
-    return {"smaller": found.count("smaller"), "ties": found.count("equal"), "larger": found.count("larger")}
+    return {
+        "smaller": found.count("smaller"),
+        "ties": found.count("equal"),
+        "larger": found.count("larger"),
+    }
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.objectives", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.objectives", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--samplers", nargs="+", default=["gp"])

@@ -1,11 +1,13 @@
-"""What recording costs: Optuna and MLflow take at most 2 % of a 60-second trial, and at most 5 ms of an epoch.
+"""What recording costs: Optuna and MLflow take at most 2 % of a 60-second trial, and at most 5 ms
+of an epoch.
 
     python -m benchmarks.overhead [--trials 10]
 
-Real trials of 20 short epochs on fresh embedded stores, with and without a pruner, alone and beside a second
-process that writes to the same stores. Training itself (EpochReport.seconds) is subtracted, everything else counts:
-the run, its params, datasets, artifacts, plot and metrics, and Optuna's ask, suggest, report and tell. The share is
-of a trial whose training takes 60 seconds. Medians over trials; each process's first (imports) is left out.
+Real trials of 20 short epochs on fresh embedded stores, with and without a pruner, alone and beside
+a second process that writes to the same stores. Training itself (EpochReport.seconds) is
+subtracted, everything else counts: the run, its params, datasets, artifacts, plot and metrics, and
+Optuna's ask, suggest, report and tell. The share is of a trial whose training takes 60 seconds.
+Medians over trials; each process's first (imports) is left out.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from typing import Literal
 from benchmarks.report import Row, print_report
 from kdexp.config import Sweep
 from kdexp.environment import configure
+from kdexp.runs.tracking import EpochMetrics, Tracking
+from kdexp.search.sweep import EpochDone, TeacherReady, TrialFinished, run_sweep
 from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, TeacherReady, TrialFinished, run_sweep
-from kdexp.tracking import EpochMetrics, Tracking
 
 EPOCHS, LONG_TRIAL = 20, 60.0
 CONDITIONS = [(pruner, processes) for pruner in ("none", "median") for processes in (1, 2)]
@@ -38,7 +40,9 @@ Role = Literal["alone", "first", "second"]
 
 @dataclass
 class Trial:
-    """Seconds of one trial that were not training: all, those between two epochs, those of delivery to MLflow."""
+    """Seconds of one trial that were not training: all, those between two epochs, those of delivery
+    to MLflow.
+    """
 
     epochs: int = 0
     outside: float = 0.0
@@ -65,7 +69,9 @@ class TimedTracking(Tracking):
 
 @dataclass
 class Clock:
-    """Reads a sweep's events: a trial took what lies between the end of the one before and its own."""
+    """Reads a sweep's events: a trial took what lies between the end of the one before and its
+    own.
+    """
 
     tracking: TimedTracking
     trials: list[Trial] = field(default_factory=list)
@@ -98,7 +104,8 @@ class Clock:
 
     def _delivery(self) -> float:
         """Seconds of delivery since the last look, added to the trial's."""
-        seconds, self.delivered = self.tracking.delivering - self.delivered, self.tracking.delivering
+        seconds = self.tracking.delivering - self.delivered
+        self.delivered = self.tracking.delivering
         self.current.delivering += seconds
         return seconds
 
@@ -110,7 +117,10 @@ def main() -> None:
         trials = measure(options.join, options.pruner, options.trials, "second")
         print(json.dumps([asdict(trial) for trial in trials]))
         return
-    rows = [row(pruner, processes, condition(pruner, processes, options.trials)) for pruner, processes in CONDITIONS]
+    rows = [
+        row(pruner, processes, condition(pruner, processes, options.trials))
+        for pruner, processes in CONDITIONS
+    ]
     names = ("seconds_per_trial", "ms_per_epoch", "share_of_60_s_trial")
     print_report(
         f"Outside training, trials of {EPOCHS} epochs, embedded stores",
@@ -125,8 +135,18 @@ def condition(pruner: str, processes: int, trials: int) -> list[Trial]:
         stores = Path(temporary) / "mlruns"
         if processes == 1:
             return measure(stores, pruner, trials, "alone")
-        command = [sys.executable, "-m", "benchmarks.overhead", "--join", str(stores), "--pruner", pruner]
-        with subprocess.Popen([*command, "--trials", str(2 * trials)], stdout=subprocess.PIPE, text=True) as other:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.overhead",
+            "--join",
+            str(stores),
+            "--pruner",
+            pruner,
+        ]
+        with subprocess.Popen(
+            [*command, "--trials", str(2 * trials)], stdout=subprocess.PIPE, text=True
+        ) as other:
             own = measure(stores, pruner, 2 * trials, "first")
             out, _ = other.communicate()
         return own + [Trial(**trial) for trial in json.loads(out.splitlines()[-1])]
@@ -178,7 +198,12 @@ def _sweep(pruner: str, trials: int) -> Sweep:
                 "training.learning_rate": {"low": 3e-4, "high": 3e-2, "log": True},
                 "student.channels": {"choices": ((2, 4), (4, 8))},
             },
-            "study": {"objective": "accuracy", "trials": trials, "sampler": "tpe", "pruner": pruner},
+            "study": {
+                "objective": "accuracy",
+                "trials": trials,
+                "sampler": "tpe",
+                "pruner": pruner,
+            },
             "selection": {"accuracy_bar": 0.9},
         }
     )
@@ -195,8 +220,12 @@ def _meet(stores: Path, role: Role) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=10, help="trials of each process in each condition")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--trials", type=int, default=10, help="trials of each process in each condition"
+    )
     parser.add_argument("--join", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pruner", default="none", help=argparse.SUPPRESS)
     return parser.parse_args()

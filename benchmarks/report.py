@@ -1,4 +1,6 @@
-"""How every benchmark reports: the machine, one table, and last one line of JSON with the same figures."""
+"""How every benchmark reports: the machine, one table, and last one line of JSON with the same
+figures.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ Row = dict[str, Any]
 
 
 def print_report(title: str, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:
-    """The table of these rows, whose columns are the keys of the first; then the figures as JSON."""
+    """The table of these rows, whose columns are the keys of the first; then the figures as
+    JSON.
+    """
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
+        )
     for row in rows:
         table.add_row(*(_text(row[name]) for name in rows[0]))
     console.print(table)
@@ -35,7 +41,10 @@ def machine() -> str:
     """Processor, cores, accelerator and torch: what absolute times depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}, torch {torch.__version__}"
+    return (
+        f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}, torch"
+        f" {torch.__version__}"
+    )
 
 
 def _text(value: Any) -> str:

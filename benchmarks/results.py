@@ -2,10 +2,11 @@
 
     python -m benchmarks.results --stores STORES
 
-A study that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of frontier.png: means over
-its fresh seeds. A grid over seeds is a row for each way to distil in docs/results/distillation.csv: validation accuracy
-minus that of the same seed with labels only, mean and standard deviation over the seeds. What each run recorded of
-itself goes to docs/results/runs/, so that the tables can be checked without the stores.
+A study that `kdexp confirm` has confirmed is a row of docs/results/frontier.csv and a point of
+frontier.png: means over its fresh seeds. A grid over seeds is a row for each way to distil in
+docs/results/distillation.csv: validation accuracy minus that of the same seed with labels only,
+mean and standard deviation over the seeds. What each run recorded of itself goes to
+docs/results/runs/, so that the tables can be checked without the stores.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import Row, print_report
 from kdexp.config import ConfigError, Distillation, Sweep, flatten, load
-from kdexp.plots import BLUE, GREY
-from kdexp.promote import sweep_of
-from kdexp.records import recipe_of
+from kdexp.runs.plots import BLUE, GREY
+from kdexp.runs.records import recipe_of
+from kdexp.runs.tracking import Kind, RunRecord, Tracking
+from kdexp.select.promote import sweep_of
 from kdexp.settings import Settings
-from kdexp.tracking import Kind, RunRecord, Tracking
 
 RESULTS = Path("docs/results")
-RECORDED = ("kdexp.weights_sha256", "kdexp.teacher_sha256", "kdexp.train_sha256", "kdexp.validation_sha256")
+RECORDED = (
+    "kdexp.weights_sha256",
+    "kdexp.teacher_sha256",
+    "kdexp.train_sha256",
+    "kdexp.validation_sha256",
+)
 GOALS = 0.924, 0.9431, 0.948
 # Test accuracies that others report: label, parameters, accuracy.
 PUBLISHED = (
@@ -45,7 +51,9 @@ PUBLISHED = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables, the picture and the records; print the frontier."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stores", type=Path, default=Path("mlruns"))
     RESULTS.mkdir(exist_ok=True)
     tracking = Tracking(Settings(parser.parse_args(arguments).stores))
@@ -55,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fresh = fresh_seeds(study, tracking)
         if fresh:
             points.append(point(sweep, fresh))
-        paired = finished("trial", {"mlflow.parentRunId": study.run_id}, tracking) if "training.seed" in sweep.search else []
+        paired = (
+            finished("trial", {"mlflow.parentRunId": study.run_id}, tracking)
+            if "training.seed" in sweep.search
+            else []
+        )
         gains += differences(sweep, paired, tracking)
         if fresh or paired:
             record(name, sweep, [*paired, *fresh], tracking)
@@ -63,17 +75,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write("frontier.csv", points)
     write("distillation.csv", gains)
     if not points:
-        raise SystemExit("No study there is confirmed: kdexp sweep sweeps/frontier.yaml --set name=NAME, kdexp confirm NAME")
+        raise SystemExit(
+            "No study there is confirmed: kdexp sweep sweeps/frontier.yaml --set name=NAME, kdexp"
+            " confirm NAME"
+        )
     picture(points).savefig(RESULTS / "frontier.png", dpi=130)
-    shown = [{key: row[key] for key in row if key not in ("sweep_file", "command")} for row in points]
-    print_report("Fashion-MNIST: accuracy against size", shown, predicted(points) | {"comparisons": len(gains)})
+    shown = [
+        {key: row[key] for key in row if key not in ("sweep_file", "command")} for row in points
+    ]
+    print_report(
+        "Fashion-MNIST: accuracy against size",
+        shown,
+        predicted(points) | {"comparisons": len(gains)},
+    )
 
 
 def fresh_seeds(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
     """The runs of a study's confirmed recipe that have been looked at on test."""
     confirmed = study.tags.get("kdexp.confirmed_run")
     tags = {"mlflow.parentRunId": study.run_id, "kdexp.confirms": confirmed or ""}
-    return [run for run in finished("confirmation", tags, tracking) if "test_accuracy" in run.metrics] if confirmed else []
+    return (
+        [run for run in finished("confirmation", tags, tracking) if "test_accuracy" in run.metrics]
+        if confirmed
+        else []
+    )
 
 
 def finished(kind: Kind, tags: dict[str, str], tracking: Tracking) -> list[RunRecord]:
@@ -104,7 +129,9 @@ def point(sweep: Sweep, runs: Sequence[RunRecord]) -> Row:
 
 
 def commands(sweep: Sweep) -> tuple[str, str]:
-    """The shipped sweep file that is nearest to a study's, and the command that makes the one of the other."""
+    """The shipped sweep file that is nearest to a study's, and the command that makes the one of
+    the other.
+    """
     wanted, nearest = settable(sweep), list[tuple[int, str, list[str]]]()
     for path in map(str, sorted(Path("sweeps").glob("*.yaml"))):
         there = settable(load(Path(path)))
@@ -112,11 +139,17 @@ def commands(sweep: Sweep) -> tuple[str, str]:
         nearest.append((len(changed), path, changed))
     _, file, changed = min(nearest)
     if not makes(file, changed, sweep):
-        raise SystemExit(f"Study '{sweep.name}' cannot be written as changes of {file}: it is of another version of kdexp.")
-    for change in list(changed):  # what follows from the others, such as a family's dropout, need not be said
+        raise SystemExit(
+            f"Study '{sweep.name}' cannot be written as changes of {file}: it is of another version"
+            " of kdexp."
+        )
+    # what follows from the others, such as a family's dropout, need not be said
+    for change in list(changed):
         fewer = [other for other in changed if other != change]
         changed = fewer if makes(file, fewer, sweep) else changed
-    return file, " ".join(["kdexp sweep", file, *(f"--set {shlex.quote(change)}" for change in changed)])
+    return file, " ".join(
+        ["kdexp sweep", file, *(f"--set {shlex.quote(change)}" for change in changed)]
+    )
 
 
 def makes(file: str, changes: list[str], sweep: Sweep) -> bool:
@@ -128,12 +161,18 @@ def makes(file: str, changes: list[str], sweep: Sweep) -> bool:
 
 
 def settable(sweep: Sweep) -> dict[str, str]:
-    """What --set takes for each value of a sweep; the search space as a whole, as its paths have dots of their own."""
-    leaves = flatten(sweep.recipe) | {f"study.{key}": value for key, value in flatten(sweep.study).items()}
+    """What --set takes for each value of a sweep; the search space as a whole, as its paths have
+    dots of their own.
+    """
+    leaves = flatten(sweep.recipe) | {
+        f"study.{key}": value for key, value in flatten(sweep.study).items()
+    }
     leaves |= {f"selection.{key}": value for key, value in flatten(sweep.selection).items()}
     search = sweep.model_dump(mode="json", exclude_defaults=True)["search"]
     values = {"name": sweep.name, **leaves, "search": search}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
+    }
 
 
 def differences(sweep: Sweep, runs: Sequence[RunRecord], tracking: Tracking) -> Iterator[Row]:
@@ -176,10 +215,15 @@ def way_of(how: Distillation) -> str:
 
 
 def predicted(points: Sequence[Row]) -> dict[str, Any]:
-    """What the frontier predicts, if errors fall as a power of parameters: least squares of the logarithms of those points
-    that no smaller one equals."""
+    """What the frontier predicts, if errors fall as a power of parameters: least squares of the
+    logarithms of those points that no smaller one equals.
+    """
     best = [
-        row for row in points if all(other["test_accuracy"] < row["test_accuracy"] for other in points[: points.index(row)])
+        row
+        for row in points
+        if all(
+            other["test_accuracy"] < row["test_accuracy"] for other in points[: points.index(row)]
+        )
     ]
     sizes = np.log([row["parameters"] for row in best])
     slope, offset = np.polyfit(sizes, np.log([1 - row["test_accuracy"] for row in best]), 1)
@@ -187,9 +231,12 @@ def predicted(points: Sequence[Row]) -> dict[str, Any]:
         "points": len(points),
         "on_the_frontier": len(best),
         "power": round(float(slope), 3),
-        "parameters_for": {f"{goal:.2%}": round(math.exp((math.log(1 - goal) - offset) / slope)) for goal in GOALS},
+        "parameters_for": {
+            f"{goal:.2%}": round(math.exp((math.log(1 - goal) - offset) / slope)) for goal in GOALS
+        },
         "accuracy_at": {
-            f"{size:,}": round(1 - math.exp(offset + slope * math.log(size)), 4) for size in (10_000, 60_000, 100_000)
+            f"{size:,}": round(1 - math.exp(offset + slope * math.log(size)), 4)
+            for size in (10_000, 60_000, 100_000)
         },
     }
 
@@ -203,9 +250,16 @@ def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Trackin
             {
                 "run_id": run.run_id,
                 "name": run.name,
-                "recipe": recipe_of(run, tracking).model_dump(mode="json", include={"student", "distillation", "training"}),
+                "recipe": (
+                    recipe_of(run, tracking).model_dump(
+                        mode="json", include={"student", "distillation", "training"}
+                    )
+                ),
                 "metrics": dict(sorted(run.metrics.items())),
-                "val_accuracy_by_epoch": [round(value, 5) for _, value in tracking.history(run.run_id, "epoch/val_accuracy")],
+                "val_accuracy_by_epoch": [
+                    round(value, 5)
+                    for _, value in tracking.history(run.run_id, "epoch/val_accuracy")
+                ],
                 "tags": {key: run.tags[key] for key in RECORDED if key in run.tags},
                 "environment": environment(run, tracking),
             }
@@ -218,7 +272,9 @@ def record(name: str, sweep: Sweep, runs: Sequence[RunRecord], tracking: Trackin
 
 
 def environment(run: RunRecord, tracking: Tracking) -> dict[str, str]:
-    """Versions, processor and threads that a run recorded; not the build of the kernel, which is the machine's own."""
+    """Versions, processor and threads that a run recorded; not the build of the kernel, which is
+    the machine's own.
+    """
     found: dict[str, str] = json.loads(tracking.read_text(run.run_id, "environment.json"))
     return {key: value for key, value in found.items() if key != "platform"}
 
@@ -239,12 +295,29 @@ def picture(points: Sequence[dict[str, Any]]) -> Figure:
     for family, marker in (("cnn", "s"), ("residual", "o"), ("separable", "^")):
         group = [row for row in points if row["family"] == family]
         if group:
-            sizes, accuracies = [row["parameters"] for row in group], [100 * row["test_accuracy"] for row in group]
+            sizes = [row["parameters"] for row in group]
+            accuracies = [100 * row["test_accuracy"] for row in group]
             spread = [100 * row["test_sd"] for row in group]
-            axes.errorbar(sizes, accuracies, spread, fmt=marker, color=BLUE, capsize=3, label=f"kdexp, {family}, no TTA")
+            axes.errorbar(
+                sizes,
+                accuracies,
+                spread,
+                fmt=marker,
+                color=BLUE,
+                capsize=3,
+                label=f"kdexp, {family}, no TTA",
+            )
     for label, size, accuracy in PUBLISHED:
         axes.plot(size, 100 * accuracy, "x", color=GREY)
-        axes.annotate(label, (size, 100 * accuracy), (-6, 5), textcoords="offset points", ha="right", fontsize=7, color=GREY)
+        axes.annotate(
+            label,
+            (size, 100 * accuracy),
+            (-6, 5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+            color=GREY,
+        )
     axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy, % (mean and sd over seeds)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, loc="lower right")

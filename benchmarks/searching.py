@@ -1,10 +1,13 @@
-"""What a search makes of its budget: how many different recipes it trains, and the size that is selected.
+"""What a search makes of its budget: how many different recipes it trains, and the size that is
+selected.
 
-    python -m benchmarks.searching [SWEEP.yaml] [--trials 30] [--seeds 1 2 3 4] [--samplers gp tpe] [--diverging]
+    python -m benchmarks.searching [SWEEP.yaml] [--trials 30] [--seeds 1 2 3 4] [--samplers gp tpe]
+    [--diverging]
 
-Each study (sampler, seed) runs without and with `early_stop`, all in one run on one teacher. Two recipes are the same
-here where their choices are equal and every number lies within 1 % of its searched range (on the log scale where that
-is searched). With `--diverging` the learning rate is searched by SGD up to rates at which about 15 % of the range diverges.
+Each study (sampler, seed) runs without and with `early_stop`, all in one run on one teacher. Two
+recipes are the same here where their choices are equal and every number lies within 1 % of its
+searched range (on the log scale where that is searched). With `--diverging` the learning rate is
+searched by SGD up to rates at which about 15 % of the range diverges.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from typing import Any
 from benchmarks.early_stopping import name_of, run_study
 from benchmarks.report import Row, print_report
 from kdexp.config import Range, Recipe, Sweep, load
-from kdexp.promote import candidates
+from kdexp.search.sweep import TrialFinished, TrialStarted
+from kdexp.select.promote import candidates
 from kdexp.selection import NothingPasses, select
-from kdexp.sweep import TrialFinished, TrialStarted
 
 SWEEP = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
 SAME = 0.01  # share of a number's searched range
@@ -43,10 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sampler in options.samplers:
             for seed in options.seeds:
                 for early_stop in (False, True):
-                    study = {"sampler": sampler, "seed": seed, "trials": options.trials, "early_stop": early_stop}
+                    study = {
+                        "sampler": sampler,
+                        "seed": seed,
+                        "trials": options.trials,
+                        "early_stop": early_stop,
+                    }
                     rows.append(_run(base, study, Path(stores)))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    title = f"{options.trials} trials of '{base.name}': how many different recipes they train, and the size that is selected"
+    title = (
+        f"{options.trials} trials of '{base.name}': how many different recipes they train, and the"
+        " size that is selected"
+    )
     print_report(title, rows, {"rows": rows})
 
 
@@ -77,14 +88,18 @@ def _run(base: Sweep, study: dict[str, Any], stores: Path) -> Row:
     events, tracking = run_study(base, study, stores)
     ended = [event.result.state for event in events if isinstance(event, TrialFinished)]
     try:
-        selected = select(candidates(tracking.study(name_of(study)), tracking), base.selection).parameters
+        selected = select(
+            candidates(tracking.study(name_of(study)), tracking), base.selection
+        ).parameters
     except NothingPasses:
         selected = None
     return {
         "sampler": study["sampler"],
         "seed": study["seed"],
         "early_stop": "on" if study["early_stop"] else "off",
-        "different": different([event.recipe for event in events if isinstance(event, TrialStarted)], base),
+        "different": different(
+            [event.recipe for event in events if isinstance(event, TrialStarted)], base
+        ),
         "stopped": ended.count("pruned"),
         "diverged": ended.count("diverged"),
         "selected": selected,
@@ -92,12 +107,16 @@ def _run(base: Sweep, study: dict[str, Any], stores: Path) -> Row:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.searching", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.searching", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("sweep", type=Path, nargs="?", default=SWEEP)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--samplers", nargs="+", default=["gp", "tpe"])
-    parser.add_argument("--diverging", action="store_true", help="search learning rates some of which diverge")
+    parser.add_argument(
+        "--diverging", action="store_true", help="search learning rates some of which diverge"
+    )
     return parser.parse_args(arguments)
 
 

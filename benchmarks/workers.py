@@ -2,11 +2,12 @@
 
     python -m benchmarks.workers [--workers 1 2] [--trials 6] [--epochs 2]
 
-The same sweep of the documented student on real Fashion-MNIST by `kdexp sweep --workers N --threads 1`, side by side
-in one run, each from an empty study on a warm teacher cache (a small cnn teaches). Time is that of the whole
-command. Memory is the peak of the resident set, as the kernel notes it, and of the proportional set (shared pages
-counted once among those who share them), sampled every ten seconds: a sample takes some 25 ms for each process, which a
-sweep with a core left over would not feel and one without would.
+The same sweep of the documented student on real Fashion-MNIST by
+`kdexp sweep --workers N --threads 1`, side by side in one run, each from an empty study on a warm
+teacher cache (a small cnn teaches). Time is that of the whole command. Memory is the peak of the
+resident set, as the kernel notes it, and of the proportional set (shared pages counted once among
+those who share them), sampled every ten seconds: a sample takes some 25 ms for each process, which
+a sweep with a core left over would not feel and one without would.
 """
 
 from __future__ import annotations
@@ -36,12 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(temporary)
         sweep = _write(folder, "warm-up", options)
         subprocess.run(_command("teacher", sweep, folder), check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(_command("train", sweep, folder), check=True, stdout=subprocess.DEVNULL)  # compiles the student
+        # compiles the student
+        subprocess.run(_command("train", sweep, folder), check=True, stdout=subprocess.DEVNULL)
         rows = [_measure(workers, folder, options) for workers in options.workers]
     for row in rows:
         row["over_one"] = round(row["trials_per_hour"] / rows[0]["trials_per_hour"], 2)
-    figures = {"over_one_worker": rows[-1]["over_one"], "trials": options.trials, "epochs": options.epochs, "rows": rows}
-    print_report(f"{options.trials} trials of {options.epochs} epochs, documented student, one thread a worker", rows, figures)
+    figures = {
+        "over_one_worker": rows[-1]["over_one"],
+        "trials": options.trials,
+        "epochs": options.epochs,
+        "rows": rows,
+    }
+    print_report(
+        f"{options.trials} trials of {options.epochs} epochs, documented student, one thread a"
+        " worker",
+        rows,
+        figures,
+    )
 
 
 def _measure(workers: int, folder: Path, options: argparse.Namespace) -> Row:
@@ -79,7 +91,8 @@ def _watch(session: int, peaks: dict[int, tuple[int, int]], stop: threading.Even
                 fields = (place / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) != session:
                     continue
-                resident, proportional = _kibibytes(place / "status", "VmHWM"), _kibibytes(place / "smaps_rollup", "Pss")
+                resident = _kibibytes(place / "status", "VmHWM")
+                proportional = _kibibytes(place / "smaps_rollup", "Pss")
             except (OSError, ValueError, KeyError):  # it has just ended
                 continue
             before = peaks.get(int(place.name), (0, 0))
@@ -88,14 +101,24 @@ def _watch(session: int, peaks: dict[int, tuple[int, int]], stop: threading.Even
 
 def _kibibytes(file: Path, name: str) -> int:
     """A number of a file of lines `name: number kB`."""
-    return int(dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)[name].split()[0])
+    return int(
+        dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)[
+            name
+        ].split()[0]
+    )
 
 
 def _write(folder: Path, name: str, options: argparse.Namespace) -> Path:
     sweep: dict[str, Any] = {
         "name": name,
         "data": {"dataset": "fashion_mnist"},
-        "teacher": {"architecture": "cnn", "channels": [8, 16], "hidden": 32, "epochs": 1, "learning_rate": 1e-3},
+        "teacher": {
+            "architecture": "cnn",
+            "channels": [8, 16],
+            "hidden": 32,
+            "epochs": 1,
+            "learning_rate": 1e-3,
+        },
         "training": {"epochs": options.epochs},
         "search": {"distillation.alpha": {"low": 0.0, "high": 1.0}},
         "study": {"objective": "accuracy", "trials": options.trials, "sampler": "random"},
@@ -107,11 +130,23 @@ def _write(folder: Path, name: str, options: argparse.Namespace) -> Path:
 
 
 def _command(command: str, sweep: Path, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "kdexp", command, str(sweep), "--stores", str(folder / "stores"), "--threads", "1"]
+    return [
+        sys.executable,
+        "-m",
+        "kdexp",
+        command,
+        str(sweep),
+        "--stores",
+        str(folder / "stores"),
+        "--threads",
+        "1",
+    ]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.workers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=2)

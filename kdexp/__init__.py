@@ -1,37 +1,60 @@
-"""kdexp: find the smallest student network that still meets an accuracy bar, by knowledge distillation.
+"""kdexp: find the smallest student network that still meets an accuracy bar, by knowledge
+distillation.
 
-The map of the package (imports point down only; tests/test_layers.py holds it to that):
+The map of the package. A folder is a room; imports point down only (tests/test_layers.py holds it
+to that).
 
-    cli, screen                      parse and print
-    sweep · reproduce                a study from start to end · a run trained again
-    promote · confirm, fresh         the selected model · its verdict by fresh seeds, trained for it
-    export · variants                a run's student as a file · the smaller forms of a trained student
-    compare · verify                 two runs' records side by side · a record held against itself and its weights
-    scheduler                        decides and records: asks Optuna, hands out jobs, writes the runs, tells
-    remembered                       what Optuna was told of trials, against what their runs record
-    study · claims                   Optuna (the only file that knows it) · which command trains which trial
-    prepare · runs                   data and teacher, ready and on record · the MLflow run of one training
-    pool, preload · work             workers, as threads or processes · one worker: from a job to what came of it
-    workers                          how worker processes are made
-    describe · outcome · bench       a run in words · what came of a training · what every command works with
-    tracking · ui · records          MLflow (the only file that knows it) · its UI · recipe and student of a run
-    embedded                         where the embedded store's artifacts are, wherever its folder is by now
-    doctor · schema                  whether the stores fit what is installed · which version a database is for
-    objective, stopping              what a study aims at · what it can no longer select
-    selection, intervals             the selection rule · how sure it is
-    plots, environment, imported     pictures · what a result depends on besides its recipe · of one's own modules
-    distill.teacher, distill.weights the teacher, trained once, and the cache of its logits · weights out of any checkpoint
-    distill.execution                how a training is carried out here: compiled, in which precision, how many at once
-    distill.{train, checkpoints}     a training, epoch by epoch · what it goes on from
-    distill.guard                    that what is trained is the network that is stored
-    distill.{packs, stacked, optimizers, losses, randomness}    the step for one trial, lifted to K; plain PyTorch
-    distill.{compact, deploy}        folded without loss · one ONNX file (the only file that knows ONNX)
-    distill.{data, models, plain, evaluate}    what it is made of
-    distill.{images, folders, inspection} one image file as pixels · a folder's images · each opened once, and what was read
-    config, settings, reading, files what to run · where to run it · text to config, or one clear line · atomic writes
-    surroundings · own               what a process cannot choose: locale, closed streams, ~, memory · files with own networks
-    patience                         how a server that is away is waited for
-    urls                             addresses of servers and databases, and the secrets in them
+    cli, screen          parse · print
+    ui, doctor           MLflow's UI · whether the stores fit what is installed
+
+    search/              a study, from its first proposal to its last trial
+      sweep                data and teacher once, then the trials, as a stream of events
+      scheduler            decides and records: asks Optuna, hands out jobs, writes the runs, tells
+      study, storage       Optuna (only these know it): a study · its database
+      space                values as Optuna stores them; which recipes are nearly the same
+      claims               which command trains which trial
+      objective, stopping  what a study aims at · what it can no longer select
+      remembered           what Optuna was told of trials, against what their runs record
+
+    select/              what a study comes to
+      promote              the selected model: a look at the test split, the registry
+      confirm, fresh       its verdict by fresh seeds · trained for it
+      export, variants     a run's student as a file · the smaller forms of a student
+      reproduce            a run trained again
+      compare, verify      two runs' records · a record against itself and its weights
+
+    runs/                what is recorded of a training, and where
+      tracking, embedded   MLflow (the only file that knows it) · the embedded store's artifacts
+      recording, prepare   the MLflow run of one training · data and teacher, ready and on record
+      outcome, records     what came of a training · recipe and student of a run
+      describe, plots      a run in words · in pictures
+      schema, bench        which version a database is for · what every command works with
+
+    workers/             who trains; neither servers nor studies are known here
+      pool, processes      threads or processes and their inbox · how processes are made
+      work, preload        from a job to what came of it · imported once for all processes
+
+    distill/             the core: plain PyTorch
+      teacher, logits      trained once · the cache of its logits
+      weights              out of any checkpoint
+      execution            how a training is carried out here: compiled, precision, how many at once
+      train, checkpoints   a training, epoch by epoch · what it goes on from
+      guard                that what is trained is the network that is stored
+      packs, stacked       the step for one trial, lifted to K · networks as plain functions
+      optimizers, losses, randomness, evaluate
+      compact, deploy      folded without loss · one ONNX file (the only file that knows ONNX)
+      models, plain        students and teachers by name · which layers are plain
+      datasets, batches    data sets as tensors · mini-batches: views of images, and pixels
+      folders, images, inspection
+                           a folder's images · one file as pixels · each opened once
+
+    config, reading      what to run · text to config, or one clear line
+    settings             where to run it
+    selection, intervals the selection rule · how sure it is
+    environment          what a result depends on besides its recipe
+    own, imported        files with networks of one's own · what they import
+    surroundings         what a process cannot choose: locale, closed streams, ~, memory
+    patience, files, urls how a server is waited for · atomic writes · addresses and their secrets
 
 Importing `kdexp` imports nothing heavy.
 """

@@ -22,17 +22,27 @@ import typer
 from kdexp import KdexpError, __version__
 from kdexp.files import settle
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
-from kdexp.surroundings import expanded, expanded_url, homeless, open_streams, speak_utf8, working_folder
+from kdexp.surroundings import (
+    expanded,
+    expanded_url,
+    homeless,
+    open_streams,
+    speak_utf8,
+    working_folder,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kdexp.config import Sweep
-    from kdexp.tracking import Tracking
+    from kdexp.runs.tracking import Tracking
 
 app = typer.Typer(
     name="kdexp",
-    help="Find the smallest student network that still meets an accuracy bar, by knowledge distillation.",
+    help=(
+        "Find the smallest student network that still meets an accuracy bar, by knowledge"
+        " distillation."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -41,35 +51,67 @@ app = typer.Typer(
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file, such as training.epochs=10. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value of the file, such as training.epochs=10. Repeatable.",
+    ),
 ]
-Stores = Annotated[Path, typer.Option(envvar="KDEXP_STORES", help="Folder of the embedded stores and teacher caches.")]
+Stores = Annotated[
+    Path,
+    typer.Option(envvar="KDEXP_STORES", help="Folder of the embedded stores and teacher caches."),
+]
 Storage = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(envvar="KDEXP_STORAGE", metavar="URL", help="Optuna storage, such as postgresql://…; default: embedded."),
+    typer.Option(
+        envvar="KDEXP_STORAGE",
+        metavar="URL",
+        help="Optuna storage, such as postgresql://…; default: embedded.",
+    ),
 ]
 TrackingUri = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(envvar="KDEXP_TRACKING_URI", metavar="URL", help="MLflow server, such as http://…; default: embedded."),
+    typer.Option(
+        envvar="KDEXP_TRACKING_URI",
+        metavar="URL",
+        help="MLflow server, such as http://…; default: embedded.",
+    ),
 ]
 DataDir = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(envvar="KDEXP_DATA_DIR", help="Folder of the datasets; default: ./data, then the system's, then download."),
+    typer.Option(
+        envvar="KDEXP_DATA_DIR",
+        help="Folder of the datasets; default: ./data, then the system's, then download.",
+    ),
 ]
 Device = Annotated[str, typer.Option(envvar="KDEXP_DEVICE", help="cpu, cuda, cuda:1, … or auto.")]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(envvar="KDEXP_THREADS", min=1, help="CPU threads of each process; default: torch's own, or the run's."),
+    typer.Option(
+        envvar="KDEXP_THREADS",
+        min=1,
+        help="CPU threads of each process; default: torch's own, or the run's.",
+    ),
 ]
 Workers = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(envvar="KDEXP_WORKERS", min=1, help="Trials side by side; default: one per core, on a GPU one."),
+    typer.Option(
+        envvar="KDEXP_WORKERS",
+        min=1,
+        help="Trials side by side; default: one per core, on a GPU one.",
+    ),
 ]
 Pack = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(envvar="KDEXP_PACK", min=1, help="Trials that a process trains as one batch; default: on a GPU the fastest."),
+    typer.Option(
+        envvar="KDEXP_PACK",
+        min=1,
+        help="Trials that a process trains as one batch; default: on a GPU the fastest.",
+    ),
 ]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")
+]
 Bar = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's."),
@@ -78,9 +120,14 @@ SizeUnit = Annotated[Optional[str], typer.Option(help="parameters, multiply_adds
 Limit = Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")]  # noqa: UP045
 Confidence = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option(metavar="LEVEL", help="How sure it must be that the bar is met, such as 0.95; default: the sweep's."),
+    typer.Option(
+        metavar="LEVEL",
+        help="How sure it must be that the bar is met, such as 0.95; default: the sweep's.",
+    ),
 ]
-MostAccurate = Annotated[bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")]
+MostAccurate = Annotated[
+    bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")
+]
 COMMON: dict[str, tuple[Any, Any]] = {
     "stores": (Stores, Path("mlruns")),
     "storage": (Storage, None),
@@ -108,10 +155,13 @@ class Stopped(KdexpError):
 
 
 def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that takes these common options as its `settings`, and those of RULE, if it asks for it, as its `rule`."""
+    """A command that takes these common options as its `settings`, and those of RULE, if it asks
+    for it, as its `rule`.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        own, types = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
+        own = inspect.signature(function).parameters
+        types = get_type_hints(function, include_extras=True)
         groups = {"settings": {name: COMMON[name] for name in options}, "rule": RULE}
         shared = {name: group for name, group in groups.items() if name in own}
 
@@ -129,7 +179,9 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
         typed = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
         for group in reversed(shared.values()):
             typed += [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                )
                 for name, (annotation, default) in group.items()
             ]
         typed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
@@ -143,7 +195,9 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """The options of kdexp itself; without a command, its help."""
@@ -153,22 +207,24 @@ def _root(
 def sweep(
     file: SweepFile,
     settings: Settings,
-    trials: Annotated[Optional[int], typer.Option(min=1, help="How many trials the study has in all.")] = None,  # noqa: UP045
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many trials the study has in all.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
     config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
-    from kdexp.workers import warm_up
+    from kdexp.workers.processes import warm_up
 
     if settings.workers != 1:
         warm_up()  # before this process begins its own imports
     console = _console()
     from kdexp.environment import configure
-    from kdexp.scheduler import WorkersGone
+    from kdexp.runs.tracking import Tracking, TrackingAway
     from kdexp.screen import Screen
-    from kdexp.study import StudyAway
-    from kdexp.sweep import run_sweep
-    from kdexp.tracking import Tracking, TrackingAway
+    from kdexp.search.scheduler import WorkersGone
+    from kdexp.search.storage import StudyAway
+    from kdexp.search.sweep import run_sweep
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     try:
@@ -177,13 +233,18 @@ def sweep(
             others = yield_all(events, screen)
     except KeyboardInterrupt:
         raise Stopped(
-            f"Stopped; finished trials are kept, those under way go on from their last checkpoint. "
+            "Stopped; finished trials are kept, those under way go on from their last checkpoint. "
             f"Continue with the same command: {_again()}"
         ) from None
     except (WorkersGone, TrackingAway, StudyAway) as error:
-        raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
+        raise KdexpError(
+            f"{error} Nothing measured is lost. Continue with the same command: {_again()}"
+        ) from error
     if others:
-        console.print(f"{others} trials are still being trained by other processes; the last one to finish selects the model.")
+        console.print(
+            f"{others} trials are still being trained by other processes; the last one to finish"
+            " selects the model."
+        )
         return
     _select(config.name, config.selection, settings, tracking, chosen, console)
 
@@ -197,12 +258,12 @@ def train(
     """Train one student at the file's own values."""
     config = _load(file, overrides)
     console = _console()
-    from kdexp.bench import Bench
     from kdexp.environment import configure
-    from kdexp.prepare import prepare
-    from kdexp.runs import Entry, recorded
+    from kdexp.runs.bench import Bench
+    from kdexp.runs.prepare import prepare
+    from kdexp.runs.recording import Entry, recorded
+    from kdexp.runs.tracking import Tracking
     from kdexp.screen import Screen, interval, percent, teacher_line
-    from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     bench = Bench(settings, tracking, chosen, tracking.experiment(config.name))
@@ -216,10 +277,14 @@ def train(
     result = recording.outcome
     assert result is not None
     if result.state == "diverged":
-        raise KdexpError(f"The training diverged in epoch {result.epochs}: lower training.learning_rate (run {result.run_id}).")
+        raise KdexpError(
+            f"The training diverged in epoch {result.epochs}: lower training.learning_rate (run"
+            f" {result.run_id})."
+        )
     console.print(
-        f"{result.size.parameters:,} parameters, val accuracy {percent(result.val_accuracy)} (95 % interval "
-        f"{interval(result.val_interval)}), weights of epoch {result.kept_epoch}\nRun ID:   {result.run_id}\n\n"
+        f"{result.size.parameters:,} parameters, val accuracy {percent(result.val_accuracy)}"
+        f" (95 % interval {interval(result.val_interval)}), weights of epoch {result.kept_epoch}\n"
+        f"Run ID:   {result.run_id}\n\n"
         f"Next:     kdexp ui\n          kdexp reproduce {result.run_id}"
     )
 
@@ -233,11 +298,11 @@ def teacher(
     """Train the teacher, or check the one there is, and fill its cache."""
     config = _load(file, overrides)
     console = _console()
-    from kdexp.bench import Bench
     from kdexp.environment import configure
-    from kdexp.prepare import prepare
+    from kdexp.runs.bench import Bench
+    from kdexp.runs.prepare import prepare
+    from kdexp.runs.tracking import Tracking
     from kdexp.screen import Screen, interval, teacher_line
-    from kdexp.tracking import Tracking
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     bench = Bench(settings, tracking, chosen, tracking.experiment(config.name))
@@ -246,8 +311,10 @@ def teacher(
         prepared = yield_all(prepare(config.recipe, bench, training=shared), screen)
     console.print(teacher_line(prepared.teacher))
     console.print(
-        f"          95 % interval {interval(prepared.teacher.val_interval)}; weights {prepared.teacher.weights}\n"
-        f"Run ID:   {prepared.teacher_run}\n\nNext:     kdexp sweep {file}"
+        f"          95 % interval {interval(prepared.teacher.val_interval)};"
+        f" weights {prepared.teacher.weights}\n"
+        f"Run ID:   {prepared.teacher_run}\n\n"
+        f"Next:     kdexp sweep {file}"
     )
 
 
@@ -257,12 +324,21 @@ def select(
     settings: Settings,
     rule: dict[str, Any],
 ) -> None:
-    """Select the smallest model of a study that meets the bar, and look at the test set once for it."""
+    """Select the smallest model of a study that meets the bar, and look at the test set once for
+    it.
+    """
     from kdexp.environment import configure
-    from kdexp.tracking import Tracking
+    from kdexp.runs.tracking import Tracking
 
     tracking = Tracking(settings, make=False)
-    _select(study, _rule(study, tracking, rule), settings, tracking, configure(settings.device, None), _console())
+    _select(
+        study,
+        _rule(study, tracking, rule),
+        settings,
+        tracking,
+        configure(settings.device, None),
+        _console(),
+    )
 
 
 @command("stores", "storage", "tracking_uri", "data_dir", "device", "threads")
@@ -270,28 +346,51 @@ def confirm(
     study: StudyName,
     settings: Settings,
     rule: dict[str, Any],
-    seeds: Annotated[int, typer.Option(min=2, metavar="N", help="How many fresh seeds each candidate is trained with.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=2, metavar="N", help="How many fresh seeds each candidate is trained with."
+        ),
+    ] = 3,
     train_and_validation: Annotated[
-        bool, typer.Option("--train-and-validation", help="Train the confirmed model on both, and look at that on test.")
+        bool,
+        typer.Option(
+            "--train-and-validation",
+            help="Train the confirmed model on both, and look at that on test.",
+        ),
     ] = False,
 ) -> None:
-    """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at test for the confirmed."""
+    """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at
+    test for the confirmed.
+    """
     console = _console()
-    from kdexp.confirm import confirm as with_fresh_seeds
     from kdexp.environment import configure
+    from kdexp.runs.tracking import Tracking, TrackingAway
     from kdexp.screen import Screen, show_confirmation
-    from kdexp.tracking import Tracking, TrackingAway
+    from kdexp.select.confirm import confirm as with_fresh_seeds
 
     tracking = Tracking(settings, make=False)
     chosen, parent = configure(settings.device, settings.threads), tracking.study(study)
     try:
-        events = with_fresh_seeds(parent, _rule(study, tracking, rule), seeds, train_and_validation, settings, tracking, chosen)
+        events = with_fresh_seeds(
+            parent,
+            _rule(study, tracking, rule),
+            seeds,
+            train_and_validation,
+            settings,
+            tracking,
+            chosen,
+        )
         with Screen(console) as screen, closing(events):
             done = yield_all(events, screen)
     except KeyboardInterrupt:
-        raise Stopped(f"Stopped; what is trained is kept. Continue with the same command: {_again()}") from None
+        raise Stopped(
+            f"Stopped; what is trained is kept. Continue with the same command: {_again()}"
+        ) from None
     except TrackingAway as error:
-        raise KdexpError(f"{error} Nothing measured is lost. Continue with the same command: {_again()}") from error
+        raise KdexpError(
+            f"{error} Nothing measured is lost. Continue with the same command: {_again()}"
+        ) from error
     show_confirmation(console, done, settings.tracking_shown)
 
 
@@ -301,15 +400,17 @@ def reproduce(
     settings: Settings,
     tolerance: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="On another machine: let losses and accuracies differ by so much."),
+        typer.Option(
+            min=0, help="On another machine: let losses and accuracies differ by so much."
+        ),
     ] = None,
 ) -> None:
     """Train a run again from its own record, compare, and say identical or what differs."""
     console = _console()
     from kdexp.environment import configure
-    from kdexp.reproduce import reproduce as again
+    from kdexp.runs.tracking import Tracking
     from kdexp.screen import Screen, show_comparison
-    from kdexp.tracking import Tracking
+    from kdexp.select.reproduce import reproduce as again
 
     tracking, chosen = Tracking(settings, make=False), configure(settings.device, settings.threads)
     with Screen(console) as screen, closing(again(run_id, settings, tracking, chosen)) as events:
@@ -321,22 +422,31 @@ def reproduce(
 
 @command("stores", "tracking_uri", "data_dir")
 def export(
-    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")],
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")
+    ],
     settings: Settings,
     precision: Annotated[
-        Literal["float32", "float16", "int8"], typer.Option(help="How the weights are stored: float32, float16 or int8.")
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="How the weights are stored: float32, float16 or int8."),
     ] = "float32",
-    output: Annotated[Optional[Path], typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")] = None,  # noqa: UP045
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")
+    ] = None,
 ) -> None:
-    """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation by running it."""
+    """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation
+    by running it.
+    """
     from kdexp.environment import configure
-    from kdexp.export import export as written
+    from kdexp.runs.tracking import Tracking
     from kdexp.screen import show_export
-    from kdexp.tracking import Tracking
+    from kdexp.select.export import export as written
 
     configure(settings.device, None)
     output = expanded(output) if output else None
-    show_export(_console(), written(run_id, precision, output, settings, Tracking(settings, make=False)))
+    show_export(
+        _console(), written(run_id, precision, output, settings, Tracking(settings, make=False))
+    )
 
 
 @command("stores", "tracking_uri")
@@ -345,7 +455,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """Serve the MLflow UI on 127.0.0.1 and print the address of each study's page."""
-    from kdexp.tracking import Tracking
+    from kdexp.runs.tracking import Tracking
     from kdexp.ui import serve
 
     serve(Tracking(settings, make=False), port, _console())
@@ -355,10 +465,15 @@ def ui(
 def doctor(
     settings: Settings,
     upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="Take databases of older versions along, each copied first.")
+        bool,
+        typer.Option(
+            "--upgrade", help="Take databases of older versions along, each copied first."
+        ),
     ] = False,
 ) -> None:
-    """Say which versions are here, and whether the stores fit them; change nothing unless asked to."""
+    """Say which versions are here, and whether the stores fit them; change nothing unless asked
+    to.
+    """
     from kdexp.doctor import examine
 
     if not examine(settings, upgrade, lambda line: print(without_credentials(line))):
@@ -366,7 +481,9 @@ def doctor(
 
 
 def main() -> None:
-    """The console script: every failure in one line on stderr, exit code not 0; --debug shows the traceback."""
+    """The console script: every failure in one line on stderr, exit code not 0; --debug shows the
+    traceback.
+    """
     speak_utf8()
     open_streams()
     homeless()
@@ -377,20 +494,28 @@ def main() -> None:
         print(f"kdexp {__version__}")
         return
     for kind in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, kind) and signal.getsignal(getattr(signal, kind)) != signal.SIG_IGN:  # as under nohup
+        # as under nohup
+        if hasattr(signal, kind) and signal.getsignal(getattr(signal, kind)) != signal.SIG_IGN:
             signal.signal(getattr(signal, kind), _interrupt)
-    atexit.register(gc.freeze)  # at its end Python would look through all that the libraries made: 3 s
+    # at its end Python would look through all that the libraries made: 3 s
+    atexit.register(gc.freeze)
     try:
         if "--help" not in arguments:
-            sys.path.append(str(working_folder()))  # where architecture: package.module:callable is looked for
+            # where architecture: package.module:callable is looked for
+            sys.path.append(str(working_folder()))
         code = app(arguments, prog_name="kdexp", standalone_mode=False) or 0
         if code == STOPPED:  # typer makes that of a Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        if isinstance(stop.__context__, EOFError):  # typer takes it for Ctrl-D; but nobody is asked anything here
-            _fail("A process that this one had started is gone. Give the same command again; --debug shows more.", 1)
+        # typer takes it for Ctrl-D; but nobody is asked anything here
+        if isinstance(stop.__context__, EOFError):
+            _fail(
+                "A process that this one had started is gone. Give the same command again; --debug"
+                " shows more.",
+                1,
+            )
         _fail(f"Stopped. To start again: {_again()}", STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a missing argument, an unknown option
@@ -411,9 +536,11 @@ def yield_all(events: Any, screen: Any) -> Any:
         screen.show(event)
 
 
-def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console) -> None:
-    from kdexp.promote import candidates, promote
+def _select(
+    name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console
+) -> None:
     from kdexp.screen import show_promotion, trials_table
+    from kdexp.select.promote import candidates, promote
     from kdexp.selection import NothingPasses
 
     study = tracking.study(name)
@@ -429,7 +556,7 @@ def _select(name: str, rule: Any, settings: Settings, tracking: Tracking, device
 def _rule(study: str, tracking: Tracking, given: dict[str, Any]) -> Any:
     """The study's own selection rule with what the command line changes in it."""
     from kdexp.config import select_rule
-    from kdexp.promote import sweep_of
+    from kdexp.select.promote import sweep_of
 
     changed = {
         "accuracy_bar": given["bar"],
@@ -466,7 +593,9 @@ def _settings(
     deaf()
     storage, tracking_uri = (expanded_url(url) if url else None for url in (storage, tracking_uri))
     data_dir = expanded(data_dir) if data_dir else None
-    return checked(Settings(expanded(stores), storage, tracking_uri, data_dir, device, threads, workers, pack))
+    return checked(
+        Settings(expanded(stores), storage, tracking_uri, data_dir, device, threads, workers, pack)
+    )
 
 
 def _console() -> Console:
@@ -477,7 +606,10 @@ def _console() -> Console:
 
         def on_broken_pipe(self) -> None:
             _to_nowhere(sys.stdout)
-            raise Stopped(f"Stopped: nobody reads the output any more. Continue with the same command: {_again()}")
+            raise Stopped(
+                "Stopped: nobody reads the output any more. Continue with the same command:"
+                f" {_again()}"
+            )
 
     return Heard(highlight=False, soft_wrap=True)
 
@@ -492,7 +624,8 @@ def _interrupt(*_: object) -> None:
 
 def _fail(message: str, code: int) -> None:
     with suppress(OSError):  # nobody may be there to read it
-        print(f"kdexp: {without_credentials(message)}", file=sys.stderr)  # whatever a library put into its message
+        # whatever a library put into its message
+        print(f"kdexp: {without_credentials(message)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -504,7 +637,9 @@ def _fail(message: str, code: int) -> None:
 
 
 def _to_nowhere(stream: Any) -> None:
-    """From here on, what is printed is not written: Python would try it again at its end, and complain."""
+    """From here on, what is printed is not written: Python would try it again at its end, and
+    complain.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

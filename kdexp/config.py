@@ -1,4 +1,5 @@
-"""What to run: a sweep file is a recipe, a search space over it, study settings and a selection rule.
+"""What to run: a sweep file is a recipe, a search space over it, study settings and a selection
+rule.
 
 A *recipe* is the complete description of one training. The defaults are the documented recipe:
 alpha 0.3, T 5, learning rate 3e-4, batch 128, 500 epochs, seed 8787, channels 16/32/64.
@@ -49,22 +50,21 @@ __all__ = [
     "Teacher",
     "Training",
     "Variant",
+    "as_meant",
     "differences",
     "flatten",
     "identity",
-    "learns_alike",
     "load",
-    "nearly_alike",
     "recorded",
     "select_rule",
     "upgrade",
 ]
 
 CONTROLS = 2  # trials 0 and 1: the file's own values, and the same with labels only
-NEAR = 0.01  # share of a searched range: numbers that lie closer together train nearly the same
 MAX_FILE_BYTES = 1_000_000  # a sweep file is a page; anything near this is the wrong file
 NAME_LENGTH = 100
-NOT_IN_NAMES = "/\\:?'\"`“”"  # what MLflow's names of models, its addresses and its searches cannot hold; “ is never meant
+# what MLflow's names of models, its addresses and its searches cannot hold; “ is never meant
+NOT_IN_NAMES = "/\\:?'\"`“”"
 SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 
@@ -83,11 +83,15 @@ class Frozen(BaseModel):
 
 
 LATER = {"later": True}
-"""A field's `json_schema_extra`, where it is added after teachers have been trained and kept by a digest without it."""
+"""A field's `json_schema_extra`, where it is added after teachers have been trained and kept by a
+digest without it.
+"""
 
 
 def identity(model: BaseModel) -> str:
-    """A config as the text that digests are made of: a field of LATER stands in it only where it is not at its default."""
+    """A config as the text that digests are made of: a field of LATER stands in it only where it is
+    not at its default.
+    """
     return model.model_dump_json(exclude=_later(model))
 
 
@@ -97,7 +101,9 @@ def _later(model: BaseModel) -> dict[str, Any]:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             found |= {name: inside} if (inside := _later(value)) else {}
-        elif field.json_schema_extra == LATER and value == field.get_default(call_default_factory=True):
+        elif field.json_schema_extra == LATER and value == field.get_default(
+            call_default_factory=True
+        ):
             found[name] = True
     return found
 
@@ -116,14 +122,22 @@ class Data(Frozen):
     """Which images, and how they are split, normalised and augmented."""
 
     dataset: DatasetName = "fashion_mnist"
-    path: str | None = Field(None, description="image_folder only: the folder, relative to the data folder")
-    image_size: int | None = Field(None, ge=1, le=1024, description="image_folder only: resize to this square")
+    path: str | None = Field(
+        None, description="image_folder only: the folder, relative to the data folder"
+    )
+    image_size: int | None = Field(
+        None, ge=1, le=1024, description="image_folder only: resize to this square"
+    )
     channels: Literal[1, 3] = 3
     mean: float = 0.5
     std: float = Field(0.5, gt=0)
     validation_fraction: Fraction = 0.1
-    train_on_validation: bool = Field(False, description="held out from the teacher only: see `kdexp confirm`")
-    test_fraction: Fraction = Field(0.2, description="for datasets without a test split of their own")
+    train_on_validation: bool = Field(
+        False, description="held out from the teacher only: see `kdexp confirm`"
+    )
+    test_fraction: Fraction = Field(
+        0.2, description="for datasets without a test split of their own"
+    )
     split_seed: int = Field(8787, ge=0)
     augment: Augment = Augment()
 
@@ -133,7 +147,9 @@ class Data(Frozen):
             if self.path is None or self.image_size is None:
                 raise ValueError("dataset image_folder needs both path and image_size")
         elif self.path is not None or self.image_size is not None:
-            raise ValueError(f"path and image_size belong to dataset image_folder, not to {self.dataset}")
+            raise ValueError(
+                f"path and image_size belong to dataset image_folder, not to {self.dataset}"
+            )
         return self
 
 
@@ -146,30 +162,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 class Network(Frozen):
-    """A network by name: one of the families `cnn` (the documented student, generalised), `residual` and `separable`,
-    all with the same dials; a torchvision name; or `package.module:callable`, called as
-    callable(channels=, image_size=, classes=, **options)."""
+    """A network by name: one of the families `cnn` (the documented student, generalised),
+    `residual` and `separable`, all with the same dials; a torchvision name; or
+    `package.module:callable`, called as callable(channels=, image_size=, classes=, **options).
+    """
 
     architecture: str = "cnn"
     channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None, strict=False, description="families: one per stage, each of half the height and width"
     )
     blocks: int | None = Field(None, ge=1, le=64, description="families: in each stage")
-    stride: Literal[1, 2] | None = Field(None, description="families: of the first convolution; 2: a quarter of the pixels")
+    stride: Literal[1, 2] | None = Field(
+        None, description="families: of the first convolution; 2: a quarter of the pixels"
+    )
     hidden: int | None = Field(
-        None, ge=0, le=65536, description="families: width of the hidden layer; 0: none, pooled globally"
+        None,
+        ge=0,
+        le=65536,
+        description="families: width of the hidden layer; 0: none, pooled globally",
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="families")
-    stem: Literal["imagenet", "small"] = Field("imagenet", description="torchvision: small for images under 64 pixels")
-    options: dict[str, Scalar] = Field({}, description="arguments of your own package.module:callable")
+    stem: Literal["imagenet", "small"] = Field(
+        "imagenet", description="torchvision: small for images under 64 pixels"
+    )
+    options: dict[str, Scalar] = Field(
+        {}, description="arguments of your own package.module:callable"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_family(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        family = FAMILIES.get(values.get("architecture", cls.model_fields["architecture"].default), {})
-        return {**family, **{key: value for key, value in values.items() if value is not None or key not in family}}
+        family = FAMILIES.get(
+            values.get("architecture", cls.model_fields["architecture"].default), {}
+        )
+        return {
+            **family,
+            **{
+                key: value
+                for key, value in values.items()
+                if value is not None or key not in family
+            },
+        }
 
     @model_validator(mode="after")
     def _keys_belong_to_the_architecture(self) -> Self:
@@ -178,12 +213,17 @@ class Network(Frozen):
                 raise ValueError("channels needs at least one stage, as in [16, 32, 64]")
         elif any(getattr(self, dial) is not None for dial in FAMILIES["cnn"]):
             raise ValueError(
-                f"{', '.join(FAMILIES['cnn'])} belong to architecture {', '.join(FAMILIES)}, not to {self.architecture}"
+                f"{', '.join(FAMILIES['cnn'])} belong to architecture {', '.join(FAMILIES)}, not to"
+                f" {self.architecture}"
             )
         if self.options and ":" not in self.architecture:
-            raise ValueError("options belong to an architecture of your own, package.module:callable")
+            raise ValueError(
+                "options belong to an architecture of your own, package.module:callable"
+            )
         if self.stem == "small" and (self.architecture in FAMILIES or ":" in self.architecture):
-            raise ValueError(f"stem small belongs to torchvision's networks, not to {self.architecture}")
+            raise ValueError(
+                f"stem small belongs to torchvision's networks, not to {self.architecture}"
+            )
         return self
 
 
@@ -199,11 +239,24 @@ class Training(Frozen):
     weight_decay: float = Field(1e-6, ge=0)
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread over all classes")
-    random_erasing: float = Field(0.0, ge=0, le=1, description="share of the images in which a rectangle is greyed out")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is then what is kept; 0: none")
-    keep: Literal["best", "last"] = Field("best", description="which epoch's weights, by validation accuracy")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of activations and products in training")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a label spread over all classes"
+    )
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="share of the images in which a rectangle is greyed out"
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the weights' moving average, which is then what is kept; 0: none",
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="which epoch's weights, by validation accuracy"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of activations and products in training"
+    )
 
 
 class Student(Network):
@@ -213,14 +266,22 @@ class Student(Network):
 class Teacher(Network, Training):
     """The network whose soft labels the student learns from: trained once, or read from `weights`.
 
-    A teacher stopped early can teach a small student better: Cho & Hariharan 2019, arXiv:1910.01348.
+    A teacher stopped early can teach a small student better: Cho & Hariharan 2019,
+    arXiv:1910.01348.
     """
 
     architecture: str = "resnet50"
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
-    members: int = Field(1, ge=1, le=16, description="an ensemble: trained with seed, seed + 1, …, their logits averaged")
+    members: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="an ensemble: trained with seed, seed + 1, …, their logits averaged",
+    )
     epochs: int = Field(20, ge=1)
-    epoch: int | None = Field(None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says")
+    epoch: int | None = Field(
+        None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says"
+    )
     learning_rate: float = Field(1e-3, gt=0)
 
     @model_validator(mode="after")
@@ -231,7 +292,8 @@ class Teacher(Network, Training):
 
 
 class Distillation(Frozen):
-    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the teacher.
+    """L = alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross-entropy. alpha weighs the
+    teacher.
 
     `loss` puts another divergence in the place of KL (see distill/losses.py).
     """
@@ -242,15 +304,25 @@ class Distillation(Frozen):
         None, description="null: where the loss's gradient falls with T²; not correlation's"
     )
     loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
-    beta: float = Field(2.0, ge=0, description="decoupled: weight of the wrong classes among each other")
+    beta: float = Field(
+        2.0, ge=0, description="decoupled: weight of the wrong classes among each other"
+    )
     standard_deviation: Literal["sample", "population"] = Field(
-        "sample", description="standardized: over classes - 1, as its authors; population, over classes, as kdexp did at first"
+        "sample",
+        description=(
+            "standardized: over classes - 1, as its authors; population, over classes, as kdexp did"
+            " at first"
+        ),
     )
 
     @property
     def times_t_squared(self) -> bool:
         """Whether the distillation term is multiplied by T²."""
-        return self.loss != "correlation" if self.scale_by_t_squared is None else self.scale_by_t_squared
+        return (
+            self.loss != "correlation"
+            if self.scale_by_t_squared is None
+            else self.scale_by_t_squared
+        )
 
 
 class Recipe(Frozen):
@@ -265,7 +337,10 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _epochs_are_chosen_on_images_held_out(self) -> Self:
         if self.data.train_on_validation and self.training.keep != "last":
-            raise ValueError("data.train_on_validation leaves no images to choose an epoch by: it needs training.keep: last")
+            raise ValueError(
+                "data.train_on_validation leaves no images to choose an epoch by: it needs"
+                " training.keep: last"
+            )
         return self
 
     @property
@@ -281,7 +356,9 @@ class Recipe(Frozen):
                 raise ValueError(f"search.{path}: no such key{nearest(path, flatten(self))}")
             node = node[step]
         if isinstance(node, Mapping):
-            raise ValueError(f"search.{path}: is a section; search over one of its keys ({', '.join(node)})")
+            raise ValueError(
+                f"search.{path}: is a section; search over one of its keys ({', '.join(node)})"
+            )
         return node
 
     def replace(self, values: Mapping[str, Any]) -> Self:
@@ -311,30 +388,45 @@ class Range(Frozen):
             raise ValueError(f"a log range must start above 0, got low {self.low}")
         if self.step is not None and (self.log or self.step <= 0):
             raise ValueError("step must be positive and cannot be combined with log")
-        if isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, float):
+        if (
+            isinstance(self.low, int)
+            and isinstance(self.high, int)
+            and isinstance(self.step, float)
+        ):
             raise ValueError(f"a range of whole numbers needs a whole step, got {self.step}")
         return self
 
     def __contains__(self, value: Any) -> bool:
         inside = isinstance(value, int | float) and self.low <= value <= self.high
-        return inside and (self.step is None or math.isclose(((value - self.low) / self.step + 0.5) % 1, 0.5, abs_tol=1e-9))
+        return inside and (
+            self.step is None
+            or math.isclose(((value - self.low) / self.step + 0.5) % 1, 0.5, abs_tol=1e-9)
+        )
 
     @property
     def last(self) -> int | float:
-        """The greatest value that is searched: `high`, or where the steps from `low` end before it."""
+        """The greatest value that is searched: `high`, or where the steps from `low` end before
+        it.
+        """
         if self.step is None:
             return self.high
-        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))  # 0.3 is three steps of 0.1
+        # 0.3 is three steps of 0.1
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
         if (high - low) % step == 0:
             return self.high
         last = low + (high - low) // step * step
-        return int(last) if isinstance(self.low, int) and isinstance(self.high, int) else float(last)
+        return (
+            int(last) if isinstance(self.low, int) and isinstance(self.high, int) else float(last)
+        )
 
     def apart(self, one: float, other: float) -> float:
-        """How far two values lie apart: a share of the range, on the log scale where that is searched."""
+        """How far two values lie apart: a share of the range, on the log scale where that is
+        searched.
+        """
         if one == other:
             return 0.0
-        if not (self.low <= min(one, other) and max(one, other) <= self.high):  # a control's alpha may lie outside
+        # a control's alpha may lie outside
+        if not (self.low <= min(one, other) and max(one, other) <= self.high):
             return math.inf
         if self.log:
             return abs(math.log(one) - math.log(other)) / (math.log(self.high) - math.log(self.low))
@@ -368,7 +460,11 @@ class Choices(Frozen):
 
 
 def _kind(value: Any) -> str:
-    return "choices" if isinstance(value, Choices) or (isinstance(value, Mapping) and "choices" in value) else "range"
+    return (
+        "choices"
+        if isinstance(value, Choices) or (isinstance(value, Mapping) and "choices" in value)
+        else "range"
+    )
 
 
 Dimension = Annotated[
@@ -380,21 +476,38 @@ Dimension = Annotated[
 class Study(Frozen):
     """How the search space is searched."""
 
-    objective: Objective = Field("smallest", description="what the search aims at: see kdexp/objective.py")
-    trials: int = Field(50, ge=1, description="trained ones; a proposal that is not trained is none")
-    sampler: Literal["tpe", "random", "gp", "grid"] = Field("gp", description="grid: every combination of choices once")
+    objective: Objective = Field(
+        "smallest", description="what the search aims at: see kdexp/search/objective.py"
+    )
+    trials: int = Field(
+        50, ge=1, description="trained ones; a proposal that is not trained is none"
+    )
+    sampler: Literal["tpe", "random", "gp", "grid"] = Field(
+        "gp", description="grid: every combination of choices once"
+    )
     pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
-    early_stop: bool = Field(False, description="end a trial that can no longer be selected: see kdexp/stopping.py")
-    retries: int = Field(3, ge=0, description="how often a trial that broke off without getting on is tried again")
+    early_stop: bool = Field(
+        False,
+        description="end a trial that can no longer be selected: see kdexp/search/stopping.py",
+    )
+    retries: int = Field(
+        3, ge=0, description="how often a trial that broke off without getting on is tried again"
+    )
     seed: int = Field(8787, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _a_frontier_is_trained_to_its_end(self) -> Self:
         if self.objective == "pareto":
             if self.pruner != "none":
-                raise ValueError(f"pruner {self.pruner} ranks by one objective and pareto has two; set study.pruner to none")
+                raise ValueError(
+                    f"pruner {self.pruner} ranks by one objective and pareto has two; set"
+                    " study.pruner to none"
+                )
             if self.early_stop:
-                raise ValueError("early_stop ends what is below the bar and pareto wants it; set study.early_stop to false")
+                raise ValueError(
+                    "early_stop ends what is below the bar and pareto wants it; set"
+                    " study.early_stop to false"
+                )
         return self
 
 
@@ -404,9 +517,13 @@ class Selection(Frozen):
 
     accuracy_bar: float = Field(0.924, ge=0, le=1)
     size: Size = "parameters"
-    limit: int | None = Field(None, ge=1, description="no selected model is larger, in units of `size`")
+    limit: int | None = Field(
+        None, ge=1, description="no selected model is larger, in units of `size`"
+    )
     goal: Literal["smallest", "most_accurate"] = "smallest"
-    confidence: float | None = Field(None, gt=0.5, lt=1, description="at which the bar must be cleared; null: as estimated")
+    confidence: float | None = Field(
+        None, gt=0.5, lt=1, description="at which the bar must be cleared; null: as estimated"
+    )
 
 
 class Sweep(Recipe):
@@ -422,12 +539,18 @@ class Sweep(Recipe):
     def _kept_as(cls, name: str) -> str:
         kept = study_name(name)
         bad = "".join(dict.fromkeys(c for c in kept if c in NOT_IN_NAMES or not c.isprintable()))
-        if bad or not re.match(r"[^.\-]", kept) or not re.search(r"\w", kept) or len(kept) > NAME_LENGTH:
+        if (
+            bad
+            or not re.match(r"[^.\-]", kept)
+            or not re.search(r"\w", kept)
+            or len(kept) > NAME_LENGTH
+        ):
             instead = re.sub(r"[^\w.+]+", "-", kept)[:NAME_LENGTH].strip("-.") or "study"
             why = f", and {show(name)} holds {show(bad)}" if bad else f", got {show(name)}"
             raise ValueError(
-                f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither . nor -, and holds none of "
-                f"{' '.join(NOT_IN_NAMES)}{why}; give it another (name: … in the file, or --set name={instead})"
+                f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither ."
+                f" nor -, and holds none of {' '.join(NOT_IN_NAMES)}{why}; give it another (name: …"
+                f" in the file, or --set name={instead})"
             )
         return kept
 
@@ -438,14 +561,22 @@ class Sweep(Recipe):
 
     @property
     def shared_training(self) -> Training | None:
-        """The training whose seed and epochs all trials share; None where they are searched over."""
+        """The training whose seed and epochs all trials share; None where they are searched
+        over.
+        """
         deciding = {f"training.{key}" for key in ("seed", "epochs", "max_steps", "batch_size")}
         return None if deciding & self.search.keys() else self.training
 
     @property
     def student_choices(self) -> list[dict[str, Any]]:
-        """Every choice of a part of the student by itself, and both ends of a range of an option of one's own, by path."""
-        dimensions = {path: dimension for path, dimension in self.search.items() if path.startswith("student.")}
+        """Every choice of a part of the student by itself, and both ends of a range of an option of
+        one's own, by path.
+        """
+        dimensions = {
+            path: dimension
+            for path, dimension in self.search.items()
+            if path.startswith("student.")
+        }
         return [
             {path: value}
             for path, found in dimensions.items()
@@ -457,20 +588,34 @@ class Sweep(Recipe):
     def losses(self) -> list[str]:
         """Every distillation loss that is trained with."""
         dimension = self.search.get("distillation.loss")
-        return [str(choice) for choice in dimension.choices] if isinstance(dimension, Choices) else super().losses
+        return (
+            [str(choice) for choice in dimension.choices]
+            if isinstance(dimension, Choices)
+            else super().losses
+        )
 
     @property
     def beyond_controls(self) -> list[dict[str, Any]]:
-        """A grid's points, by path: every combination of choices once, the last path's changing fastest. Without those that
-        trials 0 and 1 train, and of those with labels only, which learn alike however they would distil, one each."""
-        axes = [dimension.choices for dimension in self.search.values() if isinstance(dimension, Choices)]
+        """A grid's points, by path: every combination of choices once, the last path's changing
+        fastest. Without those that trials 0 and 1 train, and of those with labels only, which learn
+        alike however they would distil, one each.
+        """
+        axes = [
+            dimension.choices
+            for dimension in self.search.values()
+            if isinstance(dimension, Choices)
+        ]
         recipe, learned = self.recipe, dict[Hashable, str]()
 
         def learns(point: Mapping[str, Any]) -> tuple[str, ...]:
-            """The same for points that learn alike. Each section's part is made once: 10,000 recipes would take seconds."""
+            """The same for points that learn alike. Each section's part is made once: 10,000
+            recipes would take seconds.
+            """
             found = []
             for section in SEARCHABLE:
-                part = {path: value for path, value in point.items() if path.startswith(f"{section}.")}
+                part = {
+                    path: value for path, value in point.items() if path.startswith(f"{section}.")
+                }
                 key = section, *part.items()
                 if key not in learned:
                     learned[key] = _learns(getattr(recipe.replace(part), section))
@@ -492,15 +637,17 @@ class Sweep(Recipe):
             if path.split(".")[0] not in SEARCHABLE:
                 searchable = [leaf for leaf in leaves if leaf.split(".")[0] in SEARCHABLE]
                 raise ValueError(
-                    f"search.{path}: not searchable{nearest(path, searchable)}; "
-                    f"a search ranges over {', '.join(SEARCHABLE)} (data and teacher are fixed, so trials compare)"
+                    f"search.{path}: not searchable{nearest(path, searchable)}; a search ranges"
+                    f" over {', '.join(SEARCHABLE)} (data and teacher are fixed, so trials compare)"
                 )
             current = self.recipe.value(path)
             for value in dimension.ends():
                 try:
                     self.recipe.replace({path: value})
                 except ConfigError as error:
-                    raise ValueError(f"search.{path}: goes beyond what {path} may be: {error}") from None
+                    raise ValueError(
+                        f"search.{path}: goes beyond what {path} may be: {error}"
+                    ) from None
             if current not in dimension:
                 raise ValueError(
                     f"search.{path}: the recipe's own value {current} is not in the search space; "
@@ -515,22 +662,30 @@ class Sweep(Recipe):
         ranges = [path for path, dimension in self.search.items() if isinstance(dimension, Range)]
         if ranges:
             raise ValueError(
-                f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its values as choices"
+                f"study.sampler: a grid has choices only; search.{ranges[0]} is a range, list its"
+                " values as choices"
             )
         if self.study.objective == "smallest":
-            raise ValueError("study.sampler: a grid is trained whole, it aims at nothing; set study.objective to accuracy")
+            raise ValueError(
+                "study.sampler: a grid is trained whole, it aims at nothing; set study.objective to"
+                " accuracy"
+            )
         if self.study.trials > (most := CONTROLS + len(self.beyond_controls)):
             raise ValueError(
-                f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls included; set it to that"
+                f"study.trials: got {self.study.trials}, but the grid has {most} trials, controls"
+                " included; set it to that"
             )
         return self
 
     @model_validator(mode="after")
     def _what_is_erased_is_the_same_for_all(self) -> Self:
-        if "training.random_erasing" in self.search or (self.training.random_erasing and self.shared_training is None):
+        if "training.random_erasing" in self.search or (
+            self.training.random_erasing and self.shared_training is None
+        ):
             raise ValueError(
-                "training.random_erasing is drawn anew in every epoch, and the teacher's logits are cached for these draws: "
-                "neither it nor training.seed, epochs, max_steps or batch_size may then stand in search"
+                "training.random_erasing is drawn anew in every epoch, and the teacher's logits are"
+                " cached for these draws: neither it nor training.seed, epochs, max_steps or"
+                " batch_size may then stand in search"
             )
         return self
 
@@ -538,8 +693,9 @@ class Sweep(Recipe):
     def _trials_are_judged_on_images_held_out(self) -> Self:
         if self.data.train_on_validation:
             raise ValueError(
-                "data.train_on_validation: trials are judged on validation images, so a sweep file holds them out; "
-                "kdexp confirm --train-and-validation trains the confirmed model on them"
+                "data.train_on_validation: trials are judged on validation images, so a sweep file"
+                " holds them out; kdexp confirm --train-and-validation trains the confirmed model"
+                " on them"
             )
         return self
 
@@ -548,10 +704,12 @@ class Sweep(Recipe):
         if self.study.objective == "smallest":
             if self.selection.goal != "smallest":
                 raise ValueError(
-                    f"selection.goal: {self.selection.goal} is not what study.objective smallest searches for; "
-                    f"set study.objective to accuracy, or selection.goal to smallest"
+                    f"selection.goal: {self.selection.goal} is not what study.objective smallest"
+                    " searches for; set study.objective to accuracy, or selection.goal to smallest"
                 )
-            if self.search and not any(path.startswith("student.") and path != "student.dropout" for path in self.search):
+            if self.search and not any(
+                path.startswith("student.") and path != "student.dropout" for path in self.search
+            ):
                 raise ValueError(
                     "study.objective: smallest needs a student whose size is searched over; "
                     "add student.channels or the like to search, or set study.objective to accuracy"
@@ -559,56 +717,28 @@ class Sweep(Recipe):
         return self
 
 
-def learns_alike(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes train the same: with labels only it does not matter how they would distil."""
-    if one.distillation.alpha == 0 == other.distillation.alpha:
-        other = other.model_copy(update={"distillation": one.distillation})
-    if one == other or one.distillation.scale_by_t_squared == other.distillation.scale_by_t_squared:
-        return one == other
-    return _as_meant(one) == _as_meant(other)
-
-
-def _as_meant(recipe: R) -> R:
-    """With the T² factor as it comes out, where it was left to the loss and every loss in question has the same."""
+def as_meant(recipe: R) -> R:
+    """With the T² factor as it comes out, where it was left to the loss and every loss in question
+    has the same.
+    """
     how = recipe.distillation
     found = {how.model_copy(update={"loss": loss}).times_t_squared for loss in recipe.losses}
     if len(found) > 1:
         return recipe
-    return recipe.model_copy(update={"distillation": how.model_copy(update={"scale_by_t_squared": found.pop()})})
+    return recipe.model_copy(
+        update={"distillation": how.model_copy(update={"scale_by_t_squared": found.pop()})}
+    )
 
 
 def _learns(section: BaseModel) -> str:
-    """What a recipe's section says of how it trains: with labels only, the distillation says nothing more."""
+    """What a recipe's section says of how it trains: with labels only, the distillation says
+    nothing more.
+    """
     if isinstance(section, Distillation):
         if section.alpha == 0:
             return "labels only"
         section = section.model_copy(update={"scale_by_t_squared": section.times_t_squared})
     return section.model_dump_json()
-
-
-def nearly_alike(one: Recipe, other: Recipe, search: Mapping[str, Dimension]) -> bool:
-    """Whether two recipes of one search train nearly the same: numbers lie within NEAR of their ranges, all else is equal."""
-    labels_only = one.distillation.alpha == 0 == other.distillation.alpha
-    paths = dict.fromkeys([*search, "distillation.alpha"])  # which a control sets whether it is searched or not
-    deciding = [path for path in paths if not (labels_only and path.startswith("distillation."))]
-    return all(_close(search.get(path), path, _leaf(one, path), _leaf(other, path)) for path in deciding)
-
-
-def _close(dimension: Dimension | None, path: str, one: Any, other: Any) -> bool:
-    if isinstance(dimension, Range) and path != "training.seed":  # the next seed is another training altogether
-        return dimension.apart(one, other) < NEAR
-    return bool(one == other)
-
-
-def _leaf(recipe: Recipe, path: str) -> Any:
-    """The value at a dotted path, as the recipe holds it."""
-    node: Any = recipe
-    for step in path.split("."):
-        node = node[step] if isinstance(node, Mapping) else getattr(node, step)
-    return tuple(node) if isinstance(node, list) else node
-
-
-# --- reading -----------------------------------------------------------------------------------
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Sweep:
@@ -622,19 +752,25 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such sweep file{_nearest_file(path)}") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml") from None
+        raise ConfigError(
+            f"{path}: is a folder; name a sweep file, such as sweeps/digits.yaml"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes is no sweep file")
     tree = parse(decoded(content, str(path)), str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}")
+        raise ConfigError(
+            f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}"
+        )
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10")
+            raise ConfigError(
+                f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10"
+            )
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
     return validate(Sweep, _with_a_factor_to_begin_with(tree), source=str(path))
 
@@ -642,22 +778,32 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
 def _with_a_factor_to_begin_with(tree: dict[str, Any]) -> dict[str, Any]:
     """Where the T² factor is searched over and not set, trial 0 has it as it would come out."""
     search, how = tree.get("search"), tree.get("distillation") or {}
-    if not (isinstance(search, dict) and SCALE in search and isinstance(how, dict)) or "scale_by_t_squared" in how:
+    if (
+        not (isinstance(search, dict) and SCALE in search and isinstance(how, dict))
+        or "scale_by_t_squared" in how
+    ):
         return tree
     return {**tree, "distillation": {**how, "scale_by_t_squared": how.get("loss") != "correlation"}}
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe or sweep as some version stored it, in today's words: the one place that knows how they were called before,
-    and what was done in the place of keys that there were not."""
+    """A recipe or sweep as some version stored it, in today's words: the one place that knows how
+    they were called before, and what was done in the place of keys that there were not.
+    """
     how, search, study = (stored.get(section) for section in ("distillation", "search", "study"))
     if isinstance(study, dict):  # before there was a choice of objectives a study aimed at accuracy
         stored = {**stored, "study": {"objective": "accuracy", **study}}
     if not isinstance(how, dict):  # damaged: validation says so
         return stored
     searched = search.get("distillation.loss") if isinstance(search, dict) else None
-    losses = [how.get("loss"), *(searched.get("choices") or () if isinstance(searched, dict) else ())]
-    then = {"scale_by_t_squared": True, **({"standard_deviation": "population"} if "standardized" in losses else {})}
+    losses = [
+        how.get("loss"),
+        *(searched.get("choices") or () if isinstance(searched, dict) else ()),
+    ]
+    then = {
+        "scale_by_t_squared": True,
+        **({"standard_deviation": "population"} if "standardized" in losses else {}),
+    }
     return {**stored, "distillation": {**then, **how}}
 
 
@@ -678,7 +824,9 @@ def flatten(model: BaseModel) -> dict[str, Any]:
 
 def differences(one: BaseModel, other: BaseModel) -> list[str]:
     """What differs between two configs, as 'training.epochs 5 → 6'."""
-    left, right = (flatten(_as_meant(model) if isinstance(model, Recipe) else model) for model in (one, other))
+    left, right = (
+        flatten(as_meant(model) if isinstance(model, Recipe) else model) for model in (one, other)
+    )
     return [
         f"{path} {show(left.get(path))} → {show(right.get(path))}"
         for path in sorted(left.keys() | right.keys())

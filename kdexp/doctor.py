@@ -1,4 +1,5 @@
-"""What is installed, what the stores are for, and whether the two fit: read without changing anything.
+"""What is installed, what the stores are for, and whether the two fit: read without changing
+anything.
 
 kdexp doctor [--upgrade]
 """
@@ -10,12 +11,12 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from kdexp import KdexpError, __version__
-from kdexp.schema import Library, Schema, StoreError, copy_first, restore, schema_of
+from kdexp.runs.schema import Library, Schema, StoreError, copy_first, restore, schema_of
+from kdexp.runs.tracking import MLFLOW
+from kdexp.runs.tracking import upgrade as upgrade_mlflow
+from kdexp.search.storage import OPTUNA
+from kdexp.search.storage import upgrade as upgrade_optuna
 from kdexp.settings import Settings
-from kdexp.study import OPTUNA
-from kdexp.study import upgrade as upgrade_optuna
-from kdexp.tracking import MLFLOW
-from kdexp.tracking import upgrade as upgrade_mlflow
 from kdexp.urls import sqlite_file, without_credentials
 
 __all__ = ["examine"]
@@ -25,14 +26,22 @@ Upgrade = Callable[[str], None]
 
 
 def examine(settings: Settings, upgrade: bool, say: Callable[[str], None]) -> bool:
-    """Say how things are, a line each, and take older databases along if told to; whether everything fits in the end."""
+    """Say how things are, a line each, and take older databases along if told to; whether
+    everything fits in the end.
+    """
     say(f"kdexp {__version__}, " + ", ".join(f"{name} {_installed(name)}" for name in LIBRARIES))
     databases: list[tuple[Library, str, Upgrade]] = [(OPTUNA, settings.storage_url, upgrade_optuna)]
     if settings.tracking_url.startswith("http"):
-        say(f"MLflow  {without_credentials(settings.tracking_url)}: a server, whose version is its own affair")
+        say(
+            f"MLflow  {without_credentials(settings.tracking_url)}: a server, whose version is its"
+            " own affair"
+        )
     else:
         databases.insert(0, (MLFLOW, settings.tracking_url, upgrade_mlflow))
-    fit = [_fits(library, url, take_along if upgrade else None, say) for library, url, take_along in databases]
+    fit = [
+        _fits(library, url, take_along if upgrade else None, say)
+        for library, url, take_along in databases
+    ]
     return all(fit)
 
 
@@ -65,19 +74,26 @@ def _verdict(schema: Schema) -> str:
 
 
 def _taken_along(schema: Schema, url: str, upgrade: Upgrade) -> str:
-    """Upgrade a database, its copy beside it; what was done. Where that fails it is put back. Raises StoreError."""
+    """Upgrade a database, its copy beside it; what was done. Where that fails it is put back.
+    Raises StoreError.
+    """
     file = sqlite_file(url)
     if file is None:
         raise StoreError(
-            f"{schema.library.name}'s database {without_credentials(url)} is on a server, of which kdexp makes no copy: "
-            f"back it up there, then run {_by_hand(schema.library)}."
+            f"{schema.library.name}'s database {without_credentials(url)} is on a server, of which"
+            f" kdexp makes no copy: back it up there, then run {_by_hand(schema.library)}."
         )
     if not os.access(file, os.W_OK):
-        raise StoreError(f"{file}: cannot be written here; change its permissions, or copy the stores elsewhere (--stores).")
+        raise StoreError(
+            f"{file}: cannot be written here; change its permissions, or copy the stores elsewhere"
+            " (--stores)."
+        )
     try:
         copy = copy_first(file, schema.found)
     except OSError as error:
-        raise StoreError(f"{file}: cannot be copied ({error.strerror}), so it stays as it is.") from None
+        raise StoreError(
+            f"{file}: cannot be copied ({error.strerror}), so it stays as it is."
+        ) from None
     try:
         upgrade(url)
     except KdexpError as error:

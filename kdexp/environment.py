@@ -24,13 +24,23 @@ __all__ = ["configure", "core", "cpu_name", "differing", "own_networks", "record
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt(3)
 PACKAGE = Path(__file__).resolve().parent
-CORE = ("config.py", "own.py", "work.py")
+CORE = ("config.py", "own.py", "workers/work.py")
 """Besides distill/: what a training's bits depend on."""
-LIBRARIES = ("torch", "torchvision", "numpy", "mlflow", "optuna", "torchinfo", "safetensors", "scikit-learn")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "mlflow",
+    "optuna",
+    "torchinfo",
+    "safetensors",
+    "scikit-learn",
+)
 
 
 def configure(device: str, threads: int | None) -> Any:
-    """Pick the device ('auto': a GPU where there is one), set threads, ask for deterministic kernels.
+    """Pick the device ('auto': a GPU where there is one), set threads, ask for deterministic
+    kernels.
 
     Returns the torch.device. Raises KdexpError for a device that is not there.
     """
@@ -40,13 +50,16 @@ def configure(device: str, threads: int | None) -> Any:
 
     from kdexp import KdexpError
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    # what cuBLAS needs to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise KdexpError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
+        raise KdexpError(
+            f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto"
+        ) from None
     if threads:
         torch.set_num_threads(threads)
     _keep_memory()
@@ -55,14 +68,16 @@ def configure(device: str, threads: int | None) -> Any:
     # Filling memory that nobody reads takes 1.2 ms of a 40 ms step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # compiling for a CPU, it misses CUDA
+    # compiling for a CPU, it misses CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return chosen
 
 
 def _keep_memory() -> None:
     """Let glibc keep what a step frees for the next step.
 
-    Else a worker may give 100 MB back in every step, and take them again page by page: 60,000 page faults a second.
+    Else a worker may give 100 MB back in every step, and take them again page by page: 60,000 page
+    faults a second.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -72,12 +87,16 @@ def _keep_memory() -> None:
 
 
 def remember_code() -> None:
-    """The code of this process, and of all forked from it, is what lies on the disk now, whatever is edited later."""
+    """The code of this process, and of all forked from it, is what lies on the disk now, whatever
+    is edited later.
+    """
     _source(), _core(), _commit()
 
 
 def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
-    """This machine and code, and a training's CPU threads, as text by name; no paths, names of people or variables."""
+    """This machine and code, and a training's CPU threads, as text by name; no paths, names of
+    people or variables.
+    """
     import torch
 
     return {
@@ -97,8 +116,14 @@ def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
 
 
 def differing(recorded: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """What differs from what is recorded: name → (recorded, here). What was not recorded then is not compared."""
-    return {name: (value, here.get(name, "—")) for name, value in recorded.items() if here.get(name) != value}
+    """What differs from what is recorded: name → (recorded, here). What was not recorded then is
+    not compared.
+    """
+    return {
+        name: (value, here.get(name, "—"))
+        for name, value in recorded.items()
+        if here.get(name) != value
+    }
 
 
 def _version(name: str) -> str:
@@ -126,7 +151,9 @@ def _source() -> str:
 
 @cache
 def _core() -> str:
-    """SHA-256 of those that a training's bits depend on: an edit of any other breaks off nothing that is under way."""
+    """SHA-256 of those that a training's bits depend on: an edit of any other breaks off nothing
+    that is under way.
+    """
     return _digest(core())
 
 
@@ -144,26 +171,42 @@ def _digest(files: Iterable[Path]) -> str:
 
 @cache
 def _commit() -> str:
-    """The commit of kdexp's own checkout, with + where its package has changes; 'none' where it is installed."""
-    here = Path(__file__).resolve().parent
+    """The commit of kdexp's own checkout, with + where its package has changes; 'none' where it is
+    installed.
+    """
     try:
-        _git("ls-files", "--error-unmatch", "__init__.py", folder=here)  # not somebody else's repository around us
-        commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
-        return f"{commit}+changes" if _git("status", "--porcelain", "--", ".", folder=here) else commit
+        # not somebody else's repository around us
+        _git("ls-files", "--error-unmatch", "__init__.py", folder=PACKAGE)
+        commit = _git("rev-parse", "--short=12", "HEAD", folder=PACKAGE)
+        return (
+            f"{commit}+changes"
+            if _git("status", "--porcelain", "--", ".", folder=PACKAGE)
+            else commit
+        )
     except (OSError, subprocess.SubprocessError):
         return "none"
 
 
 def own_networks(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files that hold the recipe's own networks: of each network's own, and of all that it imports."""
+    """SHA-256 of the files that hold the recipe's own networks: of each network's own, and of all
+    that it imports.
+    """
     found = {}
     for role, network in (("student", recipe.student), ("teacher", recipe.teacher)):
         place, separator, _ = network.architecture.rpartition(":")
-        file = (own_file(place) or getattr(sys.modules.get(place), "__file__", None)) if separator else None
+        file = (
+            (own_file(place) or getattr(sys.modules.get(place), "__file__", None))
+            if separator
+            else None
+        )
         if file:
             found[f"{role} source"] = _hash(Path(file))
-            imported = {name: path for name, path in own_modules(place, Path(file)).items() if name != place}
-            found |= {f"{role} imports {name}": _hash(path) for name, path in sorted(imported.items())}
+            imported = {
+                name: path for name, path in own_modules(place, Path(file)).items() if name != place
+            }
+            found |= {
+                f"{role} imports {name}": _hash(path) for name, path in sorted(imported.items())
+            }
     return found
 
 

@@ -19,7 +19,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Its mode is what any new file's is here, by the umask: others may share the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid.uuid4().hex}.partial"  # not by the file's name, which may be as long as names can be
+    # not by the file's name, which may be as long as names can be
+    temporary = path.parent / f".{uuid.uuid4().hex}.partial"
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(temporary)
@@ -42,16 +43,21 @@ def sha256_of(path: Path) -> str:
 
 
 def write_ahead(database: Path) -> None:
-    """Let an SQLite database append its changes to a log beside it: a commit takes a third of the time.
+    """Let an SQLite database append its changes to a log beside it: a commit takes a third of the
+    time.
 
     Where it cannot be switched now (read-only, in use) it works all the same.
     """
-    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database, timeout=60)) as connection:
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(database, timeout=60)) as connection,
+    ):
         connection.execute("pragma journal_mode = wal")
 
 
 def settle(database: Path) -> None:
-    """Take what an SQLite database's log holds into its file, so that a copy of the file alone has all.
+    """Take what an SQLite database's log holds into its file, so that a copy of the file alone has
+    all.
 
     Where others use it now, they do that when they end.
     """

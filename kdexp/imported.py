@@ -1,4 +1,5 @@
-"""What a module of the user's own imports, of what is the user's own: what its result depends on besides libraries.
+"""What a module of the user's own imports, of what is the user's own: what its result depends on
+besides libraries.
 
 Read from the source, and from what the module holds once it is loaded: nothing is imported for it.
 """
@@ -20,9 +21,11 @@ LIBRARIES = ("site-packages", "dist-packages")
 
 
 def own_modules(name: str, file: Path | None = None) -> dict[str, Path]:
-    """The files of this module and of all that it imports, directly or not, by name; libraries and kdexp itself left out.
+    """The files of this module and of all that it imports, directly or not, by name; libraries and
+    kdexp itself left out.
 
-    `file` where the module's is known: one that was loaded by its path need not be what Python finds by its name.
+    `file` where the module's is known: one that was loaded by its path need not be what Python
+    finds by its name.
     """
     found: dict[str, Path] = {}
     waiting, first = [name], {name: file}
@@ -36,10 +39,17 @@ def own_modules(name: str, file: Path | None = None) -> dict[str, Path]:
 
 
 def _own_file(name: str) -> Path | None:
-    """The source of a module of the user's own; None for libraries, and for names that are no modules."""
+    """The source of a module of the user's own; None for libraries, and for names that are no
+    modules.
+    """
     top, spec = _spec(name.partition(".")[0]), None
-    if top and not any(_library(Path(place)) for place in [top.origin, *(top.submodule_search_locations or ())] if place):
-        spec = _spec(name)  # of a library nothing is asked: to find a module in it, Python would import it
+    if top and not any(
+        _library(Path(place))
+        for place in [top.origin, *(top.submodule_search_locations or ())]
+        if place
+    ):
+        # of a library nothing is asked: to find a module in it, Python would import it
+        spec = _spec(name)
     file = Path(spec.origin).resolve() if spec and spec.has_location and spec.origin else None
     return file if file and file.is_file() else None
 
@@ -60,9 +70,14 @@ def _spec(name: str) -> ModuleSpec | None:
 
 def _library(file: Path) -> bool:
     file = file.resolve()
-    homes = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    homes = {
+        Path(sysconfig.get_path(kind)).resolve()
+        for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
     ours = Path(__file__).resolve().parent
-    return any(part in LIBRARIES for part in file.parts) or any(home in (file, *file.parents) for home in (*homes, ours))
+    return any(part in LIBRARIES for part in file.parts) or any(
+        home in (file, *file.parents) for home in (*homes, ours)
+    )
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -82,15 +97,21 @@ def _written(name: str, file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join(filter(None, [*above, node.module]))
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)  # it may be a module too
 
 
 def _held(module: ModuleType | None) -> Iterator[str]:
-    """The modules that a loaded one holds, and those that made what it holds: however they were imported."""
+    """The modules that a loaded one holds, and those that made what it holds: however they were
+    imported.
+    """
     for value in list(vars(module).values()) if module else ():
-        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        name = (
+            value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        )
         if isinstance(name, str):
             yield name

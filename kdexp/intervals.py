@@ -1,4 +1,6 @@
-"""How sure a measured accuracy is: Wilson's interval of a share, and the lower end of a mean over seeds. Pure."""
+"""How sure a measured accuracy is: Wilson's interval of a share, and the lower end of a mean over
+seeds. Pure.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ __all__ = ["mean_low", "wilson_interval", "wilson_low"]
 def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion, z standard errors wide each way (default 95 %).
 
-    Wilson 1927, J. Am. Stat. Assoc. 22:209. Within [0, 1] and never empty, also at 0 and at all correct.
+    Wilson 1927, J. Am. Stat. Assoc. 22:209. Within [0, 1] and never empty, also at 0 and at all
+    correct.
     """
     share, spread = correct / samples, z * z / samples
     centre = (share + spread / 2) / (1 + spread)
@@ -23,20 +26,26 @@ def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[
 
 
 def wilson_low(accuracy: float, samples: int, level: float) -> float:
-    """The accuracy that is exceeded at that (one-sided) confidence level: 0.95 leaves 5 % below, not 2.5 %."""
+    """The accuracy that is exceeded at that (one-sided) confidence level: 0.95 leaves 5 % below,
+    not 2.5 %.
+    """
     return wilson_interval(accuracy * samples, samples, NormalDist().inv_cdf(level))[0]
 
 
 def mean_low(accuracies: Sequence[float], samples: int, level: float) -> float:
-    """The same of a recipe's mean over all seeds and all images, given accuracies of some seeds on the same images.
+    """The same of a recipe's mean over all seeds and all images, given accuracies of some seeds on
+    the same images.
 
-    Two things are finite, the seeds and the images. Their distances to the mean m add up in squares:
+    Two things are finite, the seeds and the images. Their distances to the mean m add up in
+    squares:
 
-        low = m - sqrt((t s / sqrt(N))^2 + (m - wilson_low(m))^2)        t: Student's quantile of N - 1 degrees
+        low = m - sqrt((t s / sqrt(N))^2 + (m - wilson_low(m))^2)
+        t: Student's quantile of N - 1 degrees
 
-    Zou & Donner 2008, Statistics in Medicine 27:1693 (for one side: Howe 1974, J. Am. Stat. Assoc. 69:789). With
-    endless images it is the t-interval, without spread among the seeds Wilson's. Seeds share their images, so s
-    holds a part of the images' noise again: that errs to the safe side.
+    Zou & Donner 2008, Statistics in Medicine 27:1693 (for one side: Howe 1974, J. Am. Stat. Assoc.
+    69:789). With endless images it is the t-interval, without spread among the seeds Wilson's.
+    Seeds share their images, so s holds a part of the images' noise again: that errs to the safe
+    side.
     """
     mean, count = fmean(accuracies), len(accuracies)
     seeds = float(stdtrit(count - 1, level)) * stdev(accuracies) / math.sqrt(count)

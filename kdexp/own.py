@@ -1,9 +1,11 @@
-"""Networks of one's own, `place:callable`: the user's file is found, loaded, and named where it fails.
+"""Networks of one's own, `place:callable`: the user's file is found, loaded, and named where it
+fails.
 
-A place is a module (`nets`, `pack.nets`), a file (`nets.py`, `my-nets.py`, `~/nets.py`, `/a/path/nets.py`), with or without
-its ending. It is looked for in the working folder and in the user's own folders on Python's path (the sweep file's is one
-of them), and goes before any module of that name that Python or a library has: such a file is loaded under a name of its
-own, so that who imports `code` or `test` still gets Python's.
+A place is a module (`nets`, `pack.nets`), a file (`nets.py`, `my-nets.py`, `~/nets.py`,
+`/a/path/nets.py`), with or without its ending. It is looked for in the working folder and in the
+user's own folders on Python's path (the sweep file's is one of them), and goes before any module of
+that name that Python or a library has: such a file is loaded under a name of its own, so that who
+imports `code` or `test` still gets Python's.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ def load_own(name: str) -> Any:
     """What `place:callable` names. Raises whatever importing the user's file raises."""
     place, _, attribute = name.rpartition(":")
     file = own_file(place)
-    module = importlib.import_module(place) if file is None or _is_importable(place, file) else _loaded(file)
+    module = (
+        importlib.import_module(place)
+        if file is None or _is_importable(place, file)
+        else _loaded(file)
+    )
     return getattr(module, attribute)
 
 
@@ -48,22 +54,33 @@ def own_file(place: str) -> Path | None:
 
 
 def own_line(error: BaseException) -> str:
-    """The last line of the user's own that an error went through, such as 'nets.py, line 13: x.view(…)'; '' for none."""
+    """The last line of the user's own that an error went through, such as 'nets.py, line 13:
+    x.view(…)'; '' for none.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
-        if file.is_file() and not file.resolve().is_relative_to(PACKAGE) and not _is_a_librarys(file):
+        if (
+            file.is_file()
+            and not file.resolve().is_relative_to(PACKAGE)
+            and not _is_a_librarys(file)
+        ):
             return f"{file.name}, line {frame.lineno}: {frame.line}"
     return ""
 
 
 def _own_folders() -> list[Path]:
     with suppress(OSError):  # the working folder is gone
-        return [Path.cwd(), *(Path(entry) for entry in sys.path if entry and not _is_a_librarys(Path(entry)))]
+        return [
+            Path.cwd(),
+            *(Path(entry) for entry in sys.path if entry and not _is_a_librarys(Path(entry))),
+        ]
     return []
 
 
 def _is_a_librarys(path: Path) -> bool:
-    return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(path.is_relative_to(each) for each in LIBRARIES)
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(
+        path.is_relative_to(each) for each in LIBRARIES
+    )
 
 
 def _is_importable(place: str, file: Path) -> bool:
@@ -79,7 +96,8 @@ def _is_importable(place: str, file: Path) -> bool:
 
 
 def _loaded(file: Path) -> ModuleType:
-    name = f"kdexp_own_{re.sub(r'[^a-zA-Z0-9]', '_', file.stem)}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(str(file).encode()).hexdigest()
+    name = f"kdexp_own_{re.sub(r'[^a-zA-Z0-9]', '_', file.stem)}_{digest[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

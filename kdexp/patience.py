@@ -15,8 +15,12 @@ T = TypeVar("T")
 log = logging.getLogger("kdexp")
 
 
-def patiently(call: Callable[[], T], may_pass: Callable[[Exception], bool], seconds: float, server: str) -> T:
-    """What `call` gives, tried again for so many seconds while its error may pass. Raises its last error."""
+def patiently(
+    call: Callable[[], T], may_pass: Callable[[Exception], bool], seconds: float, server: str
+) -> T:
+    """What `call` gives, tried again for so many seconds while its error may pass. Raises its last
+    error.
+    """
     deadline, pause = time.monotonic() + seconds, PAUSE
     while True:
         try:

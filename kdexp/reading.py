@@ -1,4 +1,6 @@
-"""Text to a validated model, or one clear line per mistake: the key, the value, what is allowed, the nearest name."""
+"""Text to a validated model, or one clear line per mistake: the key, the value, what is allowed,
+the nearest name.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ from pydantic import BaseModel, ValidationError
 
 from kdexp import KdexpError
 
-__all__ = ["ConfigError", "assign", "decoded", "explain", "nearest", "parse", "show", "spellings", "study_name", "validate"]
+__all__ = [
+    "ConfigError",
+    "assign",
+    "decoded",
+    "explain",
+    "nearest",
+    "parse",
+    "show",
+    "spellings",
+    "study_name",
+    "validate",
+]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -34,17 +47,25 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 def study_name(text: str) -> str:
-    """A study's name as it is kept: one code point for é (as typed, not as a Mac's file names have it), no blanks around."""
+    """A study's name as it is kept: one code point for é (as typed, not as a Mac's file names have
+    it), no blanks around.
+    """
     return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")
 
 
 def spellings(name: str) -> list[str]:
-    """How a name may stand in a store: as it is kept now, and as earlier versions took it from a Mac's file name."""
-    return list(dict.fromkeys([study_name(name), unicodedata.normalize("NFD", study_name(name)), name]))
+    """How a name may stand in a store: as it is kept now, and as earlier versions took it from a
+    Mac's file name.
+    """
+    return list(
+        dict.fromkeys([study_name(name), unicodedata.normalize("NFD", study_name(name)), name])
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, with 3e-4 read as a number (YAML 1.2); what YAML 1.1 reads in ways of its own is refused."""
+    """Safe YAML, with 3e-4 read as a number (YAML 1.2); what YAML 1.1 reads in ways of its own is
+    refused.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -56,14 +77,29 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
             if isinstance(key, dict):
-                raise _Refused(problem="{{ … }} is a template's placeholder; put the value in its place", problem_mark=mark)
+                raise _Refused(
+                    problem="{{ … }} is a template's placeholder; put the value in its place",
+                    problem_mark=mark,
+                )
             if not isinstance(key, str):
-                read = f" (YAML reads {key_node.value} so)" if key_node.value.lower() not in (str(key).lower(), "null") else ""
-                raise _Refused(problem=f'key {show(key)}{read} is not text; write "{key_node.value}"', problem_mark=mark)
+                read = (
+                    f" (YAML reads {key_node.value} so)"
+                    if key_node.value.lower() not in (str(key).lower(), "null")
+                    else ""
+                )
+                raise _Refused(
+                    problem=f'key {show(key)}{read} is not text; write "{key_node.value}"',
+                    problem_mark=mark,
+                )
             if unseen := [c for c in key if _is_unseen(c)]:
-                name = f"{unicodedata.name(unseen[0], 'a control character').lower()} (U+{ord(unseen[0]):04X})"
+                name = (
+                    f"{unicodedata.name(unseen[0], 'a control character').lower()}"
+                    f" (U+{ord(unseen[0]):04X})"
+                )
                 plain = "".join(c for c in key if not _is_unseen(c))
-                raise _Refused(problem=f"key {show(key)} holds a {name}; write {plain}", problem_mark=mark)
+                raise _Refused(
+                    problem=f"key {show(key)} holds a {name}; write {plain}", problem_mark=mark
+                )
             if key in seen:
                 raise _Refused(problem=f"key {show(key)} stands twice", problem_mark=mark)
             seen.add(key)
@@ -73,12 +109,16 @@ class _Loader(yaml.SafeLoader):
         """A whole number, as people write them."""
         text = node.value.replace("_", "")
         if len(text) > LONGEST_NUMBER:
-            raise _Refused(problem=f"a number of {len(text):,} digits", problem_mark=node.start_mark)
+            raise _Refused(
+                problem=f"a number of {len(text):,} digits", problem_mark=node.start_mark
+            )
         number = self._decimal_only(node, self.construct_yaml_int(node))
         if re.fullmatch(r"[-+]?0[0-7]+", text) and number:
             raise _Refused(
-                problem=f"{node.value}: YAML reads a number with a leading 0 as octal, {number}; write "
-                f"{int(text)} or {number}, or quote it where text is meant",
+                problem=(
+                    f"{node.value}: YAML reads a number with a leading 0 as octal, {number}; write "
+                    f"{int(text)} or {number}, or quote it where text is meant"
+                ),
                 problem_mark=node.start_mark,
             )
         return int(number)
@@ -90,7 +130,10 @@ class _Loader(yaml.SafeLoader):
     def _decimal_only(self, node: Any, number: float) -> float:
         if ":" in node.value:
             raise _Refused(
-                problem=f"{node.value}: YAML reads it to the base of 60, {number}; write {number}, or quote it for text",
+                problem=(
+                    f"{node.value}: YAML reads it to the base of 60, {number}; write {number}, or"
+                    " quote it for text"
+                ),
                 problem_mark=node.start_mark,
             )
         return number
@@ -106,14 +149,19 @@ _Loader.add_implicit_resolver(
 
 
 def decoded(content: bytes, source: str) -> str:
-    """The text of a file, UTF-8 or as its byte order mark says. Raises ConfigError with the line."""
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    """The text of a file, UTF-8 or as its byte order mark says. Raises ConfigError with the
+    line.
+    """
+    encoding = (
+        "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    )
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{source}: cannot be read as text: line {line} is not {encoding.removesuffix('-sig').upper()}; save it as UTF-8"
+            f"{source}: cannot be read as text: line {line} is not"
+            f" {encoding.removesuffix('-sig').upper()}; save it as UTF-8"
         ) from None
 
 
@@ -132,7 +180,9 @@ def parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {problem}{where}{hint}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{source}: not valid YAML: a character U+{error.character:04X} in line {line}") from None
+        raise ConfigError(
+            f"{source}: not valid YAML: a character U+{error.character:04X} in line {line}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
@@ -156,7 +206,9 @@ def validate(model: type[M], tree: Any, source: str) -> M:
         # Through JSON: strict types, yet lists may become tuples.
         return model.model_validate_json(json.dumps(_meant(model, tree)))
     except TypeError as error:
-        raise ConfigError(f"{source}: holds a value that is neither text, number, list nor section: {error}") from None
+        raise ConfigError(
+            f"{source}: holds a value that is neither text, number, list nor section: {error}"
+        ) from None
     except ValidationError as error:
         problems = _one_for_each_mistake(error.errors(), tree)
         lines = [explain(model, problem) for problem in problems]
@@ -164,7 +216,9 @@ def validate(model: type[M], tree: Any, source: str) -> M:
 
 
 def _meant(model: type[BaseModel], tree: Any) -> Any:
-    """What people mean by a number: 1e5 as a whole number where one is wanted, 2026 as text where text is."""
+    """What people mean by a number: 1e5 as a whole number where one is wanted, 2026 as text where
+    text is.
+    """
     if not isinstance(tree, Mapping):
         return tree
     meant: dict[Any, Any] = {}
@@ -174,7 +228,9 @@ def _meant(model: type[BaseModel], tree: Any) -> Any:
         if kind and isinstance(kind[0], type) and issubclass(kind[0], BaseModel):
             meant[key] = _meant(kind[0], value)
         elif key == "search" and isinstance(value, Mapping):
-            meant[key] = {path: _meant_in_search(model, path, found) for path, found in value.items()}
+            meant[key] = {
+                path: _meant_in_search(model, path, found) for path, found in value.items()
+            }
         else:
             meant[key] = _one_meant(kind, value)
     return meant
@@ -197,18 +253,24 @@ def _one_meant(kind: tuple[Any, ...], value: Any) -> Any:
 
 
 def _one_for_each_mistake(errors: Iterable[Any], tree: Any) -> list[dict[str, Any]]:
-    """A value that may be of several kinds fails once for each, under names that are not in the file: one of these errors,
-    at the value. What follows from another mistake is left out."""
+    """A value that may be of several kinds fails once for each, under names that are not in the
+    file: one of these errors, at the value. What follows from another mistake is left out.
+    """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for error in errors:
         place = _in_file(error["loc"], tree, error["type"] == "missing")
         kind = error["type"] if place == _without_tag(error["loc"]) else "union"
-        found.setdefault(place, {**error, "loc": place, "type": kind, "input": _at(tree, place, error["input"])})
+        found.setdefault(
+            place, {**error, "loc": place, "type": kind, "input": _at(tree, place, error["input"])}
+        )
     follow = {place for place, error in found.items() if error["type"] == "too_short"}
     return [
         error
         for place, error in found.items()
-        if not (place in follow and any(other != place and other[: len(place)] == place for other in found))
+        if not (
+            place in follow
+            and any(other != place and other[: len(place)] == place for other in found)
+        )
     ]
 
 
@@ -250,7 +312,10 @@ def explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     key, kind, value = ".".join(path), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         if path[0] == "search" and len(path) > 2 and path[-1] in SEARCH_KEYS:
-            return f"{'.'.join(path[:-1])}: holds choices and {path[-1]}; give either choices alone, or low and high"
+            return (
+                f"{'.'.join(path[:-1])}: holds choices and {path[-1]}; give either choices alone,"
+                " or low and high"
+            )
         return f"{key}: unknown key{nearest(path[-1], _keys(model, path[:-1]))}"
     if kind == "missing":
         return f"{key}: missing; add it"
@@ -258,8 +323,9 @@ def explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         message = str(problem["ctx"]["error"])
         return f"{key}: {message}" if key and not message.startswith(key) else message
     choices = get_args(_annotation(model, path)) if kind == "literal_error" else ()
-    return f"{key}: got {show(value)}{_how_read(value)}; allowed: {_allowed(model, path, problem)}" + (
-        nearest(value, choices) if choices else ""
+    return (
+        f"{key}: got {show(value)}{_how_read(value)}; allowed: {_allowed(model, path, problem)}"
+        + (nearest(value, choices) if choices else "")
     )
 
 
@@ -270,20 +336,29 @@ def _allowed(model: type[BaseModel], path: list[str], problem: Mapping[str, Any]
     if problem["type"] == "union":
         return _words(model, path)
     allowed = _bounds(model, path) if problem["type"] != "string_too_long" else ""
-    return allowed or problem["msg"].removeprefix("Input should be ").replace("an object", "a section of keys")
+    return allowed or problem["msg"].removeprefix("Input should be ").replace(
+        "an object", "a section of keys"
+    )
 
 
 def _words(model: type[BaseModel], path: list[str]) -> str:
     """The kinds of value that may stand where several may."""
     if path[0] == "search":
-        return "text, a number, true or false, null, or a list of whole numbers" if "choices" in path else "a number"
+        return (
+            "text, a number, true or false, null, or a list of whole numbers"
+            if "choices" in path
+            else "a number"
+        )
     return "text, a number, or true or false"
 
 
 def _how_read(value: Any) -> str:
     """What is surprising in how a value was read."""
     if isinstance(value, bool):
-        return f" (YAML reads {'yes and on' if value else 'no and off'} so; quote it where text is meant)"
+        return (
+            f" (YAML reads {'yes and on' if value else 'no and off'} so; quote it where text is"
+            " meant)"
+        )
     if isinstance(value, str) and re.search("[“”„‘’]", value):
         return " (“ and ’ are no quotes in YAML, \" and ' are)"
     return ""
@@ -292,7 +367,10 @@ def _how_read(value: Any) -> str:
 def _field(model: type[BaseModel], path: list[str]) -> Any:
     field = None
     for step in path:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or step not in model.model_fields:
+        if (
+            not (isinstance(model, type) and issubclass(model, BaseModel))
+            or step not in model.model_fields
+        ):
             return field if field is not None and step.isdigit() else None
         field = model.model_fields[step]
         model = field.annotation  # type: ignore[assignment]
@@ -309,7 +387,9 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) is Annotated:
         return _kinds(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return tuple(kind for part in get_args(annotation) if part is not type(None) for kind in _kinds(part))
+        return tuple(
+            kind for part in get_args(annotation) if part is not type(None) for kind in _kinds(part)
+        )
     return (annotation,)
 
 
@@ -328,8 +408,17 @@ def _bounds(model: type[BaseModel], path: list[str]) -> str:
     if len(kinds) != 1 or kinds[0] not in names:
         return ""
     signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    limits = [f"{word} {getattr(rule, sign)}" for rule in field.metadata for sign, word in signs.items() if hasattr(rule, sign)]
-    null = [] if kinds == (field.annotation,) or get_origin(field.annotation) is Annotated else ["or null"]
+    limits = [
+        f"{word} {getattr(rule, sign)}"
+        for rule in field.metadata
+        for sign, word in signs.items()
+        if hasattr(rule, sign)
+    ]
+    null = (
+        []
+        if kinds == (field.annotation,) or get_origin(field.annotation) is Annotated
+        else ["or null"]
+    )
     return ", ".join([names[kinds[0]], *limits, *null])
 
 
@@ -343,7 +432,9 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a person would write it, cut at 60 characters; what cannot be seen by its number."""
+    """A value as a person would write it, cut at 60 characters; what cannot be seen by its
+    number.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "not a number"
     text = json.dumps(value, ensure_ascii=False, default=str)

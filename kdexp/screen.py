@@ -10,25 +10,28 @@ from typing import Any
 from urllib.parse import unquote
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from kdexp.config import Recipe, Selection, Size, Variant
-from kdexp.confirm import Confirmation, Verdict
-from kdexp.distill.data import Inspection
+from kdexp.distill import models
+from kdexp.distill.datasets import Inspection
 from kdexp.distill.deploy import available
-from kdexp.distill.teacher import CachedTeacher, CacheProgress, WeightsRead
+from kdexp.distill.logits import CacheProgress
+from kdexp.distill.teacher import CachedTeacher, WeightsRead
 from kdexp.distill.train import EpochReport
-from kdexp.export import Exported
-from kdexp.fresh import Elsewhere, Retraining, SeedDone
-from kdexp.outcome import Outcome
-from kdexp.pool import PoolSize
-from kdexp.promote import Promotion, gain, load_call
-from kdexp.reproduce import Checked, Comparison, Difference
-from kdexp.scheduler import TrialTaken, WorkerLost
-from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
-from kdexp.study import IN_VAIN
-from kdexp.sweep import (
+from kdexp.runs.outcome import Outcome
+from kdexp.search.scheduler import TrialTaken, WorkerLost
+from kdexp.search.study import IN_VAIN
+from kdexp.search.sweep import (
     EpochDone,
     Misremembered,
     NothingLeft,
@@ -39,7 +42,14 @@ from kdexp.sweep import (
     TrialSkipped,
     TrialStarted,
 )
+from kdexp.select.confirm import Confirmation, Verdict
+from kdexp.select.export import Exported
+from kdexp.select.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.select.promote import Promotion, gain, load_call
+from kdexp.select.reproduce import Checked, Comparison, Difference
+from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
 from kdexp.urls import sqlite_file
+from kdexp.workers.pool import PoolSize
 
 __all__ = [
     "Screen",
@@ -58,9 +68,13 @@ ROWS = 20  # trials shown; the rest are in the UI
 
 
 class Screen:
-    """Live progress on a terminal, with a bar for each training under way; one line per trial elsewhere."""
+    """Live progress on a terminal, with a bar for each training under way; one line per trial
+    elsewhere.
+    """
 
-    def __init__(self, console: Console, trials: int | None = None, rule: Selection | None = None) -> None:
+    def __init__(
+        self, console: Console, trials: int | None = None, rule: Selection | None = None
+    ) -> None:
         self.console, self.trials, self.rule = console, trials, rule
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -91,7 +105,12 @@ class Screen:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.progress.stop()
 
     def show(self, event: Any) -> None:
@@ -101,14 +120,24 @@ class Screen:
                 self._end(None)
                 self.console.print(teacher_line(event.prepared.teacher))
                 self.done = event.done
-                self.study = self.progress.add_task("study", total=self.trials, completed=event.done, note="")
+                self.study = self.progress.add_task(
+                    "study", total=self.trials, completed=event.done, note=""
+                )
             case PoolSize():
                 if self.done < (self.trials or 0):
                     self.console.print(_pool_line(event))
             case TrialStarted():
                 self._not_trained()
-                again = "" if not event.retried else f" (from epoch {event.epoch + 1})" if event.epoch else " (again)"
-                self.labels[event.number] = f"trial {event.number:<3} {_values(event.recipe)}{again}"
+                again = (
+                    ""
+                    if not event.retried
+                    else f" (from epoch {event.epoch + 1})"
+                    if event.epoch
+                    else " (again)"
+                )
+                self.labels[event.number] = (
+                    f"trial {event.number:<3} {_values(event.recipe)}{again}"
+                )
             case EpochDone():
                 self._epoch(event.report, event.number)
             case Inspection():
@@ -130,28 +159,40 @@ class Screen:
                 self.console.print(_misremembered(event), style="yellow", markup=False)
             case TrialGivenUp():
                 self.done = max(self.done, event.done)
-                self.console.print(f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]: {event.why}")
+                self.console.print(
+                    f"trial {event.number:<3} {_values(event.recipe)}  [yellow]given up[/]:"
+                    f" {event.why}"
+                )
             case Retraining():
                 self._retraining(event)
             case SeedDone():
                 self._seed_done(event)
             case Elsewhere():
-                self.console.print(f"seed {event.number} is left to another command: waiting for it")
+                self.console.print(
+                    f"seed {event.number} is left to another command: waiting for it"
+                )
             case Verdict():
                 said = "[green]confirmed[/]" if event.confirmed else "[yellow]not confirmed[/]"
-                self.console.print(f"trial {event.candidate.trial}  val {event}  {said} ({requirement(event.rule)})")
+                self.console.print(
+                    f"trial {event.candidate.trial}  val {event}  {said}"
+                    f" ({requirement(event.rule)})"
+                )
             case Checked(differences=()):
-                self.console.print("checked   code, libraries, machine, data and teacher are as recorded")
+                self.console.print(
+                    "checked   code, libraries, machine, data and teacher are as recorded"
+                )
             case Checked(differences=found):
                 self.console.print(differences_table(found))
             case TrialFailed():
                 self._end(event.number)
-                self.console.print(f"trial {event.number} failed: {event.why}", style="yellow", markup=False)
+                self.console.print(
+                    f"trial {event.number} failed: {event.why}", style="yellow", markup=False
+                )
             case TrialTaken():
                 self._end(event.number)
                 self.console.print(
-                    f"trial {event.number} was taken over by another command while this one was cut off: "
-                    f"what was trained of it here is dropped",
+                    f"trial {event.number} was taken over by another command while this one was cut"
+                    " off: what was trained of it here is dropped",
                     style="yellow",
                 )
             case WorkerLost():
@@ -166,22 +207,34 @@ class Screen:
             self.shares[trial] = report.epoch / report.epochs
             self.progress.update(self.study, completed=self.done + sum(self.shares.values()))
         elif not self.console.is_terminal:
-            self.console.print(f"epoch {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s")
+            self.console.print(
+                f"epoch {report.epoch}/{report.epochs}  {note}  {report.seconds:.1f} s"
+            )
 
     def _read(self, event: Inspection) -> None:
         """What was read of an image folder; once, where it is read again."""
         if event != self.read:
             self.console.print(f"images    {event}", markup=False, soft_wrap=True)
             for note in event.notes:
-                self.console.print(f"          {note}", style="yellow", markup=False, soft_wrap=True)
+                self.console.print(
+                    f"          {note}", style="yellow", markup=False, soft_wrap=True
+                )
         self.read = event
 
     def _finished(self, event: TrialFinished) -> None:
-        result, self.done = event.outcome, max(self.done, event.done)  # workers' news may overtake each other
+        # workers' news may overtake each other
+        result, self.done = event.outcome, max(self.done, event.done)
         self._end(event.number)
-        state = "" if result.state == "complete" else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
+        state = (
+            ""
+            if result.state == "complete"
+            else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
+        )
         label = self.labels.pop(event.number)
-        self.console.print(f"{label}  {result.size.parameters:>9,} parameters  val {percent(result.val_accuracy)}{state}")
+        self.console.print(
+            f"{label}  {result.size.parameters:>9,} parameters  val"
+            f" {percent(result.val_accuracy)}{state}"
+        )
         if self.best is None or result.val_accuracy > self.best.val_accuracy:
             self.best = result
         if self.rule and clears(result.val_accuracy, result.val_samples, self.rule):
@@ -191,17 +244,22 @@ class Screen:
         small = f", smallest over the bar {self.smallest:,}" if self.smallest else ""
         if self.study is not None:
             note = f"best val {percent(self.best.val_accuracy)}{small}"
-            self.progress.update(self.study, completed=self.done + sum(self.shares.values()), note=note)
+            self.progress.update(
+                self.study, completed=self.done + sum(self.shares.values()), note=note
+            )
 
     def _retraining(self, event: Retraining) -> None:
         """A bar for the seeds of a candidate, in the place of the one before."""
         if self.study is not None:
             self.progress.remove_task(self.study)
-        self.done, self.labels = 0, {number + 1: f"seed {number + 1}" for number in range(event.seeds)}
-        self.study = self.progress.add_task(f"trial {event.candidate.trial}", total=event.seeds, note="fresh seeds")
+        self.done = 0
+        self.labels = {number + 1: f"seed {number + 1}" for number in range(event.seeds)}
+        self.study = self.progress.add_task(
+            f"trial {event.candidate.trial}", total=event.seeds, note="fresh seeds"
+        )
         self.console.print(
-            f"trial {event.candidate.trial}  {event.candidate.parameters:,} parameters, again with {event.seeds} fresh seeds, "
-            f"trained on {event.images}"
+            f"trial {event.candidate.trial}  {event.candidate.parameters:,} parameters, again with"
+            f" {event.seeds} fresh seeds, trained on {event.images}"
         )
 
     def _seed_done(self, event: SeedDone) -> None:
@@ -212,20 +270,26 @@ class Screen:
         accuracy = event.run.metrics.get("val_accuracy")
         val = f"val {percent(accuracy)}" if accuracy is not None else "done"
         state = "  [yellow]diverged[/]" if event.run.tags.get("kdexp.state") == "diverged" else ""
-        self.console.print(f"seed {event.number}  {val}{state}{'' if event.new else '  (trained before)'}")
+        self.console.print(
+            f"seed {event.number}  {val}{state}{'' if event.new else '  (trained before)'}"
+        )
         self.progress.update(self.study, completed=self.done)
 
     def _not_trained(self) -> None:
         """Proposals come in crowds: one line for all since the last."""
         if self.skipped:
             proposals = "1 proposal" if len(self.skipped) == 1 else f"{len(self.skipped)} proposals"
-            self.console.print(f"          {proposals} not trained: {self.skipped[-1].why}", style="dim")
+            self.console.print(
+                f"          {proposals} not trained: {self.skipped[-1].why}", style="dim"
+            )
             self.skipped.clear()
 
     def _step(self, trial: int | None, label: str, done: int, total: int, note: str) -> None:
         if trial not in self.bars:
             self.bars[trial] = self.progress.add_task(label, total=total, note=note)
-        self.progress.update(self.bars[trial], description=label, completed=done, total=total, note=note)
+        self.progress.update(
+            self.bars[trial], description=label, completed=done, total=total, note=note
+        )
 
     def _end(self, trial: int | None) -> None:
         """A training is over: take its bar away."""
@@ -249,21 +313,32 @@ def teacher_line(teacher: CachedTeacher) -> str:
 
 
 def _pool_line(size: PoolSize) -> str:
-    workers, threads = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((size.workers, "worker"), (size.threads, "thread")))
+    workers, threads = (
+        f"{n} {what}{'s' if n > 1 else ''}"
+        for n, what in ((size.workers, "worker"), (size.threads, "thread"))
+    )
     return f"workers   {workers}, {threads}{' each' if size.workers > 1 else ''}"
 
 
 def _misremembered(event: Misremembered) -> str:
     which = f"trial{'s' if len(event.trials) > 1 else ''} {', '.join(map(str, event.trials))}"
     return (
-        f"Optuna's storage holds something else of {which} than the run in MLflow: the search goes on by what it holds, "
-        f"every verdict rests on the run (kdexp reproduce says whether that is true)"
+        f"Optuna's storage holds something else of {which} than the run in MLflow: the search goes"
+        " on by what it holds, every verdict rests on the run (kdexp reproduce says whether that"
+        " is true)"
     )
 
 
 def _nothing_left(event: NothingLeft) -> str:
-    than = f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}" if event.smallest else "new"
-    return f"Of the last {IN_VAIN} proposals none was {than}: the study ends after {event.done} trials."
+    than = (
+        f"smaller than trial {event.smallest.trial}'s {event.smallest.size:,}"
+        if event.smallest
+        else "new"
+    )
+    return (
+        f"Of the last {IN_VAIN} proposals none was {than}: the study ends after {event.done}"
+        " trials."
+    )
 
 
 def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candidate | None) -> Table:
@@ -271,17 +346,29 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
     table = Table(box=None, pad_edge=False, header_style="bold")
     varied = any(c.variant != AS_TRAINED for c in trials)
     units: list[Size] = ["parameters", *([rule.size] if rule.size != "parameters" else [])]
-    for name in ("trial", *(["variant"] if varied else []), *(unit.replace("_", "-") for unit in units), "val accuracy"):
+    for name in (
+        "trial",
+        *(["variant"] if varied else []),
+        *(unit.replace("_", "-") for unit in units),
+        "val accuracy",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(requirement(rule), no_wrap=True)
     table.add_column("run ID", no_wrap=True)
-    shown = sorted(trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy))[:ROWS]
+    shown = sorted(
+        trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy)
+    )[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
         mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
-        first = (str(c.trial), *([c.variant] if varied else []), *(f"{size_of(c, unit):,}" for unit in units))
+        first = (
+            str(c.trial),
+            *([c.variant] if varied else []),
+            *(f"{size_of(c, unit):,}" for unit in units),
+        )
         style = "bold green" if mark == "selected" else None
         table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
-    table.width = Console(width=1000).measure(table).maximum  # where a terminal is narrower it breaks lines; no run ID is cut
+    # where a terminal is narrower it breaks lines; no run ID is cut
+    table.width = Console(width=1000).measure(table).maximum
     return table
 
 
@@ -296,30 +383,33 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
     gained = gain(trials)
     if gained is not None:
         console.print(
-            f"Distillation: trial 0 (documented defaults) over trial 1 (labels only): {100 * gained:+.2f} points on "
-            f"validation, one seed each."
+            "Distillation: trial 0 (documented defaults) over trial 1 (labels only):"
+            f" {100 * gained:+.2f} points on validation, one seed each."
         )
     if done.rule.size == "bytes" and not available():
-        hint = "Smaller variants of the trials do not compete, they need ONNX: pip install 'kdexp[export]'"
+        hint = (
+            "Smaller variants of the trials do not compete, they need ONNX: pip install"
+            " 'kdexp[export]'"
+        )
         console.print(hint, markup=False)
     variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(
-        f"Selected: trial {chosen.trial}{variant}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
-        f"{chosen.bytes:,} bytes\n"
-        f"          val accuracy  {percent(chosen.val_accuracy)} (95 % interval {interval(done.val_interval)})\n"
-        f"          test accuracy {percent(done.test_accuracy)} (95 % interval {interval(done.test_interval)}, "
-        f"{done.test_samples:,} images, {look})\n"
-        f"{_tta_line(done.test_accuracy_tta)}"
-        f"Run ID:   {chosen.run_id}",
+        f"Selected: trial {chosen.trial}{variant}, {_sizes(chosen)}\n"
+        f"          val accuracy  {percent(chosen.val_accuracy)}"
+        f" (95 % interval {interval(done.val_interval)})\n"
+        f"          test accuracy {percent(done.test_accuracy)}"
+        f" (95 % interval {interval(done.test_interval)}, {done.test_samples:,} images, {look})\n"
+        f"{_tta_line(done.test_accuracy_tta)}Run ID:   {chosen.run_id}",
         style="bold",
     )
     _note_looks(console, done.looks)
     console.print(
-        f"\nNext:     kdexp ui                    browse the study in MLflow\n"
+        "\nNext:     kdexp ui                    browse the study in MLflow\n"
         f"          kdexp reproduce {chosen.run_id}\n"
         f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
-        f"          kdexp confirm {shlex.quote(done.study)}   was it luck? the same with fresh seeds",
+        f"          kdexp confirm {shlex.quote(done.study)}"
+        "   was it luck? the same with fresh seeds",
         markup=False,
     )
 
@@ -329,27 +419,41 @@ def show_confirmation(console: Console, done: Confirmation, tracking: str) -> No
     chosen, runs = done.verdict.candidate, ", ".join(run.run_id for run in done.runs)
     tta = f"\n          flip TTA      {done.tta}" if done.tta else ""
     console.print(
-        f"\nConfirmed: trial {chosen.trial}, {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds, "
-        f"{chosen.bytes:,} bytes\n"
+        f"\nConfirmed: trial {chosen.trial}, {_sizes(chosen)}\n"
         f"          val accuracy  {done.verdict}\n"
-        f"          test accuracy {done.test} ({done.test.samples:,} images, each model looked at once, trained on "
-        f"{done.images}){tta}\n"
+        f"          test accuracy {done.test} ({done.test.samples:,} images,"
+        f" each model looked at once, trained on {done.images}){tta}\n"
         f"Run IDs:  {runs}",
         style="bold",
     )
     _note_looks(console, done.looks)
-    console.print(f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}", markup=False)
+    console.print(
+        f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}",
+        markup=False,
+    )
+
+
+def _sizes(size: models.Size | Candidate) -> str:
+    return (
+        f"{size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds,"
+        f" {size.bytes:,} bytes"
+    )
 
 
 def _tta_line(accuracy: float | None) -> str:
-    return f"          flip TTA      {percent(accuracy)} on test, never used in choosing\n" if accuracy is not None else ""
+    return (
+        f"          flip TTA      {percent(accuracy)} on test, never used in choosing\n"
+        if accuracy is not None
+        else ""
+    )
 
 
 def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
     if model:
         place = json.dumps(tracking, ensure_ascii=False)  # also a literal of Python's
         file, call = sqlite_file(tracking), load_call(model, variant)
-        if file and unquote(str(file)) != str(file):  # MLflow would decode the path once more, where it does not copy
+        # MLflow would decode the path once more, where it does not copy
+        if file and unquote(str(file)) != str(file):
             call = f'{call.removesuffix(")")}, dst_path=__import__("tempfile").mkdtemp())'
         return f"          mlflow.set_tracking_uri({place}); {call}   in Python"
     return "(not registered: torch.export cannot export this network; its weights are in the run)"
@@ -358,22 +462,26 @@ def _load_line(tracking: str, model: str, variant: Variant = AS_TRAINED) -> str:
 def _note_looks(console: Console, looks: int) -> None:
     if looks > 1:
         console.print(
-            f"Note: {looks} models of this study have now been looked at on test; choosing between them by those "
-            f"numbers would make the test set a validation set.",
+            f"Note: {looks} models of this study have now been looked at on test; choosing between"
+            " them by those numbers would make the test set a validation set.",
             style="yellow",
         )
 
 
 def show_export(console: Console, done: Exported) -> None:
     """The file, its sizes, and its accuracy beside that of the student as it was trained."""
-    size, found, seen = done.size, done.validation, "" if done.held_out else " on images that it was trained on"
+    found = done.validation
+    seen = "" if done.held_out else " on images that it was trained on"
+    accuracy = f"{percent(found.accuracy)} (95 % interval {interval(found.interval)})"
+    shape = ", ".join(map(str, done.shape))
     console.print(
         f"Written:  {done.file}, {done.file_bytes:,} bytes\n"
-        f"          {size.parameters:,} parameters, {size.multiply_adds:,} multiply-adds, {size.bytes:,} bytes of weights\n"
-        f"          val accuracy {percent(found.accuracy)} (95 % interval {interval(found.interval)}){seen}, measured by "
-        f"running the file; as trained {percent(done.trained_accuracy)}\n\n"
-        f'Next:     onnxruntime.InferenceSession("{done.file}").run(None, {{"pixels": images}})   in Python\n'
-        f"          images: uint8, 0 to 255, of shape (any number, {', '.join(map(str, done.shape))})",
+        f"          {_sizes(done.size)} of weights\n"
+        f"          val accuracy {accuracy}{seen}, measured by running the file;"
+        f" as trained {percent(done.trained_accuracy)}\n\n"
+        f'Next:     onnxruntime.InferenceSession("{done.file}").run(None, {{"pixels": images}})'
+        "   in Python\n"
+        f"          images: uint8, 0 to 255, of shape (any number, {shape})",
         markup=False,
     )
 
@@ -392,14 +500,22 @@ def show_comparison(console: Console, done: Comparison, tolerance: float | None)
     """What is equal, what differs, what could not be compared, and where both runs are."""
     if done.identical:
         weights = f" and the SHA-256 of the weights ({done.weights[:16]}…)" if done.weights else ""
-        console.print(f"identical: {done.compared} metric values{weights} are equal, bit for bit", style="bold green")
+        console.print(
+            f"identical: {done.compared} metric values{weights} are equal, bit for bit",
+            style="bold green",
+        )
         console.print(f"as are    {', '.join(done.covered)}", markup=False)
     elif done.within(tolerance):
-        text = f"within tolerance: {done.compared} metric values differ by at most {done.largest:.3g}"
+        text = (
+            f"within tolerance: {done.compared} metric values differ by at most {done.largest:.3g}"
+        )
         console.print(text, style="bold green")
     if done.differences:
         console.print(differences_table(done.differences))
-    for what, names in (("not recorded", done.unrecorded), ("not known to this version", done.unknown)):
+    for what, names in (
+        ("not recorded", done.unrecorded),
+        ("not known to this version", done.unknown),
+    ):
         if names:
             console.print(f"{what}: {', '.join(names)}", style="yellow", markup=False)
     for note in done.notes:
@@ -416,4 +532,7 @@ def _values(recipe: Recipe) -> str:
     student, how = recipe.student, recipe.distillation
     name = "-".join(map(str, student.channels)) if student.channels else student.architecture
     hidden = f"/{student.hidden}" if student.hidden else ""
-    return f"{name + hidden:<16} α {how.alpha:<5.3g} T {how.temperature:<5.3g} lr {recipe.training.learning_rate:<8.3g}"
+    return (
+        f"{name + hidden:<16} α {how.alpha:<5.3g} T {how.temperature:<5.3g} lr"
+        f" {recipe.training.learning_rate:<8.3g}"
+    )

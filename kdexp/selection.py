@@ -1,6 +1,8 @@
-"""The selection rule: the smallest trial that meets the accuracy bar, or the most accurate within a size limit.
+"""The selection rule: the smallest trial that meets the accuracy bar, or the most accurate within a
+size limit.
 
-And the verdict on a recipe that was trained again with fresh seeds. Pure: no store, no network, no test split.
+And the verdict on a recipe that was trained again with fresh seeds. Pure: no store, no network, no
+test split.
 """
 
 from __future__ import annotations
@@ -58,14 +60,18 @@ class Candidate:
     bytes: int
     val_accuracy: float
     val_samples: int | None = None
-    """How many images that was measured on; None where the run does not say (recorded by a former version)."""
+    """How many images that was measured on; None where the run does not say (recorded by a former
+    version).
+    """
     variant: Variant = AS_TRAINED
-    """Or in which precision it is stored, once folded: see kdexp/variants.py."""
+    """Or in which precision it is stored, once folded: see variants.py."""
 
 
 @dataclass(frozen=True)
 class FreshSeeds:
-    """What a recipe came to with seeds that no choice has seen: correct predictions of each on the same validation images."""
+    """What a recipe came to with seeds that no choice has seen: correct predictions of each on the
+    same validation images.
+    """
 
     correct: tuple[int, ...]
     samples: int
@@ -86,15 +92,22 @@ class FreshSeeds:
         return tuple(correct / self.samples for correct in self.correct)
 
     def held_against(self, rule: Selection) -> float:
-        """What is compared with the bar: the mean, or with `confidence` the lower end of its interval."""
-        return mean_low(self.accuracies, self.samples, rule.confidence) if rule.confidence else self.mean
+        """What is compared with the bar: the mean, or with `confidence` the lower end of its
+        interval.
+        """
+        return (
+            mean_low(self.accuracies, self.samples, rule.confidence)
+            if rule.confidence
+            else self.mean
+        )
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.2f} % ± {100 * self.sd:.2f} over {len(self.correct)} fresh seeds"
 
 
 def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") -> Candidate:
-    """The candidate that `rule` picks; ties go to the more accurate (or the smaller), then the earlier trial.
+    """The candidate that `rule` picks; ties go to the more accurate (or the smaller), then the
+    earlier trial.
 
     Raises NothingPasses.
     """
@@ -112,31 +125,41 @@ def rank(candidate: Candidate, rule: Selection) -> tuple[float, float, int, str]
 
 
 def passes(candidate: Candidate, rule: Selection) -> bool:
-    """Whether a candidate meets both bar and limit. Raises KdexpError where its record is too old for a confidence."""
+    """Whether a candidate meets both bar and limit. Raises KdexpError where its record is too old
+    for a confidence.
+    """
     if rule.confidence and candidate.val_samples is None:
         raise KdexpError(
-            f"Trial {candidate.trial} (run {candidate.run_id}) was recorded by a former version of kdexp, without the number "
-            f"of its validation images: it can only be selected without confidence (selection.confidence: null)."
+            f"Trial {candidate.trial} (run {candidate.run_id}) was recorded by a former version of"
+            " kdexp, without the number of its validation images: it can only be selected without"
+            " confidence (selection.confidence: null)."
         )
-    return clears(candidate.val_accuracy, candidate.val_samples or 0, rule) and _within(candidate, rule)
+    return clears(candidate.val_accuracy, candidate.val_samples or 0, rule) and _within(
+        candidate, rule
+    )
 
 
 def clears(val_accuracy: float, val_samples: int, rule: Selection) -> bool:
-    """Whether a validation accuracy meets the bar: itself, or with `confidence` the lower end of its Wilson interval."""
+    """Whether a validation accuracy meets the bar: itself, or with `confidence` the lower end of
+    its Wilson interval.
+    """
     if rule.confidence is None:
         return val_accuracy >= rule.accuracy_bar
     return wilson_low(val_accuracy, val_samples, rule.confidence) >= rule.accuracy_bar
 
 
 def check_bar(rule: Selection, val_samples: int) -> None:
-    """Whether a student without a single error on so many validation images would meet the bar. Raises KdexpError."""
+    """Whether a student without a single error on so many validation images would meet the bar.
+    Raises KdexpError.
+    """
     if not clears(1.0, val_samples, rule):
         confidence = rule.confidence or 0.0
         raise KdexpError(
-            f"selection.accuracy_bar: at {100 * confidence:g} % confidence no student can meet {100 * rule.accuracy_bar:.2f} % "
-            f"on {val_samples:,} validation images: without a single error the interval's lower end is "
-            f"{100 * wilson_low(1.0, val_samples, confidence):.2f} %. Lower the bar or selection.confidence, or hold out more "
-            f"images (data.validation_fraction)."
+            f"selection.accuracy_bar: at {100 * confidence:g} % confidence no student can meet"
+            f" {100 * rule.accuracy_bar:.2f} % on {val_samples:,} validation images: without a"
+            " single error the interval's lower end is"
+            f" {100 * wilson_low(1.0, val_samples, confidence):.2f} %. Lower the bar or"
+            " selection.confidence, or hold out more images (data.validation_fraction)."
         )
 
 
@@ -147,7 +170,9 @@ def confirms(seeds: FreshSeeds, rule: Selection) -> bool:
 
 def requirement(rule: Selection) -> str:
     """What validation accuracy must be, in a few characters: '≥ 92.40 % at 95 %'."""
-    return f"≥ {100 * rule.accuracy_bar:.2f} %" + (f" at {100 * rule.confidence:g} %" if rule.confidence else "")
+    return f"≥ {100 * rule.accuracy_bar:.2f} %" + (
+        f" at {100 * rule.confidence:g} %" if rule.confidence else ""
+    )
 
 
 def size_of(candidate: Sized, size: Size) -> int:
@@ -169,9 +194,9 @@ def _nearest_miss(candidates: Sequence[Candidate], rule: Selection, study: str) 
     if not within:
         best = min(candidates, key=lambda c: (size_of(c, rule.size), c.trial))
         return (
-            f"No student{of} is{limit}. Smallest: {size_of(best, rule.size):,} {unit} (val accuracy "
-            f"{best.val_accuracy:.4f}, trial {best.trial}, run {best.run_id}). Raise selection.limit, or add smaller "
-            f"students to 'search'."
+            f"No student{of} is{limit}. Smallest: {size_of(best, rule.size):,} {unit} (val accuracy"
+            f" {best.val_accuracy:.4f}, trial {best.trial}, run {best.run_id}). Raise"
+            " selection.limit, or add smaller students to 'search'."
         )
     best = max(within, key=lambda c: (c.val_accuracy, -size_of(c, rule.size), -c.trial))
     sure, low = "", ""
@@ -179,7 +204,8 @@ def _nearest_miss(candidates: Sequence[Candidate], rule: Selection, study: str) 
         sure = f" at {100 * rule.confidence:g} % confidence"
         low = f", lower end {wilson_low(best.val_accuracy, best.val_samples, rule.confidence):.4f}"
     return (
-        f"No student{of} reaches validation accuracy {rule.accuracy_bar:.4g}{sure}{limit}. Best: {best.val_accuracy:.4f}{low} "
-        f"({size_of(best, rule.size):,} {unit}, trial {best.trial}, run {best.run_id}). Lower the bar "
-        f"(kdexp select --bar), train longer (training.epochs), or add larger students to 'search'."
+        f"No student{of} reaches validation accuracy {rule.accuracy_bar:.4g}{sure}{limit}. Best:"
+        f" {best.val_accuracy:.4f}{low} ({size_of(best, rule.size):,} {unit}, trial {best.trial},"
+        f" run {best.run_id}). Lower the bar (kdexp select --bar), train longer (training.epochs),"
+        " or add larger students to 'search'."
     )

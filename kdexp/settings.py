@@ -1,4 +1,6 @@
-"""Where to run it: stores, servers, data folder, device, threads, workers. Never part of a recipe."""
+"""Where to run it: stores, servers, data folder, device, threads, workers. Never part of a
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,29 @@ from pathlib import Path
 
 from kdexp import KdexpError
 from kdexp.surroundings import out_of_memory
-from kdexp.urls import one_database, remember_secrets, sqlite_file, sqlite_url, storage_url, tracking_url, without_credentials
+from kdexp.urls import (
+    one_database,
+    remember_secrets,
+    sqlite_file,
+    sqlite_url,
+    storage_url,
+    tracking_url,
+    without_credentials,
+)
 
 __all__ = ["Settings", "checked", "deaf", "first_line", "in_one_line", "without_credentials"]
 
 KEPT = re.compile(
-    r"MLFLOW_(TRACKING_(USERNAME|PASSWORD|TOKEN|INSECURE_TLS|SERVER_CERT_PATH|CLIENT_CERT_PATH|AUTH|AWS_SIGV4)"  # who we are
-    r"|(S3|GCS|BOTO|KERBEROS|HTTP|SQLALCHEMYSTORE|MYSQL)_\w+|ENABLE_MULTIPART_UPLOAD|WORKSPACE"  # how a server is reached
-    r"|DISABLE_TELEMETRY|ENABLE_ARTIFACTS_PROGRESS_BAR|SUPPRESS_PRINTING_URL_TO_STDOUT)"  # what kdexp sets itself
+    # who we are
+    r"MLFLOW_(TRACKING_(USERNAME|PASSWORD|TOKEN|INSECURE_TLS|SERVER_CERT_PATH|CLIENT_CERT_PATH|AUTH|AWS_SIGV4)"
+    # how a server is reached
+    r"|(S3|GCS|BOTO|KERBEROS|HTTP|SQLALCHEMYSTORE|MYSQL)_\w+|ENABLE_MULTIPART_UPLOAD|WORKSPACE"
+    # what kdexp sets itself
+    r"|DISABLE_TELEMETRY|ENABLE_ARTIFACTS_PROGRESS_BAR|SUPPRESS_PRINTING_URL_TO_STDOUT)"
 )
-"""MLflow's variables that say how the server is reached that kdexp was told to use. Every other one is for something else."""
+"""MLflow's variables that say how the server is reached that kdexp was told to use. Every other one
+is for something else.
+"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("kdexp")
 
@@ -38,7 +53,9 @@ class Settings:
     workers: int | None = 1
     """Processes that train side by side; None: as many as this machine has cores and memory for."""
     pack: int | None = None
-    """Trials that a process trains as one batch; None: as many as measure best on the device (on a CPU, one)."""
+    """Trials that a process trains as one batch; None: as many as measure best on the device (on a
+    CPU, one).
+    """
 
     @property
     def storage_url(self) -> str:
@@ -53,7 +70,9 @@ class Settings:
     @property
     def tracking_shown(self) -> str:
         """The same as people paste it, from any folder, without secrets."""
-        return without_credentials(self.tracking_uri or sqlite_url(self.stores.resolve() / "mlflow.db"))
+        return without_credentials(
+            self.tracking_uri or sqlite_url(self.stores.resolve() / "mlflow.db")
+        )
 
     @property
     def teachers(self) -> Path:
@@ -62,7 +81,9 @@ class Settings:
 
 
 def checked(settings: Settings) -> Settings:
-    """The same with URLs as the libraries take them. Raises KdexpError where they cannot be meant."""
+    """The same with URLs as the libraries take them. Raises KdexpError where they cannot be
+    meant.
+    """
     tracking, storage = settings.tracking_uri or None, settings.storage or None
     remember_secrets(*filter(None, (tracking, storage)))
     tracking, storage = tracking and tracking_url(tracking), storage and storage_url(storage)
@@ -73,41 +94,53 @@ def checked(settings: Settings) -> Settings:
     settings = replace(settings, tracking_uri=tracking, storage=storage)
     if one_database(settings.tracking_url, settings.storage_url):
         raise KdexpError(
-            f"--storage and --tracking-uri name one database ({without_credentials(settings.storage_url)}): Optuna and MLflow "
-            f"each keep their tables' version in a table of the same name. Give each a database of its own."
+            "--storage and --tracking-uri name one database"
+            f" ({without_credentials(settings.storage_url)}): Optuna and MLflow each keep their"
+            " tables' version in a table of the same name. Give each a database of its own."
         )
     return settings
 
 
 def deaf(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Take MLflow's variables that are meant for something else out of this process's environment, and say so once.
+    """Take MLflow's variables that are meant for something else out of this process's environment,
+    and say so once.
 
-    A rule, not a list: what MLflow will read next year is ignored as well. Nor does loopback go through a proxy.
+    A rule, not a list: what MLflow will read next year is ignored as well. Nor does loopback go
+    through a proxy.
     """
-    ignored = sorted(name for name in environment if re.match("_?MLFLOW_", name) and not KEPT.fullmatch(name))
+    ignored = sorted(
+        name for name in environment if re.match("_?MLFLOW_", name) and not KEPT.fullmatch(name)
+    )
     for name in ignored:
         del environment[name]
     if ignored:
         log.warning("Ignored, as set for another use of MLflow: %s", ", ".join(ignored))
     hosts = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     if hosts.strip() != "*":
-        wanted = ",".join(dict.fromkeys([*filter(None, map(str.strip, hosts.split(","))), *LOOPBACK]))
+        wanted = ",".join(
+            dict.fromkeys([*filter(None, map(str.strip, hosts.split(","))), *LOOPBACK])
+        )
         environment["no_proxy"] = environment["NO_PROXY"] = wanted
 
 
 def in_one_line(error: Exception) -> str:
-    """Any failure as one line, without secrets: our own as it is, the system's with its file, others by their kind."""
+    """Any failure as one line, without secrets: our own as it is, the system's with its file,
+    others by their kind.
+    """
     if isinstance(error, KdexpError):
         line = str(error)
     elif out_of_memory(error):
         line = (
-            f"No memory is left ({first_line(error)}): give fewer --workers, a smaller --pack or batch_size, or raise the "
-            f"limit (ulimit -v)"
+            f"No memory is left ({first_line(error)}): give fewer --workers, a smaller --pack or"
+            " batch_size, or raise the limit (ulimit -v)"
         )
     elif isinstance(error, OSError):
         line = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     else:
-        line = f"Unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please report it)"
+        line = (
+            f"Unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please"
+            " report it)"
+        )
     return without_credentials(line)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from kdexp import KdexpError
-from kdexp.tracking import Tracking
+from kdexp.runs.tracking import Tracking
 
 __all__ = ["serve"]
 
@@ -25,24 +25,42 @@ START_TIMEOUT = 120.0  # seconds; 8 on a quiet machine
 
 
 def serve(tracking: Tracking, port: int, console: Console) -> None:
-    """Serve until Ctrl-C; where a tracking server is given, only print its pages. Raises KdexpError."""
+    """Serve until Ctrl-C; where a tracking server is given, only print its pages. Raises
+    KdexpError.
+    """
     if tracking.url.startswith("http"):
         for line in _pages(tracking, tracking.shown.rstrip("/")):
             console.print(line, markup=False)
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
-            raise KdexpError(f"Port {port} of {HOST} is taken; choose another: kdexp ui --port {port + 1}")
+            raise KdexpError(
+                f"Port {port} of {HOST} is taken; choose another: kdexp ui --port {port + 1}"
+            )
     address = f"http://{HOST}:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]  # fmt: skip
+    mlflow = [sys.executable, "-m", "mlflow", "server"]
+    command = [*mlflow, "--host", HOST, "--port", str(port), "--workers", "1"]
     console.print(f"Starting the MLflow UI on {address} …")
-    # By the environment, not the command line: a URL may hold a password, and everyone can read command lines.
-    # What is meant for another server of the user's was taken out of it before (settings.deaf), but for its programs'.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UVICORN_", "GUNICORN_"))}
-    environment = kept | {"MLFLOW_BACKEND_STORE_URI": tracking.url, "MLFLOW_REGISTRY_STORE_URI": tracking.url}
-    # A session of its own: MLflow starts further processes, and all of them must go when this one does.
+    # By the environment, not the command line: a URL may hold a password, and everyone can read
+    # command lines. What is meant for another server of the user's was taken out of it before
+    # (settings.deaf), but for its programs'.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("UVICORN_", "GUNICORN_"))
+    }
+    environment = kept | {
+        "MLFLOW_BACKEND_STORE_URI": tracking.url,
+        "MLFLOW_REGISTRY_STORE_URI": tracking.url,
+    }
+    # A session of its own: MLflow starts further processes, and all of them must go when this one
+    # does.
     server = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
     )
     try:
         with tracking.shown_by_ui():
@@ -66,11 +84,15 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(server: subprocess.Popen[bytes], address: str) -> None:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know our 127.0.0.1
+    # a proxy does not know our 127.0.0.1
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise KdexpError(f"mlflow server ended at once (exit code {server.returncode}); run it by hand to see why")
+            raise KdexpError(
+                f"mlflow server ended at once (exit code {server.returncode}); run it by hand to"
+                " see why"
+            )
         try:
             with direct.open(f"{address}/health", timeout=2):
                 return

@@ -1,4 +1,6 @@
-"""Shared parts of the tests: shapes checked at run time, real stores in temporary folders, small real data."""
+"""Shared parts of the tests: shapes checked at run time, real stores in temporary folders, small
+real data.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,16 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("kdexp.distill", "beartype.beartype")  # shapes in annotations are checked in every test
+# shapes in annotations are checked in every test
+hook = install_import_hook("kdexp.distill", "beartype.beartype")
 
 import torch
 
 from kdexp import urls
 from kdexp.config import Sweep
-from kdexp.distill.data import DEBIAN, Splits, load_splits
+from kdexp.distill.datasets import DEBIAN, Splits, load_splits
+from kdexp.runs.tracking import Tracking
 from kdexp.settings import Settings
-from kdexp.tracking import Tracking
 
 torch.set_num_threads(1)  # the networks here are too small to share
 ROOT = Path(__file__).parents[1]
@@ -31,7 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("CI") != "true" and "slow" not in config.getoption("-m"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs under CI=true, or with -m slow"))
+                item.add_marker(
+                    pytest.mark.skip(reason="slow: runs under CI=true, or with -m slow")
+                )
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +80,7 @@ def tiny() -> Sweep:
 
 def tiny_sweep() -> Sweep:
     """The same, for fixtures that outlive a test."""
-    return Sweep.model_validate_json(
-        """{"name": "tiny",
+    return Sweep.model_validate_json("""{"name": "tiny",
         "data": {"dataset": "digits", "channels": 1, "validation_fraction": 0.2, "augment": {"flip": false, "shift": 1}},
         "teacher": {"architecture": "cnn", "channels": [8, 16], "hidden": 16, "epochs": 3, "learning_rate": 0.01},
         "student": {"channels": [4, 8], "hidden": 16},
@@ -86,8 +90,7 @@ def tiny_sweep() -> Sweep:
                    "training.learning_rate": {"low": 0.003, "high": 0.03, "log": true},
                    "student.channels": {"choices": [[2, 4], [4, 8]]}},
         "study": {"trials": 4, "objective": "accuracy"},
-        "selection": {"accuracy_bar": 0.2}}"""
-    )
+        "selection": {"accuracy_bar": 0.2}}""")
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +98,14 @@ def digits() -> Splits:
     """Digits as the tiny sweep splits them."""
     from kdexp.config import Augment, Data
 
-    return load_splits(Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1)))
+    return load_splits(
+        Data(
+            dataset="digits",
+            channels=1,
+            validation_fraction=0.2,
+            augment=Augment(flip=False, shift=1),
+        )
+    )
 
 
 @pytest.fixture(scope="session")

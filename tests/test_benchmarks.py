@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import contenders, honesty
 from kdexp.config import Recipe, load
-from kdexp.distill.data import Split
+from kdexp.distill.datasets import Split
 from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build, measure
 
@@ -27,43 +27,79 @@ ROWS = list(csv.DictReader((ROOT / "docs" / "results" / "frontier.csv").read_tex
 def test_the_contenders_hyperparameters_and_loss_are_the_documented_ones() -> None:
     recipe = Recipe()
     training, how = recipe.training, recipe.distillation
-    ours = (how.alpha, how.temperature, training.learning_rate, training.final_learning_rate, training.weight_decay)
-    assert ours == (contenders.ALPHA, contenders.TEMPERATURE, contenders.RATE, contenders.FINAL_RATE, contenders.DECAY)
+    ours = (
+        how.alpha,
+        how.temperature,
+        training.learning_rate,
+        training.final_learning_rate,
+        training.weight_decay,
+    )
+    assert ours == (
+        contenders.ALPHA,
+        contenders.TEMPERATURE,
+        contenders.RATE,
+        contenders.FINAL_RATE,
+        contenders.DECAY,
+    )
     assert (training.batch_size, training.seed) == (contenders.BATCH, contenders.SEED)
     student, teacher = torch.randn(8, 10).double(), torch.randn(8, 10).double()
     labels = torch.randint(10, (8,))
     expected = distillation_loss(student, teacher, labels, how.alpha, how.temperature).total
-    assert contenders._loss(student, teacher, labels).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert contenders._loss(student, teacher, labels).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
 
 
 def test_torchdistills_loss_at_its_own_alpha_is_ours() -> None:
-    losses = pytest.importorskip("torchdistill.losses.mid_level", reason="torchdistill is installed for the benchmark only")
+    losses = pytest.importorskip(
+        "torchdistill.losses.mid_level", reason="torchdistill is installed for the benchmark only"
+    )
     kd = losses.KDLoss("s", "output", "t", "output", contenders.TEMPERATURE, 1 - contenders.ALPHA)
-    student, teacher, labels = torch.randn(8, 10).double(), torch.randn(8, 10).double(), torch.randint(10, (8,))
+    student = torch.randn(8, 10).double()
+    teacher = torch.randn(8, 10).double()
+    labels = torch.randint(10, (8,))
     theirs = kd({"s": {"output": student}}, {"t": {"output": teacher}}, labels)
-    assert theirs.item() == pytest.approx(contenders._loss(student, teacher, labels).item(), rel=1e-12)
+    assert theirs.item() == pytest.approx(
+        contenders._loss(student, teacher, labels).item(), rel=1e-12
+    )
 
 
 def test_the_contenders_images_are_ours(digits) -> None:
-    from kdexp.distill.data import pixels
+    from kdexp.distill.batches import pixels
 
     split = digits.train.take(torch.arange(5))
-    floats = torch.stack([contenders._Images(split, contenders.TEST)[number][0] for number in range(5)])
+    floats = torch.stack(
+        [contenders._Images(split, contenders.TEST)[number][0] for number in range(5)]
+    )
     assert torch.allclose(floats, pixels(split, torch.arange(5)).expand(-1, 3, -1, -1), atol=1e-6)
     assert torch.allclose(floats, contenders._floats(split.images), atol=1e-6)
 
 
-with_results = pytest.mark.parametrize("row", ROWS, ids=[row["command"].split("&&")[-1].split()[2] for row in ROWS])
+with_results = pytest.mark.parametrize(
+    "row", ROWS, ids=[row["command"].split("&&")[-1].split()[2] for row in ROWS]
+)
 
 
 @with_results
 def test_a_row_of_the_frontier_is_what_its_command_trains(row) -> None:
-    sweep_command, confirm_command = (shlex.split(command) for command in row["command"].split("&&"))
-    assert (sweep_command[:3], confirm_command[:2]) == (["kdexp", "sweep", row["sweep_file"]], ["kdexp", "confirm"])
+    sweep_command, confirm_command = (
+        shlex.split(command) for command in row["command"].split("&&")
+    )
+    assert (sweep_command[:3], confirm_command[:2]) == (
+        ["kdexp", "sweep", row["sweep_file"]],
+        ["kdexp", "confirm"],
+    )
     sweep = load(ROOT / row["sweep_file"], sweep_command[4::2])
     assert (set(sweep_command[3::2]), sweep.name) == ({"--set"}, confirm_command[2])
     images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-    like = Split(images, torch.zeros(2, dtype=torch.int64), tuple("0123456789"), sweep.data.channels or 1, 0.5, 0.5)
+    like = Split(
+        images,
+        torch.zeros(2, dtype=torch.int64),
+        tuple("0123456789"),
+        sweep.data.channels or 1,
+        0.5,
+        0.5,
+    )
     size = measure(build(sweep.student, like), like)
     assert [str(size.parameters), str(size.multiply_adds), str(size.bytes)] == [
         row[key] for key in ("parameters", "multiply_adds", "bytes")
@@ -76,13 +112,21 @@ def test_a_row_of_the_frontier_is_the_mean_of_its_runs(row) -> None:
     runs = json.loads((ROOT / "docs" / "results" / "runs" / f"{name}.json").read_text())["runs"]
     fresh = [run["metrics"] for run in runs if "fresh seed" in run["name"]]
     assert len(fresh) == int(row["seeds"]) >= 3
-    assert float(row["val_accuracy"]) == pytest.approx(np.mean([run["val_accuracy"] for run in fresh]), abs=1e-5)
-    assert float(row["test_accuracy"]) == pytest.approx(np.mean([run["test_accuracy"] for run in fresh]), abs=1e-5)
-    assert float(row["test_sd"]) == pytest.approx(np.std([run["test_accuracy"] for run in fresh], ddof=1), abs=1e-5)
+    assert float(row["val_accuracy"]) == pytest.approx(
+        np.mean([run["val_accuracy"] for run in fresh]), abs=1e-5
+    )
+    assert float(row["test_accuracy"]) == pytest.approx(
+        np.mean([run["test_accuracy"] for run in fresh]), abs=1e-5
+    )
+    assert float(row["test_sd"]) == pytest.approx(
+        np.std([run["test_accuracy"] for run in fresh], ddof=1), abs=1e-5
+    )
 
 
 def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlated() -> None:
-    options = honesty._options(["--candidates", "2", "--images", "500", "--shared", "0.4", "--seed-sd", "0"])
+    options = honesty._options(
+        ["--candidates", "2", "--images", "500", "--shared", "0.4", "--seed-sd", "0"]
+    )
     generator = np.random.default_rng(1)
     off = []
     for _ in range(4000):
@@ -93,7 +137,9 @@ def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlate
     assert np.mean(off) == pytest.approx(0, abs=0.04)
 
 
-def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_cost_of_size(capsys) -> None:
+def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_cost_of_size(
+    capsys,
+) -> None:
     honesty.main(["--repetitions", "60"])
     plain, confirmed, sure, both = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     for better, worse in ((confirmed, plain), (sure, plain), (both, confirmed), (both, sure)):
@@ -110,9 +156,18 @@ def test_a_contender_trains_and_reports(tmp_path, name) -> None:
     from torchvision.models import resnet50
 
     if name == "torchdistill":
-        pytest.importorskip("torchdistill", reason="torchdistill is installed for the benchmark only")
+        pytest.importorskip(
+            "torchdistill", reason="torchdistill is installed for the benchmark only"
+        )
     save_file(resnet50(num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
-    command = [sys.executable, "-m", "benchmarks.contenders", name, "--teacher", str(tmp_path / "teacher.safetensors")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.contenders",
+        name,
+        "--teacher",
+        str(tmp_path / "teacher.safetensors"),
+    ]
     done = subprocess.run(
         [*command, "--steps", "2", "--images", "300", "--threads", "1"],
         cwd=ROOT,

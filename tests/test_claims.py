@@ -19,13 +19,13 @@ from faults.servers import Postgresql
 from filelock import FileLock
 from sqlalchemy.exc import OperationalError
 
-from kdexp import claims
-from kdexp.claims import AWAY, Claimant, ClaimLost, network_drive
 from kdexp.distill.models import Size
-from kdexp.outcome import Outcome
-from kdexp.schema import reaching
+from kdexp.runs.outcome import Outcome
+from kdexp.runs.schema import reaching
+from kdexp.search import claims
+from kdexp.search.claims import AWAY, Claimant, ClaimLost, network_drive
+from kdexp.search.study import OpenStudy, check_study, open_study
 from kdexp.settings import Settings
-from kdexp.study import OpenStudy, check_study, open_study
 
 GRACE = 1.5
 SHORT = {"GRACE_SECONDS": GRACE, "KEEP_SECONDS": 0.1, "POLL_SECONDS": 0.05}
@@ -76,7 +76,9 @@ def machine(folder: Path, storage: str) -> Settings:
 
 def opened(settings: Settings) -> OpenStudy:
     sweep = tiny_sweep()
-    sweep = sweep.model_copy(update={"study": sweep.study.model_copy(update={"trials": 40, "sampler": "random"})})
+    sweep = sweep.model_copy(
+        update={"study": sweep.study.model_copy(update={"trials": 40, "sampler": "random"})}
+    )
     check_study(sweep, settings)
     return open_study(sweep, settings, str)
 
@@ -119,12 +121,16 @@ def test_of_many_that_claim_what_nobody_has_one_has_it(storage: str, tmp_path: P
 
 
 def test_a_result_is_refused_to_who_has_lost_the_claim(storage: str, tmp_path: Path) -> None:
-    with Claimant(machine(tmp_path / "one", storage)) as one, Claimant(machine(tmp_path / "two", storage)) as two:
+    with (
+        Claimant(machine(tmp_path / "one", storage)) as one,
+        Claimant(machine(tmp_path / "two", storage)) as two,
+    ):
         held = one.take("trial 1", None)
         assert held is not None
         with one.fenced(held):
             pass
-        one._locks.hold, one._mine = lambda: None, set()  # what follows is a thief's work, past the rules
+        # what follows is a thief's work, past the rules
+        one._locks.hold, one._mine = lambda: None, set()
         with one._locks.transaction() as connection:
             assert claims._set(connection, "trial 1", 1, token=2, claimant=two.name)
         assert not one.owns(held)
@@ -132,7 +138,9 @@ def test_a_result_is_refused_to_who_has_lost_the_claim(storage: str, tmp_path: P
             raise AssertionError("nothing of this may be told")
 
 
-def test_a_claim_whose_answer_was_lost_is_free_to_its_own_claimant(storage: str, tmp_path: Path) -> None:
+def test_a_claim_whose_answer_was_lost_is_free_to_its_own_claimant(
+    storage: str, tmp_path: Path
+) -> None:
     with Claimant(machine(tmp_path, storage)) as claimant:
         claimant.take("trial 1", None)
         assert claimant.look(["trial 1"])["trial 1"].state == "held"
@@ -141,10 +149,15 @@ def test_a_claim_whose_answer_was_lost_is_free_to_its_own_claimant(storage: str,
 
 
 @pytest.mark.postgresql
-def test_a_claim_cannot_pass_on_while_its_result_is_told(postgresql: Postgresql, tmp_path: Path) -> None:
+def test_a_claim_cannot_pass_on_while_its_result_is_told(
+    postgresql: Postgresql, tmp_path: Path
+) -> None:
     """Not even to one that would take it without asking who lives."""
     url, done = postgresql.url, threading.Event()
-    with Claimant(machine(tmp_path / "one", url)) as one, Claimant(machine(tmp_path / "two", url)) as two:
+    with (
+        Claimant(machine(tmp_path / "one", url)) as one,
+        Claimant(machine(tmp_path / "two", url)) as two,
+    ):
         held = one.take("trial 1", None)
         assert held is not None
         known = two.look(["trial 1"])["trial 1"].claim
@@ -179,7 +192,9 @@ def test_what_was_killed_is_free_and_what_lives_is_not(storage: str, tmp_path: P
     """kill -9 of one that holds several claims."""
     context = multiprocessing.get_context("spawn")
     ready, names = context.Event(), ["trial 1", "trial 2", "trial 3"]
-    process = context.Process(target=holding, args=(machine(tmp_path / "one", storage), names, ready, SHORT), daemon=True)
+    process = context.Process(
+        target=holding, args=(machine(tmp_path / "one", storage), names, ready, SHORT), daemon=True
+    )
     process.start()
     assert ready.wait(60)
     with Claimant(machine(tmp_path / "two", storage)) as two:
@@ -189,13 +204,19 @@ def test_what_was_killed_is_free_and_what_lives_is_not(storage: str, tmp_path: P
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        until(lambda: {standing.state for standing in two.look(names).values()} == {"free"}, "they are free", 20)
+        until(
+            lambda: {standing.state for standing in two.look(names).values()} == {"free"},
+            "they are free",
+            20,
+        )
         for name, standing in two.look(names).items():
             assert two.take(name, standing.claim) is not None
 
 
 def test_asking_who_lives_does_not_disturb_another_who_asks(storage: str, tmp_path: Path) -> None:
-    """A look takes a lock file's lock for a moment; two that looked at once each saw the other as its holder."""
+    """A look takes a lock file's lock for a moment; two that looked at once each saw the other as
+    its holder.
+    """
     with Claimant(machine(tmp_path / "gone", storage)) as gone:
         gone.take("trial 1", None)
     observers = [Claimant(machine(tmp_path / str(number), storage)) for number in range(4)]
@@ -213,10 +234,17 @@ def test_asking_who_lives_does_not_disturb_another_who_asks(storage: str, tmp_pa
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("seconds", [0.0, GRACE / 2, 3 * GRACE])
-def test_an_outage_takes_nothing_from_the_living(postgresql: Postgresql, tmp_path: Path, seconds: float) -> None:
-    """Of no time, less and more than the grace. The old lease had run out for everybody when the server was back."""
+def test_an_outage_takes_nothing_from_the_living(
+    postgresql: Postgresql, tmp_path: Path, seconds: float
+) -> None:
+    """Of no time, less and more than the grace. The old lease had run out for everybody when the
+    server was back.
+    """
     url = postgresql.url
-    with Claimant(machine(tmp_path / "one", url)) as one, Claimant(machine(tmp_path / "two", url)) as two:
+    with (
+        Claimant(machine(tmp_path / "one", url)) as one,
+        Claimant(machine(tmp_path / "two", url)) as two,
+    ):
         held = one.take("trial 1", None)
         assert held is not None
         assert two.look(["trial 1"])["trial 1"].state == "held"
@@ -238,22 +266,33 @@ def test_an_outage_takes_nothing_from_the_living(postgresql: Postgresql, tmp_pat
 
 
 @pytest.mark.postgresql
-def test_two_breaks_of_a_connection_are_not_taken_for_one_long_one(postgresql: Postgresql, tmp_path: Path) -> None:
-    """Whoever looks seldom sees a living claimant without its lock twice, and it was there in between."""
+def test_two_breaks_of_a_connection_are_not_taken_for_one_long_one(
+    postgresql: Postgresql, tmp_path: Path
+) -> None:
+    """Whoever looks seldom sees a living claimant without its lock twice, and it was there in
+    between.
+    """
     url = postgresql.url
-    with Claimant(machine(tmp_path / "one", url)) as one, Claimant(machine(tmp_path / "two", url)) as two:
+    with (
+        Claimant(machine(tmp_path / "one", url)) as one,
+        Claimant(machine(tmp_path / "two", url)) as two,
+    ):
         one.take("trial 1", None)
         for _ in range(3):
             with one._locks._mutex:  # type: ignore[attr-defined]
                 one._locks._drop()  # type: ignore[attr-defined]
                 states = iter(lambda: two.look(["trial 1"])["trial 1"].state, "doubtful")
-                assert set(states) <= {"held"}, "its lock has been free for a moment, not since the last time"
+                assert set(states) <= {"held"}, (
+                    "its lock has been free for a moment, not since the last time"
+                )
             until(lambda: one._locks._held, "it is back", 5)  # type: ignore[attr-defined]
             time.sleep(1.2 * GRACE)
 
 
 @pytest.mark.postgresql
-def test_a_former_connection_that_the_server_still_holds_is_ended(postgresql: Postgresql, tmp_path: Path) -> None:
+def test_a_former_connection_that_the_server_still_holds_is_ended(
+    postgresql: Postgresql, tmp_path: Path
+) -> None:
     with Claimant(machine(tmp_path, postgresql.url)) as one:
         session = one._locks
         until(lambda: session._held, "it holds its lock", 5)  # type: ignore[attr-defined]
@@ -274,7 +313,9 @@ def test_a_server_that_is_gone_without_a_word_is_noticed() -> None:
     assert told["tcp_user_timeout"] == 14_000
     assert told["keepalives_idle"] + told["keepalives_interval"] * told["keepalives_count"] == 14
     assert 14 + 10 + 2 < 30, "a living claimant is back within the grace"
-    assert "connect_timeout" not in reaching("postgresql://me@host/db?connect_timeout=3"), "what the URL says is left"
+    assert "connect_timeout" not in reaching("postgresql://me@host/db?connect_timeout=3"), (
+        "what the URL says is left"
+    )
     assert reaching("sqlite:///x.db") == {}
 
 
@@ -284,7 +325,8 @@ def test_a_command_has_three_connections_at_most(postgresql: Postgresql, tmp_pat
     settings = machine(tmp_path, postgresql.url)
     watch = sqlalchemy.create_engine(postgresql.url, isolation_level="AUTOCOMMIT")
     count = sqlalchemy.text(
-        "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        "select count(*) from pg_stat_activity where datname = current_database() and pid <>"
+        " pg_backend_pid()"
     )
     study, most, over = opened(settings), [0], threading.Event()
 
@@ -317,7 +359,9 @@ def test_a_command_has_three_connections_at_most(postgresql: Postgresql, tmp_pat
 @pytest.mark.postgresql
 def test_requests_do_not_grow_with_claimants(postgresql: Postgresql, tmp_path: Path) -> None:
     def requests(others: int) -> int:
-        living = [Claimant(machine(tmp_path / str(number), postgresql.url)) for number in range(others)]
+        living = [
+            Claimant(machine(tmp_path / str(number), postgresql.url)) for number in range(others)
+        ]
         names = [f"trial {number}" for number in range(others)]
         for claimant, name in zip(living, names):
             claimant.__enter__()
@@ -327,7 +371,9 @@ def test_requests_do_not_grow_with_claimants(postgresql: Postgresql, tmp_path: P
             observer.look(names)
             engine = observer._locks._engine  # type: ignore[attr-defined]
             observer._locks._stop.set()  # type: ignore[attr-defined]
-            sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *_: counted.__setitem__(0, counted[0] + 1))
+            sqlalchemy.event.listen(
+                engine, "before_cursor_execute", lambda *_: counted.__setitem__(0, counted[0] + 1)
+            )
             assert {standing.state for standing in observer.look(names).values()} == {"held"}
         for claimant in living:
             claimant.__exit__()
@@ -339,7 +385,9 @@ def test_requests_do_not_grow_with_claimants(postgresql: Postgresql, tmp_path: P
 # --- studies ---
 
 
-def test_two_commands_with_one_sqlite_storage_and_two_stores_leave_each_other_their_trials(tmp_path: Path) -> None:
+def test_two_commands_with_one_sqlite_storage_and_two_stores_leave_each_other_their_trials(
+    tmp_path: Path,
+) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     one, two = machine(tmp_path / "one", url), machine(tmp_path / "two", url)
     first, second = opened(one), opened(two)
@@ -354,16 +402,26 @@ def test_two_commands_with_one_sqlite_storage_and_two_stores_leave_each_other_th
         here.__exit__()  # as its system does for one that dies
         taken = second.next_trial(there, nothing)
         assert taken is not None
-        assert (taken.number, taken.retried, taken.broken) == (0, True, True), "at once: there is nothing to wait for"
+        assert (taken.number, taken.retried, taken.broken) == (
+            0,
+            True,
+            True,
+        ), "at once: there is nothing to wait for"
         assert not first.owns(mine)
         with pytest.raises(ClaimLost):
             first.tell(mine.number, ENDED)
         second.tell(taken.number, ENDED)
-    assert not list((tmp_path / "one").rglob("*.lock")) or not list((tmp_path / "one" / "claims").glob("*"))
+    assert not list((tmp_path / "one").rglob("*.lock")) or not list(
+        (tmp_path / "one" / "claims").glob("*")
+    )
 
 
-def test_a_trial_that_is_claimed_by_nobody_is_given_time_and_then_taken(storage: str, tmp_path: Path) -> None:
-    """Its asker died, or is about to claim it: not judged by when it says that it began, in whatever time zone."""
+def test_a_trial_that_is_claimed_by_nobody_is_given_time_and_then_taken(
+    storage: str, tmp_path: Path
+) -> None:
+    """Its asker died, or is about to claim it: not judged by when it says that it began, in
+    whatever time zone.
+    """
     one, two = machine(tmp_path / "one", storage), machine(tmp_path / "two", storage)
     study, other = opened(one), opened(two)
     asked = study._study.ask()
@@ -392,7 +450,9 @@ def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path, left: str, broken
         assert (trial.number, trial.retried, trial.broken) == (0, True, broken)
 
 
-def test_a_trial_that_was_told_by_who_is_gone_is_not_trained_again(storage: str, tmp_path: Path) -> None:
+def test_a_trial_that_was_told_by_who_is_gone_is_not_trained_again(
+    storage: str, tmp_path: Path
+) -> None:
     """It had ended when its claim was looked at, and the trials had been read before."""
     one, two = machine(tmp_path / "one", storage), machine(tmp_path / "two", storage)
     study, other = opened(one), opened(two)
@@ -412,14 +472,19 @@ def test_a_trial_that_was_told_by_who_is_gone_is_not_trained_again(storage: str,
 
 
 def test_a_network_drive_is_recognised_by_the_list_of_mounts() -> None:
-    mounts = "/dev/sda1 / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n/dev/sdb /home/me/disk ext4 rw 0 0\n"
+    mounts = (
+        "/dev/sda1 / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n/dev/sdb /home/me/disk ext4 rw"
+        " 0 0\n"
+    )
     assert network_drive(Path("/home/me/mlruns"), mounts) == "nfs4"
     assert network_drive(Path("/home/me/disk/mlruns"), mounts) == ""
     assert network_drive(Path("/var/mlruns"), mounts) == ""
     assert network_drive(Path("/var/mlruns"), "") == ""
 
 
-def test_on_a_network_drive_it_is_said_that_locks_may_not_be_seen(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_on_a_network_drive_it_is_said_that_locks_may_not_be_seen(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(claims, "network_drive", lambda folder, mounts: "nfs4")
     with Claimant(machine(tmp_path / "one", f"sqlite:///{tmp_path / 'shared.db'}")):
         pass
@@ -427,10 +492,14 @@ def test_on_a_network_drive_it_is_said_that_locks_may_not_be_seen(tmp_path: Path
 
 
 @pytest.mark.postgresql
-def test_with_a_server_nothing_rests_on_locks_in_a_shared_stores(postgresql: Postgresql, tmp_path: Path, monkeypatch) -> None:
+def test_with_a_server_nothing_rests_on_locks_in_a_shared_stores(
+    postgresql: Postgresql, tmp_path: Path, monkeypatch
+) -> None:
     """As on a network drive whose locks do not cross machines: every lock file seems free."""
     nothing_held = lambda self: setattr(self._context, "lock_file_fd", None)  # noqa: E731
-    monkeypatch.setattr(FileLock, "_acquire", lambda self: setattr(self._context, "lock_file_fd", 0))
+    monkeypatch.setattr(
+        FileLock, "_acquire", lambda self: setattr(self._context, "lock_file_fd", 0)
+    )
     monkeypatch.setattr(FileLock, "_release", nothing_held)
     settings = machine(tmp_path / "stores", postgresql.url)
     first, second = opened(settings), opened(settings)
@@ -455,7 +524,10 @@ def test_what_is_locked_by_name_is_done_by_one_at_a_time(storage: str, tmp_path:
     inside, most = [0], [0]
 
     def work(number: int) -> None:
-        with Claimant(machine(tmp_path / str(number), storage)) as claimant, claimant.lock("test of study 1") as ours:
+        with (
+            Claimant(machine(tmp_path / str(number), storage)) as claimant,
+            claimant.lock("test of study 1") as ours,
+        ):
             assert ours
             inside[0] += 1
             most[0] = max(most[0], inside[0])
@@ -468,7 +540,10 @@ def test_what_is_locked_by_name_is_done_by_one_at_a_time(storage: str, tmp_path:
 
 
 def test_who_is_not_patient_hears_that_another_is_at_it(storage: str, tmp_path: Path) -> None:
-    with Claimant(machine(tmp_path / "one", storage)) as one, Claimant(machine(tmp_path / "two", storage)) as two:
+    with (
+        Claimant(machine(tmp_path / "one", storage)) as one,
+        Claimant(machine(tmp_path / "two", storage)) as two,
+    ):
         with one.lock("seed 1"), two.lock("seed 1", patient=False) as ours:
             assert not ours
         with two.lock("seed 1", patient=False) as ours:

@@ -33,7 +33,9 @@ def convolutions(draw, depth: int, out: int, stride: int = 1) -> list[nn.Module]
     groups = draw(st.sampled_from([g for g in (1, 2, 3, 4) if depth % g == out % g == 0]))
     size, bias = draw(st.sampled_from([1, 3, 5])), draw(st.booleans())
     mode = draw(st.sampled_from(["zeros", "reflect"]))
-    conv = nn.Conv2d(depth, out, size, stride, size // 2, groups=groups, bias=bias, padding_mode=mode)
+    conv = nn.Conv2d(
+        depth, out, size, stride, size // 2, groups=groups, bias=bias, padding_mode=mode
+    )
     between = draw(st.sampled_from([[], [nn.Dropout(0.5)], [nn.ReLU()]]))
     norm = draw(st.sampled_from([[], [nn.BatchNorm2d(out)], [nn.BatchNorm2d(out, affine=False)]]))
     return [conv, *between, *norm]
@@ -48,10 +50,14 @@ def networks(draw, depth: int) -> nn.Module:
         block = nn.Sequential(*draw(convolutions(width, out)), relu, *draw(convolutions(out, out)))
         shortcut = nn.Sequential(*draw(convolutions(width, out))) if width != out else nn.Identity()
         kind = draw(st.sampled_from(["plain", "nested", "residual"]))
-        layers += {"plain": [*block], "nested": [block], "residual": [Residual(block, shortcut)]}[kind]
+        layers += {"plain": [*block], "nested": [block], "residual": [Residual(block, shortcut)]}[
+            kind
+        ]
         layers.append(relu)
         width = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * width, 5))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * width, 5)
+    )
 
 
 def norms(module: nn.Module) -> int:
@@ -114,7 +120,9 @@ def test_a_norm_that_does_not_follow_its_convolution_stays() -> None:
 
 def test_a_convolution_shared_by_two_places_is_folded_in_each_by_itself() -> None:
     conv = nn.Conv2d(3, 3, 1)
-    module = settled(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.ReLU(), conv, nn.BatchNorm2d(3)), 1)
+    module = settled(
+        nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.ReLU(), conv, nn.BatchNorm2d(3)), 1
+    )
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert same(fold(module)(x), module(x))
 
@@ -148,4 +156,6 @@ def test_a_network_of_torchvision_takes_one_channel_too() -> None:
     like = images()
     module = settled(build(Network(architecture="squeezenet1_1"), images(size=64)), 0).float()
     grey = torch.randn(2, 1, 64, 64)
-    assert torch.allclose(compact(module, like)(grey), module(grey.expand(-1, 3, -1, -1)), atol=1e-4)
+    assert torch.allclose(
+        compact(module, like)(grey), module(grey.expand(-1, 3, -1, -1)), atol=1e-4
+    )

@@ -1,4 +1,6 @@
-"""The sweep file: documented defaults, exact round trip, and every mistake named before any work."""
+"""The sweep file: documented defaults, exact round trip, and every mistake named before any
+work.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,12 @@ from kdexp.config import (
     differences,
     flatten,
     identity,
-    learns_alike,
     load,
     recorded,
     select_rule,
     upgrade,
 )
+from kdexp.search.space import learns_alike
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 DIGITS = Path(__file__).parents[1] / "sweeps" / "digits.yaml"
@@ -39,11 +41,29 @@ def test_the_defaults_are_the_documented_recipe() -> None:
     assert (recipe.distillation.alpha, recipe.distillation.temperature) == (0.3, 5.0)
     assert recipe.distillation.times_t_squared
     training = recipe.training
-    assert (training.learning_rate, training.batch_size, training.epochs, training.seed) == (3e-4, 128, 500, 8787)
-    assert (training.optimizer, training.weight_decay, training.schedule) == ("adam", 1e-6, "cosine")
+    assert (training.learning_rate, training.batch_size, training.epochs, training.seed) == (
+        3e-4,
+        128,
+        500,
+        8787,
+    )
+    assert (training.optimizer, training.weight_decay, training.schedule) == (
+        "adam",
+        1e-6,
+        "cosine",
+    )
     assert training.final_learning_rate == 1e-6
-    assert (recipe.student.channels, recipe.student.hidden, recipe.student.dropout) == ((16, 32, 64), 128, 0.2)
-    assert (recipe.data.dataset, recipe.data.channels, recipe.data.mean, recipe.data.std) == ("fashion_mnist", 3, 0.5, 0.5)
+    assert (recipe.student.channels, recipe.student.hidden, recipe.student.dropout) == (
+        (16, 32, 64),
+        128,
+        0.2,
+    )
+    assert (recipe.data.dataset, recipe.data.channels, recipe.data.mean, recipe.data.std) == (
+        "fashion_mnist",
+        3,
+        0.5,
+        0.5,
+    )
     assert (recipe.data.augment.flip, recipe.data.augment.shift) == (True, 0)
     assert recipe.teacher.architecture == "resnet50"
 
@@ -92,7 +112,9 @@ def test_any_recipe_round_trips_exactly(alpha, temperature, rate, seed, channels
 
 
 def of_an_earlier_version(sweep: Sweep) -> str:
-    """The record of the same sweep when the factor was true by default and the deviation was over classes."""
+    """The record of the same sweep when the factor was true by default and the deviation was over
+    classes.
+    """
     tree = json.loads(sweep.model_dump_json())
     tree["distillation"]["scale_by_t_squared"] = True
     del tree["distillation"]["standard_deviation"]
@@ -115,31 +137,52 @@ def test_the_factor_follows_the_loss_until_it_is_set() -> None:
         ({}, []),
         ({"distillation": {"loss": "decoupled"}}, []),
         ({"search": {"distillation.loss": {"choices": ["kl", "decoupled"]}}}, []),
-        ({"distillation": {"loss": "correlation"}}, ["distillation.scale_by_t_squared true → false"]),
+        (
+            {"distillation": {"loss": "correlation"}},
+            ["distillation.scale_by_t_squared true → false"],
+        ),
         (
             {"search": {"distillation.loss": {"choices": ["kl", "correlation"]}}},
             ["distillation.scale_by_t_squared true → null"],
         ),
-        ({"distillation": {"loss": "standardized"}}, ['distillation.standard_deviation "population" → "sample"']),
-        ({"search": {"distillation.loss": {"choices": ["kl", "standardized"]}}}, ["distillation.standard_deviation"]),
+        (
+            {"distillation": {"loss": "standardized"}},
+            ['distillation.standard_deviation "population" → "sample"'],
+        ),
+        (
+            {"search": {"distillation.loss": {"choices": ["kl", "standardized"]}}},
+            ["distillation.standard_deviation"],
+        ),
     ],
 )
-def test_a_study_of_an_earlier_version_goes_on_where_its_trials_train_the_same(tiny, changes, differs) -> None:
+def test_a_study_of_an_earlier_version_goes_on_where_its_trials_train_the_same(
+    tiny, changes, differs
+) -> None:
     sweep = Sweep.model_validate_json(json.dumps(json.loads(tiny.model_dump_json()) | changes))
     begun = recorded(of_an_earlier_version(sweep), "study")
     found = differences(begun, sweep)
-    assert [one.startswith(other) for one, other in zip(found, differs, strict=True)] == [True] * len(differs)
+    assert [one.startswith(other) for one, other in zip(found, differs, strict=True)] == [
+        True
+    ] * len(differs)
     told = {"scale_by_t_squared": True, "standard_deviation": begun.distillation.standard_deviation}
     set_back = json.loads(sweep.model_dump_json())
     set_back["distillation"] |= told
-    assert differences(begun, Sweep.model_validate_json(json.dumps(set_back))) == [], "and it says what to set"
+    assert differences(begun, Sweep.model_validate_json(json.dumps(set_back))) == [], (
+        "and it says what to set"
+    )
 
 
 @pytest.mark.parametrize(("loss", "factor"), [("kl", True), ("correlation", False)])
 def test_a_search_over_the_factor_begins_as_it_would_come_out(loss, factor) -> None:
-    changes = [f"distillation.loss={loss}", "search.distillation.scale_by_t_squared={choices: [true, false]}"]
+    changes = [
+        f"distillation.loss={loss}",
+        "search.distillation.scale_by_t_squared={choices: [true, false]}",
+    ]
     assert load(DIGITS, changes).distillation.scale_by_t_squared is factor
-    unset = ["distillation.scale_by_t_squared=null", "search.distillation.scale_by_t_squared={choices: [true, null]}"]
+    unset = [
+        "distillation.scale_by_t_squared=null",
+        "search.distillation.scale_by_t_squared={choices: [true, null]}",
+    ]
     assert load(DIGITS, unset).distillation.scale_by_t_squared is None
 
 
@@ -147,13 +190,17 @@ def test_recipes_that_differ_in_how_the_factor_is_written_learn_alike() -> None:
     on = Recipe().replace({"distillation.scale_by_t_squared": True})
     assert learns_alike(Recipe(), on)
     assert not learns_alike(Recipe(), on.replace({"distillation.scale_by_t_squared": False}))
-    assert not learns_alike(*(recipe.replace({"distillation.loss": "correlation"}) for recipe in (Recipe(), on)))
+    assert not learns_alike(
+        *(recipe.replace({"distillation.loss": "correlation"}) for recipe in (Recipe(), on))
+    )
 
 
 @pytest.mark.parametrize("loss", ["kl", "standardized", "correlation"])
 def test_a_record_of_an_earlier_version_is_read_as_it_was_meant(tiny, loss) -> None:
     recipe = tiny.recipe.replace({"distillation.loss": loss})
-    then = Recipe.model_validate_json(json.dumps(upgrade(json.loads(of_an_earlier_version(recipe)))))
+    then = Recipe.model_validate_json(
+        json.dumps(upgrade(json.loads(of_an_earlier_version(recipe))))
+    )
     assert then.distillation.times_t_squared
     assert (then.distillation.standard_deviation == "population") == (loss == "standardized")
     now = Recipe.model_validate_json(json.dumps(upgrade(json.loads(recipe.model_dump_json()))))
@@ -205,13 +252,24 @@ MISTAKES = {  # override → what the message must hold
     "search.distillation.alpha={low: 0, high: 1, log: true}": ["log range must start above 0"],
     "search.distillation.alpha={low: 0}": ["search.distillation.alpha.high: missing"],
     "search.distillation.alpha={low: 0, hgh: 1}": ["did you mean high?"],
-    "search.distillation.alpha={low: 0, high: 1.5}": ["search.distillation.alpha", "1.5", "at most 1"],
+    "search.distillation.alpha={low: 0, high: 1.5}": [
+        "search.distillation.alpha",
+        "1.5",
+        "at most 1",
+    ],
     "search.distillation.alfa={low: 0, high: 1}": ["did you mean distillation.alpha?"],
     "search.student={choices: [1]}": ["section"],
     "search.student.channels={choices: []}": ["search.student.channels"],
-    "search.student.channels={choices: [[16, 32, 64], [4, 8], [4, 8]]}": ["search.student.channels", "[4, 8] stands twice"],
-    "search.student.blocks={choices: [0, 1]}": ["search.student.blocks: goes beyond what student.blocks may be"],
-    "search={student.dropout: {low: 0.0, high: 0.5}}": ["smallest needs a student whose size is searched over"],
+    "search.student.channels={choices: [[16, 32, 64], [4, 8], [4, 8]]}": [
+        "search.student.channels",
+        "[4, 8] stands twice",
+    ],
+    "search.student.blocks={choices: [0, 1]}": [
+        "search.student.blocks: goes beyond what student.blocks may be"
+    ],
+    "search={student.dropout: {low: 0.0, high: 0.5}}": [
+        "smallest needs a student whose size is searched over"
+    ],
     "search.student.channels={choices: [[1, 2]]}": ["own value", "[16, 32, 64]", "trial 0"],
     "search.training.learning_rate={low: 0.1, high: 0.2}": ["own value 0.005"],
     "search.data.mean={low: 0, high: 1}": ["not searchable"],
@@ -271,7 +329,14 @@ def test_numbers_may_be_written_as_in_python() -> None:
 
 
 def test_overrides_reach_any_depth_and_the_search_space() -> None:
-    sweep = load(DIGITS, ["data.augment.shift=2", "search.distillation.alpha={low: 0.1, high: 0.9}", "study.trials=3"])
+    sweep = load(
+        DIGITS,
+        [
+            "data.augment.shift=2",
+            "search.distillation.alpha={low: 0.1, high: 0.9}",
+            "study.trials=3",
+        ],
+    )
     assert sweep.data.augment.shift == 2
     assert sweep.search["distillation.alpha"].low == 0.1
     assert sweep.study.trials == 3
@@ -285,7 +350,9 @@ def test_flat_names_every_leaf_once() -> None:
 
 
 def test_differences_name_path_and_both_values() -> None:
-    assert differences(Recipe(), Recipe().replace({"training.epochs": 6})) == ["training.epochs 500 → 6"]
+    assert differences(Recipe(), Recipe().replace({"training.epochs": 6})) == [
+        "training.epochs 500 → 6"
+    ]
 
 
 def test_a_rule_is_validated_when_changed() -> None:

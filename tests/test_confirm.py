@@ -1,4 +1,6 @@
-"""Fresh seeds end to end on real stores: the lucky winner is found out, nothing is trained or looked at twice."""
+"""Fresh seeds end to end on real stores: the lucky winner is found out, nothing is trained or
+looked at twice.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,19 @@ from conftest import CPU, stores_in, tiny_sweep
 from test_sweep import drain, interrupt_at, statuses
 
 from kdexp import KdexpError
-from kdexp.claims import Claimant
 from kdexp.config import ConfigError, Selection, Sweep
-from kdexp.confirm import Confirmation, Verdict, confirm
-from kdexp.distill import data as data_module
-from kdexp.distill.data import load_splits
-from kdexp.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.distill import datasets as data_module
+from kdexp.distill.datasets import load_splits
 from kdexp.intervals import wilson_interval
-from kdexp.promote import candidates, looks, promote, recipe_of, sweep_of
-from kdexp.reproduce import reproduce
+from kdexp.runs.tracking import Tracking
+from kdexp.search.claims import Claimant
+from kdexp.search.sweep import EpochDone, run_sweep
+from kdexp.select.confirm import Confirmation, Verdict, confirm
+from kdexp.select.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.select.promote import candidates, looks, promote, recipe_of, sweep_of
+from kdexp.select.reproduce import reproduce
 from kdexp.selection import Candidate, NothingPasses, select
 from kdexp.settings import Settings
-from kdexp.sweep import EpochDone, run_sweep
-from kdexp.tracking import Tracking
 
 BAR = 0.55  # between what students of 1 and of 8-16 channels can do
 RULE = Selection(accuracy_bar=BAR)
@@ -44,7 +46,9 @@ def sweep_with_a_student_too_small() -> Sweep:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, empty_store) -> Settings:
-    """A finished study, whose smallest student (of no use) had luck: 99 % on validation, says its record."""
+    """A finished study, whose smallest student (of no use) had luck: 99 % on validation, says its
+    record.
+    """
     settings = stores_in(tmp_path_factory.mktemp("confirm"), empty_store)
     tracking = Tracking(settings)
     sweep = sweep_with_a_student_too_small()
@@ -62,7 +66,10 @@ def said_to_be_right(tracking: Tracking, candidate: Candidate, correct: int) -> 
     """So many predictions on validation, says the record."""
     low, high = wilson_interval(correct, candidate.val_samples)
     accuracy = correct / candidate.val_samples
-    tracking.log_metrics(candidate.run_id, {"val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high})
+    tracking.log_metrics(
+        candidate.run_id,
+        {"val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high},
+    )
 
 
 @pytest.fixture
@@ -70,13 +77,18 @@ def store(place) -> Tracking:
     return Tracking(place)
 
 
-def confirming(place: Settings, store: Tracking, rule: Selection = RULE, seeds: int = 2, both: bool = False):
+def confirming(
+    place: Settings, store: Tracking, rule: Selection = RULE, seeds: int = 2, both: bool = False
+):
     return confirm(store.study("luck"), rule, seeds, both, place, store, CPU)
 
 
 def untrained(place: Settings, store: Tracking) -> int:
     """The number of a fresh seed that no test has begun; all before it are trained."""
-    begun = [int(run.name.split(" · ")[1].removeprefix("fresh seed ")) for run in store.find("confirmation", {})]
+    begun = [
+        int(run.name.split(" · ")[1].removeprefix("fresh seed "))
+        for run in store.find("confirmation", {})
+    ]
     number = max([2, *begun]) + 1
     drain(confirming(place, store, seeds=number - 1))
     return number
@@ -104,9 +116,14 @@ def looked(monkeypatch) -> list[str]:
     return order
 
 
-def test_where_none_is_confirmed_the_nearest_is_named_and_test_is_never_loaded(place, store, looked) -> None:
+def test_where_none_is_confirmed_the_nearest_is_named_and_test_is_never_loaded(
+    place, store, looked
+) -> None:
     before = looks(store.study("luck"), store)
-    with pytest.raises(NothingPasses, match=r"No student of study 'luck' is confirmed: 1 passed .* Nearest: \d+\.\d\d %"):
+    with pytest.raises(
+        NothingPasses,
+        match=r"No student of study 'luck' is confirmed: 1 passed .* Nearest: \d+\.\d\d %",
+    ):
         drain(confirming(place, store, Selection(accuracy_bar=0.985)))
     assert "test" not in looked
     assert looks(store.study("luck"), store) == before
@@ -134,10 +151,16 @@ def test_a_winner_that_fresh_seeds_do_not_confirm_leads_to_the_next(place, store
     assert done.tried == (verdicts[0],)
     assert store.read(winner.run_id).tags["kdexp.confirmed"].startswith("no: ")
     assert store.read(following.run_id).tags["kdexp.confirmed"].startswith("yes: ")
-    fresh = [run for run in store.find("confirmation", {"mlflow.parentRunId": study.run_id}) if "test_accuracy" in run.metrics]
+    fresh = [
+        run
+        for run in store.find("confirmation", {"mlflow.parentRunId": study.run_id})
+        if "test_accuracy" in run.metrics
+    ]
     assert {run.run_id for run in fresh} >= {run.run_id for run in done.runs}
     assert {run.tags["kdexp.confirms"] for run in fresh} == {following.run_id}, "and of no other"
-    assert {run.run_id for run in store.find("trial", {}) if "test_accuracy" in run.metrics} == tested
+    assert {
+        run.run_id for run in store.find("trial", {}) if "test_accuracy" in run.metrics
+    } == tested
 
 
 def test_fresh_seeds_are_the_trials_recipe_but_for_the_seed(place, store) -> None:
@@ -147,7 +170,9 @@ def test_fresh_seeds_are_the_trials_recipe_but_for_the_seed(place, store) -> Non
     seeds = {recipe.training.seed for recipe in recipes}
     assert len(seeds) == 2
     assert original.training.seed not in seeds
-    assert all(recipe.replace({"training.seed": original.training.seed}) == original for recipe in recipes)
+    assert all(
+        recipe.replace({"training.seed": original.training.seed}) == original for recipe in recipes
+    )
     assert {run.tags["kdexp.teacher_sha256"] for run in done.runs} == {
         store.read(done.verdict.candidate.run_id).tags["kdexp.teacher_sha256"]
     }
@@ -160,8 +185,15 @@ def test_a_repeated_command_trains_nothing_and_looks_at_nothing(place, store, lo
     assert not trained(events)
     assert not any(event.new for event in of(SeedDone, events))
     assert "test" not in looked
-    assert looked.count("train") == 1, "what is on record is measured again, on images that are read once"
-    assert (again.verdict, again.test, again.tta, again.model) == (first.verdict, first.test, first.tta, first.model)
+    assert looked.count("train") == 1, (
+        "what is on record is measured again, on images that are read once"
+    )
+    assert (again.verdict, again.test, again.tta, again.model) == (
+        first.verdict,
+        first.test,
+        first.tta,
+        first.model,
+    )
     for run in again.runs:
         assert len(store.history(run.run_id, "test_accuracy")) == 1
 
@@ -171,7 +203,10 @@ def test_the_study_its_description_and_the_registered_model_say_so(place, store)
     study, chosen = store.study("luck"), done.verdict.candidate
     means = (study.metrics["confirm_val_mean"], study.metrics["confirm_val_sd"])
     assert means == (pytest.approx(done.verdict.seeds.mean), pytest.approx(done.verdict.seeds.sd))
-    assert (study.metrics["confirm_test_mean"], study.metrics["confirm_test_sd"]) == (done.test.mean, done.test.sd)
+    assert (study.metrics["confirm_test_mean"], study.metrics["confirm_test_sd"]) == (
+        done.test.mean,
+        done.test.sd,
+    )
     assert study.metrics["confirm_test_tta_mean"] == done.tta.mean
     assert study.tags["kdexp.confirmed_run"] == chosen.run_id
     assert done.model == "models:/luck@confirmed"
@@ -181,7 +216,8 @@ def test_the_study_its_description_and_the_registered_model_say_so(place, store)
     winner = select(candidates(study, store), RULE)
     true = min(value for _, value in store.history(winner.run_id, "val_accuracy"))
     said_to_be_right(store, winner, round(true * winner.val_samples))
-    promote(study, RULE, place, store, CPU)  # which believes no record that its weights do not bear out
+    # which believes no record that its weights do not bear out
+    promote(study, RULE, place, store, CPU)
     said_to_be_right(store, winner, winner.val_samples - 3)
     note = store.study("luck").tags["mlflow.note.content"]
     assert f"**Confirmed: trial {chosen.trial}**" in note
@@ -195,20 +231,30 @@ def test_more_seeds_train_only_those_that_are_missing(place, store) -> None:
     assert len(done.runs) == number
 
 
-def test_an_interrupted_confirmation_goes_on_with_what_is_missing_and_reproduces(place, store) -> None:
+def test_an_interrupted_confirmation_goes_on_with_what_is_missing_and_reproduces(
+    place, store
+) -> None:
     number = untrained(place, store)
     interrupt_at(
         confirming(place, store, seeds=number + 1),
-        lambda event: isinstance(event, EpochDone) and (event.number, event.report.epoch) == (number, 2),
+        lambda event: (
+            isinstance(event, EpochDone) and (event.number, event.report.epoch) == (number, 2)
+        ),
     )
     (left,) = [run for run in store.find("confirmation", {}) if f"seed {number}" in run.name]
     assert left.status == "KILLED"
     events, _ = drain(confirming(place, store, seeds=number + 1))
     assert trained(events) == {number, number + 1}
     first = next(event for event in events if isinstance(event, EpochDone))
-    assert (first.number, first.report.epoch) in ((number, 2), (number, 3)), "it goes on from its checkpoint"
+    assert (first.number, first.report.epoch) in (
+        (number, 2),
+        (number, 3),
+    ), "it goes on from its checkpoint"
     finished = store.read(left.run_id)
-    assert (finished.status, "kdexp.resumed_from_epoch" in finished.tags) == ("FINISHED", True), "in the run that it had"
+    assert (finished.status, "kdexp.resumed_from_epoch" in finished.tags) == (
+        "FINISHED",
+        True,
+    ), "in the run that it had"
     _, comparison = drain(reproduce(left.run_id, place, store, CPU))
     assert comparison.identical
     assert comparison.compared == 24
@@ -229,7 +275,9 @@ def test_a_run_whose_command_was_killed_is_closed_and_its_seed_trained_again(pla
 
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_commands_share_the_seeds(place, store, tmp_path, machines) -> None:
-    """What another command is at is left until last, and then waited for: also one of another machine, on one storage."""
+    """What another command is at is left until last, and then waited for: also one of another
+    machine, on one storage.
+    """
     number = untrained(place, store)
     begun = lambda event: isinstance(event, EpochDone) and event.number == number  # noqa: E731
     interrupt_at(confirming(place, store, seeds=number), begun)
@@ -238,14 +286,18 @@ def test_two_commands_share_the_seeds(place, store, tmp_path, machines) -> None:
     here = place if machines == 1 else replace(place, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     there = here if machines == 1 else replace(here, stores=tmp_path / "other")
     with Claimant(there) as other, other.lock(f"seed {checkpoint.stem}"):
-        events = interrupt_at(confirming(here, store, seeds=number + 1), lambda event: isinstance(event, Elsewhere))
+        events = interrupt_at(
+            confirming(here, store, seeds=number + 1), lambda event: isinstance(event, Elsewhere)
+        )
         assert trained(events) == {number + 1}
         assert events[-1] == Elsewhere(number)
     events, _ = drain(confirming(here, store, seeds=number + 1))
     assert number in trained(events)
 
 
-def test_on_train_and_validation_nothing_is_held_out_and_the_teacher_is_the_trials(place, store) -> None:
+def test_on_train_and_validation_nothing_is_held_out_and_the_teacher_is_the_trials(
+    place, store
+) -> None:
     events, done = drain(confirming(place, store, both=True))
     assert [event.images for event in of(Retraining, events)][-1] == "train and validation"
     sweep = sweep_of(store.study("luck"), store)
@@ -259,10 +311,16 @@ def test_on_train_and_validation_nothing_is_held_out_and_the_teacher_is_the_tria
         assert "test_accuracy_tta" in run.metrics
         assert run.tags["kdexp.teacher_sha256"] == trial.tags["kdexp.teacher_sha256"]
         splits = load_splits(recipe.data)
-        assert splits.train.fingerprint == run.tags["kdexp.train_sha256"] != trial.tags["kdexp.train_sha256"]
+        assert (
+            splits.train.fingerprint
+            == run.tags["kdexp.train_sha256"]
+            != trial.tags["kdexp.train_sha256"]
+        )
         held_out = load_splits(sweep.data)
         assert len(splits.train) == len(held_out.train) + len(held_out.validation)
-    assert done.verdict.seeds.samples == int(trial.metrics["val_samples"]), "the verdict is that of the images held out"
+    assert done.verdict.seeds.samples == int(trial.metrics["val_samples"]), (
+        "the verdict is that of the images held out"
+    )
     _, comparison = drain(reproduce(done.runs[0].run_id, place, store, CPU))
     assert comparison.identical
     assert not trained(drain(confirming(place, store, both=True))[0])
@@ -282,7 +340,10 @@ def test_with_random_erasing_the_teacher_sees_what_each_seed_erases(settings, tr
 
 
 def test_with_another_teacher_nothing_is_trained(place, store, monkeypatch) -> None:
-    monkeypatch.setattr("kdexp.fresh.facts", lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""})
+    monkeypatch.setattr(
+        "kdexp.select.fresh.facts",
+        lambda _: {"kdexp.teacher_sha256": "f" * 64, "kdexp.validation_sha256": ""},
+    )
     with pytest.raises(KdexpError, match="Study 'luck' was run with another teacher"):
         drain(confirming(place, store, seeds=untrained(place, store)))
 
@@ -319,7 +380,9 @@ def recorded_as_diverged(run_id: str, tracking: Tracking) -> None:
     tracking.tag(run_id, {"kdexp.state": "diverged"})
 
 
-def test_a_recipe_one_of_whose_seeds_diverged_is_not_confirmed_and_the_next_is_tried(steady) -> None:
+def test_a_recipe_one_of_whose_seeds_diverged_is_not_confirmed_and_the_next_is_tried(
+    steady,
+) -> None:
     tracking = Tracking(steady)
     _, first = again(steady)
     study, chosen = tracking.study("tiny"), first.verdict.candidate
@@ -328,7 +391,7 @@ def test_a_recipe_one_of_whose_seeds_diverged_is_not_confirmed_and_the_next_is_t
     assert looks(study, tracking) == 3, "and that of the selected trial"
     recorded_as_diverged(first.runs[1].run_id, tracking)
     events, second = again(steady)
-    (broken, held) = of(Verdict, events)
+    broken, held = of(Verdict, events)
     assert (broken.candidate, broken.confirmed, held.confirmed) == (chosen, False, True)
     assert broken.diverged == f"fresh seed 2 diverged (run {first.runs[1].run_id})"
     assert broken.seeds.mean >= LOW.accuracy_bar, "its mean alone would do"
@@ -351,7 +414,10 @@ def test_so_is_one_that_diverges_on_train_and_validation(steady) -> None:
     chosen = first.verdict.candidate
     verdicts = [verdict for verdict in of(Verdict, events) if verdict.candidate == chosen]
     assert [verdict.confirmed for verdict in verdicts] == [True, False]
-    assert verdicts[1].diverged == f"fresh seed 1 diverged on train and validation (run {first.runs[0].run_id})"
+    assert (
+        verdicts[1].diverged
+        == f"fresh seed 1 diverged on train and validation (run {first.runs[0].run_id})"
+    )
     assert tracking.read(chosen.run_id).tags["kdexp.confirmed"].startswith("no: ")
     assert second.verdict.candidate != chosen
     assert second.verdict.confirmed
@@ -368,7 +434,8 @@ def test_where_all_diverge_none_is_confirmed_and_nothing_is_looked_at(steady, lo
     looked.clear()
     known = looks(tracking.study("tiny"), tracking)
     with pytest.raises(
-        NothingPasses, match=r"is confirmed: 4 passed .* none with fresh seeds .* diverged .*lower learning rates"
+        NothingPasses,
+        match=r"is confirmed: 4 passed .* none with fresh seeds .* diverged .*lower learning rates",
     ):
         again(steady)
     assert "test" not in looked
@@ -380,6 +447,9 @@ def test_another_bar_takes_the_same_seeds_and_says_what_holds_now(place, store) 
     lucky, before = done.tried[0].candidate.run_id, len(store.find("confirmation", {}))
     for bar, required in ((0.985, "required ≥ 98.50 %"), (BAR, "required ≥ 55.00 %")):
         with suppress(NothingPasses):
-            assert drain(confirming(place, store, Selection(accuracy_bar=bar)))[1].verdict == done.verdict
+            assert (
+                drain(confirming(place, store, Selection(accuracy_bar=bar)))[1].verdict
+                == done.verdict
+            )
         assert store.read(lucky).tags["kdexp.confirmed"].endswith(required)
     assert len(store.find("confirmation", {})) == before

@@ -1,4 +1,6 @@
-"""Images as tensors: splits, views, normalisation, fingerprints, and every way a file can be wrong."""
+"""Images as tensors: splits, views, normalisation, fingerprints, and every way a file can be
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,26 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdexp.config import Augment, Data
-from kdexp.distill import data as data_module
-from kdexp.distill.data import DataError, Split, load_splits, load_test, pixels, rectangles, stratified, views
+from kdexp.distill import datasets as data_module
+from kdexp.distill.batches import pixels, rectangles, views
+from kdexp.distill.datasets import DataError, Split, load_splits, load_test, stratified
 
 
 def split(images: torch.Tensor, channels: int = 1, mean: float = 0.5, std: float = 0.5) -> Split:
-    return Split(images, torch.zeros(len(images), dtype=torch.int64), ("a", "b"), channels, mean, std)
+    return Split(
+        images, torch.zeros(len(images), dtype=torch.int64), ("a", "b"), channels, mean, std
+    )
 
 
 def test_digits_are_all_there_and_no_sample_is_in_two_splits() -> None:
     data = Data(dataset="digits", channels=1)
     splits, test = load_splits(data), load_test(data)
     assert (len(splits.train), len(splits.validation), len(test)) == (1295, 143, 359)
-    together = [image.numpy().tobytes() for part in (splits.train, splits.validation, test) for image in part.images]
+    together = [
+        image.numpy().tobytes()
+        for part in (splits.train, splits.validation, test)
+        for image in part.images
+    ]
     whole = data_module._digits()[0]
     assert sorted(together) == sorted(image.tobytes() for image in whole)
 
@@ -47,7 +56,11 @@ def test_a_fingerprint_knows_pixels_labels_and_order() -> None:
     assert base != changed.fingerprint
 
 
-@given(st.lists(st.integers(2, 40), min_size=2, max_size=6), st.floats(0.01, 0.99), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(2, 40), min_size=2, max_size=6),
+    st.floats(0.01, 0.99),
+    st.integers(0, 1000),
+)
 def test_a_stratified_split_takes_its_share_of_every_class(counts, fraction, seed) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     kept, held = stratified(labels, fraction, seed, len(counts))
@@ -63,7 +76,9 @@ def test_a_class_with_one_sample_cannot_be_split() -> None:
         stratified(torch.tensor([0, 0, 1]), 0.5, 0, 2)
 
 
-@pytest.mark.parametrize(("flip", "shift", "count"), [(False, 0, 1), (True, 0, 2), (False, 1, 9), (True, 2, 50)])
+@pytest.mark.parametrize(
+    ("flip", "shift", "count"), [(False, 0, 1), (True, 0, 2), (False, 1, 9), (True, 2, 50)]
+)
 def test_the_views_are_finite_distinct_and_begin_with_the_image(flip, shift, count) -> None:
     found = views(Augment(flip=flip, shift=shift))
     assert found.shape == (count, 3)
@@ -73,7 +88,9 @@ def test_the_views_are_finite_distinct_and_begin_with_the_image(flip, shift, cou
 
 @given(st.integers(0, 1), st.integers(-3, 3), st.integers(-3, 3), st.integers(0, 100))
 def test_a_view_shifts_then_flips_and_fills_with_black(flip, down, right, seed) -> None:
-    image = torch.randint(1, 256, (1, 1, 5, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    image = torch.randint(
+        1, 256, (1, 1, 5, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     expected = torch.zeros_like(image)
     for row in range(5):
         for column in range(4):
@@ -81,7 +98,9 @@ def test_a_view_shifts_then_flips_and_fills_with_black(flip, down, right, seed) 
                 expected[0, 0, row, column] = image[0, 0, row - down, column - right]
     if flip:
         expected = expected.flip(-1)
-    got = pixels(split(image, mean=0.0, std=1.0), torch.tensor([0]), torch.tensor([[flip, down, right]]))
+    got = pixels(
+        split(image, mean=0.0, std=1.0), torch.tensor([0]), torch.tensor([[flip, down, right]])
+    )
     assert torch.equal((got * 255).round().to(torch.uint8), expected)
 
 
@@ -109,8 +128,14 @@ def test_a_folder_of_images_with_train_and_test(tmp_path) -> None:
     for part, count in (("train", 6), ("test", 2)):
         for label in ("cat", "dog"):
             for number in range(count):
-                save(tmp_path / "pets" / part / label / f"{number}.png", 10 * number, "RGB" if number % 2 else "L")
-    data = Data(dataset="image_folder", path="pets", image_size=8, channels=3, validation_fraction=0.34)
+                save(
+                    tmp_path / "pets" / part / label / f"{number}.png",
+                    10 * number,
+                    "RGB" if number % 2 else "L",
+                )
+    data = Data(
+        dataset="image_folder", path="pets", image_size=8, channels=3, validation_fraction=0.34
+    )
     splits, test = load_splits(data, tmp_path), load_test(data, tmp_path)
     assert splits.train.classes == ("cat", "dog")
     assert (len(splits.train), len(splits.validation), len(test)) == (8, 4, 4)
@@ -159,7 +184,11 @@ def test_a_missing_folder_and_a_folder_without_classes_are_said(tmp_path) -> Non
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        + array.tobytes()
+    )
 
 
 def mnist_folder(folder: Path, samples: int = 40) -> Path:
@@ -273,7 +302,9 @@ def test_a_flipped_bit_in_fashion_mnist_is_noticed(tmp_path, fashion) -> None:
         load_splits(Data(), tmp_path)
 
 
-def test_random_erasing_takes_rectangles_of_the_published_sizes_from_its_share_of_the_images() -> None:
+def test_random_erasing_takes_rectangles_of_the_published_sizes_from_its_share_of_the_images() -> (
+    None
+):
     taken = rectangles(0.3, 20_000, (28, 28), torch.Generator().manual_seed(1))
     top, bottom, left, right = taken.unbind(1)
     area = (bottom - top) * (right - left)

@@ -1,4 +1,6 @@
-"""The documentation says what is true: every key, every command, every variable, and the two commands first."""
+"""The documentation says what is true: every key, every command, every variable, and the two
+commands first.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def annotated() -> str:
-    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL) if block.startswith("name:")]
+    (block,) = [
+        block
+        for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+        if block.startswith("name:")
+    ]
     return block
 
 
@@ -33,7 +39,8 @@ def test_the_annotated_sweep_file_is_valid_and_shows_the_defaults(tmp_path: Path
 
 def test_the_annotated_sweep_file_names_every_key() -> None:
     written = yaml.safe_load(annotated())
-    shared = {f"teacher.{key}" for key in flatten(Sweep(name="x").training)}  # "and every key of training"
+    # "and every key of training"
+    shared = {f"teacher.{key}" for key in flatten(Sweep(name="x").training)}
     missing = []
     for path in flatten(Sweep(name="x")):
         node = written
@@ -76,7 +83,9 @@ def test_no_placeholder_is_left() -> None:
     assert not [document for document in documents if "@@" in document.read_text()]
 
 
-@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
+)
 def test_every_link_and_sweep_file_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
@@ -86,9 +95,15 @@ def test_every_link_and_sweep_file_that_a_document_names_exists(document: Path) 
 
 
 def test_the_constraints_hold_versions_only_and_a_matching_pair() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(lines) > 100
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+", line) for line in lines)
     pinned = dict(line.split("==") for line in lines)
-    torch, vision = (tuple(map(int, pinned[name].split(".")[:2])) for name in ("torch", "torchvision"))
+    torch, vision = (
+        tuple(map(int, pinned[name].split(".")[:2])) for name in ("torch", "torchvision")
+    )
     assert vision == (0, torch[1] + 15), "torchvision 0.(n+15) belongs to torch 2.n"

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kdexp.distill.data import pixels
+from kdexp.distill.batches import pixels
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
 
 
 @pytest.mark.parametrize(
     ("correct", "samples", "low", "high"),
-    [  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3 (Wilson's score without correction)
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3 (Wilson's score without
+    # correction)
+    [
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0000, 0.1611),
@@ -50,7 +52,9 @@ def test_a_network_that_knows_the_answers_scores_1(digits) -> None:
 
 
 def test_evaluation_leaves_the_network_as_it_was(digits) -> None:
-    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).train()
+    module = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)
+    ).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     first, second = logits_of(module, digits.validation), logits_of(module, digits.validation)
     assert torch.equal(first, second)
@@ -58,12 +62,16 @@ def test_evaluation_leaves_the_network_as_it_was(digits) -> None:
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
-def test_flip_augmentation_averages_the_probabilities_of_an_image_and_its_mirror_image(digits) -> None:
+def test_flip_augmentation_averages_the_probabilities_of_an_image_and_its_mirror_image(
+    digits,
+) -> None:
     split = digits.validation
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     result = evaluate(module, split, mirrored=True)
     images = pixels(split, torch.arange(len(split)))
     mean = (module(images).softmax(1) + module(images.flip(3)).softmax(1)) / 2
     assert result.correct == int((mean.argmax(1) == split.labels).sum())
-    assert result.loss == pytest.approx(nn.functional.nll_loss(mean.log(), split.labels).item(), rel=1e-5)
+    assert result.loss == pytest.approx(
+        nn.functional.nll_loss(mean.log(), split.labels).item(), rel=1e-5
+    )
     assert result.loss != pytest.approx(evaluate(module, split).loss, rel=1e-3)

@@ -1,4 +1,6 @@
-"""How a training is carried out: compiled where it pays, equal to rounding, and the same bits every time."""
+"""How a training is carried out: compiled where it pays, equal to rounding, and the same bits every
+time.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,27 @@ import torch
 
 from kdexp.config import Augment, Data, Distillation, Student, Training
 from kdexp.distill import execution
-from kdexp.distill.data import views
-from kdexp.distill.execution import best_pack, choose, fastest_lowering, flop_of, multiplies_bf16, step_seconds
+from kdexp.distill.batches import views
+from kdexp.distill.execution import (
+    best_pack,
+    choose,
+    fastest_lowering,
+    flop_of,
+    multiplies_bf16,
+    step_seconds,
+)
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.stacked import strayed
 
 DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
 
-# Compiled code cannot be checked for shapes as these tests check them: it runs in a process of its own.
+# Compiled code cannot be checked for shapes as these tests check them: it runs in a process of its
+# own.
 COMPILED = """
 import json, torch
 from kdexp.config import *
-from kdexp.distill.data import load_splits, views
+from kdexp.distill.datasets import load_splits
+from kdexp.distill.batches import views
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.train import TeacherLogits, draw, train
@@ -56,7 +67,9 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Warning" not in done.stderr, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +80,9 @@ def close(one: list, other: list) -> bool:
 
 
 @pytest.mark.slow
-def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_bit(compiled) -> None:
+def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_bit(
+    compiled,
+) -> None:
     assert close(compiled["once"][0], compiled["eager"][0])
     assert compiled["once"] == compiled["again"]
     assert close(compiled["two"][0], compiled["two_eager"][0])
@@ -76,7 +91,9 @@ def test_a_compiled_training_equals_the_plain_one_to_rounding_and_itself_to_the_
 @pytest.mark.slow
 def test_a_compiled_bf16_training_stays_near_the_plain_one(compiled) -> None:
     for other in ("narrow_eager", "two"):
-        assert torch.allclose(torch.tensor(compiled["narrow"][0]), torch.tensor(compiled[other][0]), rtol=5e-2)
+        assert torch.allclose(
+            torch.tensor(compiled["narrow"][0]), torch.tensor(compiled[other][0]), rtol=5e-2
+        )
 
 
 @pytest.mark.slow
@@ -94,7 +111,7 @@ STRAYED = """
 import json, sys, torch, types
 from torch import nn
 from kdexp.config import *
-from kdexp.distill.data import Split
+from kdexp.distill.datasets import Split
 from kdexp.distill.packs import Drawn, Execution, Lane, Source, Stacked
 from kdexp.environment import configure
 configure("cpu", 1)
@@ -123,23 +140,39 @@ print(json.dumps({kind: [run(("usual", kind), True, torch.float32), run(("usual"
 
 
 @pytest.mark.slow
-def test_a_compiled_norm_is_right_also_where_the_batch_is_far_from_the_running_mean(tmp_path) -> None:
-    """At the first step, by 6,000 standard deviations, and of a constant channel; against double precision."""
-    done = subprocess.run([sys.executable, "-c", STRAYED], capture_output=True, text=True, timeout=500)
+def test_a_compiled_norm_is_right_also_where_the_batch_is_far_from_the_running_mean(
+    tmp_path,
+) -> None:
+    """At the first step, by 6,000 standard deviations, and of a constant channel; against double
+    precision.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", STRAYED], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 3
     for kind, (narrow, wide) in found.items():
-        close = 5e-2 if kind == "constant" else 2e-3  # a mean of 2,843 is known to 0.06, by torch's own norm too
-        assert torch.allclose(torch.tensor(narrow), torch.tensor(wide), rtol=close), (kind, narrow, wide)
+        # a mean of 2,843 is known to 0.06, by torch's own norm too
+        close = 5e-2 if kind == "constant" else 2e-3
+        assert torch.allclose(torch.tensor(narrow), torch.tensor(wide), rtol=close), (
+            kind,
+            narrow,
+            wide,
+        )
     neighbours = [[step[0][0], step[3][0]] for kind in found for step in found[kind][0]]
-    assert neighbours[:3] == neighbours[3:6] == neighbours[6:], "a lane that strays leaves the other its bits"
+    assert neighbours[:3] == neighbours[3:6] == neighbours[6:], (
+        "a lane that strays leaves the other its bits"
+    )
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 50.0, 90.0, 110.0, 1e3, 1e6, float("nan")])
 def test_a_batch_strays_from_a_hundred_standard_deviations_on(distance) -> None:
     def statistics(mean: float, var: float) -> dict[str, torch.Tensor]:
-        return {"0.running_mean": torch.tensor([[0.0, 1.0], [0.0, mean]]), "0.running_var": torch.tensor([[1.0, 1], [1, var]])}
+        return {
+            "0.running_mean": torch.tensor([[0.0, 1.0], [0.0, mean]]),
+            "0.running_var": torch.tensor([[1.0, 1], [1, var]]),
+        }
 
     after = statistics(0.1 * 0.5 * distance, 0.9 + 0.1 * 0.25)  # a batch of standard deviation 0.5
     before = statistics(0.0, 1.0)
@@ -147,8 +180,14 @@ def test_a_batch_strays_from_a_hundred_standard_deviations_on(distance) -> None:
     assert strayed(before, after).tolist() == [False, not distance <= 100]
 
 
-def lane(epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1, precision: str = "auto") -> Lane:
-    return Lane(Student(channels=channels, hidden=16), Training(epochs=epochs, seed=seed, precision=precision), Distillation())
+def lane(
+    epochs: int = 2, channels: tuple[int, ...] = (4, 8), seed: int = 1, precision: str = "auto"
+) -> Lane:
+    return Lane(
+        Student(channels=channels, hidden=16),
+        Training(epochs=epochs, seed=seed, precision=precision),
+        Distillation(),
+    )
 
 
 def test_it_compiles_long_trainings_only(digits, monkeypatch) -> None:
@@ -168,7 +207,10 @@ def test_bf16_is_for_long_trainings_where_the_device_has_units_for_it(digits, mo
         for precision in ("auto", "fp32", "bf16"):
             short, long = (lane(epochs, (16, 32), precision=precision) for epochs in (2, 50_000))
             narrow = [choose([one], digits.train).precision == "bf16" for one in (short, long)]
-            assert narrow == {"auto": [False, units], "fp32": [False, False], "bf16": [True, True]}[precision]
+            assert (
+                narrow
+                == {"auto": [False, units], "fp32": [False, False], "bf16": [True, True]}[precision]
+            )
     assert isinstance(multiplies_bf16(torch.device("cpu")), bool)
 
 
@@ -183,9 +225,15 @@ def test_on_a_cpu_depthwise_convolutions_stay_in_fp32(digits, monkeypatch) -> No
 
 
 def test_without_a_compiler_it_does_without(tmp_path) -> None:
-    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "CXX": str(tmp_path / "none"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
     code = "from kdexp.distill.execution import compiles; print(compiles('cpu'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.stdout.split() == ["False"], done.stderr[-500:]
 
 
@@ -222,7 +270,18 @@ def test_an_execution_survives_its_record() -> None:
 
 
 def test_the_benchmark_of_fused_trials_runs_and_checks_itself(tmp_path) -> None:
-    command = [sys.executable, "-m", "benchmarks.fused", "--dataset", "digits", "--lanes", "1", "2", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.fused",
+        "--dataset",
+        "digits",
+        "--lanes",
+        "1",
+        "2",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -234,5 +293,11 @@ def test_the_benchmark_of_fused_trials_runs_and_checks_itself(tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["fused_minus_separate"] < 1e-10
-    assert {row["lowering"] for row in figures["rows"]} == {"plain", "grouped", "unfold", "vmap", "separate"}
+    assert {row["lowering"] for row in figures["rows"]} == {
+        "plain",
+        "grouped",
+        "unfold",
+        "vmap",
+        "separate",
+    }
     assert all(row["model_epochs_per_second"] > 0 for row in figures["rows"])

@@ -1,4 +1,6 @@
-"""A folder of images: what is an image, a class, a split; what is left out, refused, or said; and in which order it is read."""
+"""A folder of images: what is an image, a class, a split; what is left out, refused, or said; and
+in which order it is read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from torchvision.datasets import ImageFolder
 
 from kdexp.config import Data
 from kdexp.distill import inspection
-from kdexp.distill.data import DataError, Splits, _image_folder, load_example, load_splits, load_test, stratified
+from kdexp.distill.datasets import (
+    DataError,
+    Splits,
+    _image_folder,
+    load_example,
+    load_splits,
+    load_test,
+    stratified,
+)
 from kdexp.distill.folders import survey
 from kdexp.distill.images import read
 from kdexp.distill.inspection import changed
@@ -26,11 +36,15 @@ DATA = Data(dataset="image_folder", path="shots", image_size=8, channels=1, vali
 
 def picture(file: Path, seed: int) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7)).astype(np.uint8)).save(file)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7)).astype(np.uint8)).save(
+        file
+    )
     return file
 
 
-def pictures(root: Path, classes: Iterable[str] = ("cat", "dog"), count: int = 6, first: int = 0) -> Path:
+def pictures(
+    root: Path, classes: Iterable[str] = ("cat", "dog"), count: int = 6, first: int = 0
+) -> Path:
     """Images of which no two are equal."""
     for label, name in enumerate(classes):
         for number in range(count):
@@ -67,15 +81,27 @@ def said(splits: Splits) -> str:
 
 def test_a_plain_folder_is_read_in_the_former_order_with_the_former_pixels(shots: Path) -> None:
     for number, name in enumerate(
-        ["b/10.png", "b/9.png", "b/B.png", "b/a/1.png", "b/a b/1.png", "B/x.JPG", "B/y/z/1.png", "B/y.png"]
+        [
+            "b/10.png",
+            "b/9.png",
+            "b/B.png",
+            "b/a/1.png",
+            "b/a b/1.png",
+            "B/x.JPG",
+            "B/y/z/1.png",
+            "B/y.png",
+        ]
     ):
         picture(shots / name, number)
     for channels in (1, 3):
-        images, labels, classes = _image_folder(shots, DATA.model_copy(update={"channels": channels}))
+        images, labels, classes = _image_folder(
+            shots, DATA.model_copy(update={"channels": channels})
+        )
         former = ImageFolder(str(shots))
         mode = "L" if channels == 1 else "RGB"
         expected = [
-            np.asarray(former.loader(file).convert(mode).resize((8, 8))).reshape(8, 8, -1) for file, _ in former.samples
+            np.asarray(former.loader(file).convert(mode).resize((8, 8))).reshape(8, 8, -1)
+            for file, _ in former.samples
         ]
         assert np.array_equal(images, np.stack(expected).transpose(0, 3, 1, 2))
         assert labels.tolist() == former.targets
@@ -85,7 +111,10 @@ def test_a_plain_folder_is_read_in_the_former_order_with_the_former_pixels(shots
 @pytest.mark.parametrize("whole", [False, True])
 def test_splits_are_cut_as_before(shots: Path, whole: bool) -> None:
     pictures(shots, ("a", "b", "c"), 10)
-    images, labels, _ = (torch.as_tensor(part) if index < 2 else part for index, part in enumerate(_image_folder(shots, DATA)))
+    images, labels, _ = (
+        torch.as_tensor(part) if index < 2 else part
+        for index, part in enumerate(_image_folder(shots, DATA))
+    )
     kept, test = stratified(labels, DATA.test_fraction, DATA.split_seed, 3)
     train, held = stratified(labels[kept], DATA.validation_fraction, DATA.split_seed, 3)
     splits = loaded(shots, train_on_validation=whole)
@@ -129,12 +158,21 @@ def test_train_and_test_in_any_spelling_are_splits(shots: Path, train: str, test
     pictures(shots / test, count=3, first=500)
     splits = loaded(shots)
     assert splits.train.classes == ("cat", "dog")
-    assert (len(splits.train), len(splits.validation), len(load_test(DATA, shots.parent))) == (16, 4, 6)
+    assert (len(splits.train), len(splits.validation), len(load_test(DATA, shots.parent))) == (
+        16,
+        4,
+        6,
+    )
 
 
-@pytest.mark.parametrize("name", ["val", "Val", "valid", "validation", "VALIDATION", "dev", "val_set", "validation-images"])
+@pytest.mark.parametrize(
+    "name",
+    ["val", "Val", "valid", "validation", "VALIDATION", "dev", "val_set", "validation-images"],
+)
 @pytest.mark.parametrize("test", [True, False])
-def test_a_folder_for_validation_is_the_validation_split(shots: Path, name: str, test: bool) -> None:
+def test_a_folder_for_validation_is_the_validation_split(
+    shots: Path, name: str, test: bool
+) -> None:
     pictures(shots / "train", count=10)
     pictures(shots / name, count=3, first=300)
     if test:
@@ -160,8 +198,14 @@ def test_a_train_folder_alone_gives_the_test_split_too_and_that_is_said(shots: P
 
 
 def test_a_class_may_be_called_train_or_test(shots: Path) -> None:
-    assert loaded(pictures(shots, ("train", "car", "plane"))).train.classes == ("car", "plane", "train")
-    assert loaded(pictures(shots.parent / "other", ("test", "control")), path="other").train.classes == ("control", "test")
+    assert loaded(pictures(shots, ("train", "car", "plane"))).train.classes == (
+        "car",
+        "plane",
+        "train",
+    )
+    assert loaded(
+        pictures(shots.parent / "other", ("test", "control")), path="other"
+    ).train.classes == ("control", "test")
 
 
 @pytest.mark.parametrize(
@@ -169,17 +213,31 @@ def test_a_class_may_be_called_train_or_test(shots: Path) -> None:
     [
         (("train", "test"), ("would be a split", "no class folders", "test/, train/")),
         (("Train",), ("would be a split", "Train/")),
-        (("train/cat", "train/dog", "Training/cat", "Training/dog"), ("both", "Training/", "train/", "rename one")),
-        (("train/cat", "train/dog", "val/cat", "val/dog", "valid/cat", "valid/dog"), ("both", "val/", "valid/")),
+        (
+            ("train/cat", "train/dog", "Training/cat", "Training/dog"),
+            ("both", "Training/", "train/", "rename one"),
+        ),
+        (
+            ("train/cat", "train/dog", "val/cat", "val/dog", "valid/cat", "valid/dog"),
+            ("both", "val/", "valid/"),
+        ),
         (("test/cat", "test/dog"), ("no train/", "rename")),
         (("val/cat", "val/dog", "test/cat", "test/dog"), ("no train/",)),
         (("train/steam", "train/diesel", "car"), ("car/", "beside it")),
         (("train/cat", "train/dog", "test"), ("test/", "no class folders")),
-        (("train/cat", "train/dog", "test/cat", "test/Dog"), ("only one of them has", "Dog (in test/)", "dog (in train/)")),
-        (("train/a", "train/b", "val/a", "test/a", "test/b"), ("not all of them have", "b (in train/ and test/)")),
+        (
+            ("train/cat", "train/dog", "test/cat", "test/Dog"),
+            ("only one of them has", "Dog (in test/)", "dog (in train/)"),
+        ),
+        (
+            ("train/a", "train/b", "val/a", "test/a", "test/b"),
+            ("not all of them have", "b (in train/ and test/)"),
+        ),
     ],
 )
-def test_a_layout_that_could_mean_two_things_is_refused_with_the_reason(shots: Path, folders, words) -> None:
+def test_a_layout_that_could_mean_two_things_is_refused_with_the_reason(
+    shots: Path, folders, words
+) -> None:
     for number, folder in enumerate(folders):
         pictures(shots, [folder], first=100 * number)
     refused(shots, *words)
@@ -242,7 +300,16 @@ def test_a_class_without_images_in_one_split_is_named(shots: Path, part: str) ->
 
 
 def test_class_names_are_kept_as_text_whatever_they_are_made_of(shots: Path) -> None:
-    names = ["Äpfel & Birnen 🍐", '-it\'s "one"', "007", "a b", "ends.png", "new\nline", "#%?", "知識"]
+    names = [
+        "Äpfel & Birnen 🍐",
+        '-it\'s "one"',
+        "007",
+        "a b",
+        "ends.png",
+        "new\nline",
+        "#%?",
+        "知識",
+    ]
     pictures(shots, names)
     (shots / "cat").mkdir()
     os.rename(shots / "cat", os.fsencode(shots) + b"/caf\xe9")  # noqa: PTH104
@@ -260,9 +327,13 @@ def test_a_class_name_is_the_same_composed_and_decomposed(shots: Path) -> None:
     pictures(shots / "train", [composed, "zoo", "tea"])
     pictures(shots / "test", [decomposed, "zoo", "tea"], first=500)
     splits, test = loaded(shots), load_test(DATA, shots.parent)
-    assert splits.train.classes == test.classes == (composed, "tea", "zoo") or splits.train.classes == test.classes
+    assert (
+        splits.train.classes == test.classes == (composed, "tea", "zoo")
+        or splits.train.classes == test.classes
+    )
     expected = {
-        name: _image_folder(shots / "test", DATA)[0][6 * index] for index, name in enumerate(sorted([decomposed, "tea", "zoo"]))
+        name: _image_folder(shots / "test", DATA)[0][6 * index]
+        for index, name in enumerate(sorted([decomposed, "tea", "zoo"]))
     }
     for label, name in enumerate(test.classes):
         first = test.images[(test.labels == label).nonzero()[0, 0]].numpy()
@@ -276,12 +347,23 @@ def test_a_class_name_is_the_same_composed_and_decomposed(shots: Path) -> None:
 
 def test_hidden_and_system_files_are_neither_images_nor_classes(shots: Path) -> None:
     pictures(shots)
-    for name in (".DS_Store", "cat/._0.png", "cat/Thumbs.db", "dog/desktop.ini", "dog/.hidden.png", "Icon\r", "dog/0.png~"):
+    for name in (
+        ".DS_Store",
+        "cat/._0.png",
+        "cat/Thumbs.db",
+        "dog/desktop.ini",
+        "dog/.hidden.png",
+        "Icon\r",
+        "dog/0.png~",
+    ):
         (shots / name).write_bytes(b"\0\5\x16\7")
     pictures(shots, [".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "dog/@eaDir"])
     splits = loaded(shots)
     assert splits.train.classes == ("cat", "dog")
-    assert str(splits.inspection) == "12 images (8 training, 2 validation, 2 test), 2 classes, 11 left out: 11 hidden"
+    assert (
+        str(splits.inspection)
+        == "12 images (8 training, 2 validation, 2 test), 2 classes, 11 left out: 11 hidden"
+    )
 
 
 def test_what_is_left_out_is_counted_by_its_suffix(shots: Path) -> None:
@@ -329,7 +411,9 @@ def test_links_that_go_in_circles_end(shots: Path) -> None:
     assert found.left_out == {"a link back": 3, "without a suffix": 1}
 
 
-def test_links_to_files_and_folders_elsewhere_are_followed_and_each_real_file_counts_once(shots: Path, tmp_path: Path) -> None:
+def test_links_to_files_and_folders_elsewhere_are_followed_and_each_real_file_counts_once(
+    shots: Path, tmp_path: Path
+) -> None:
     pictures(shots, count=4)
     elsewhere = pictures(tmp_path / "elsewhere", ["more"], 3, first=80) / "more"
     (shots / "cat" / "more").symlink_to(elsewhere)
@@ -351,8 +435,9 @@ def test_a_link_to_nothing_is_named(shots: Path) -> None:
 def test_one_file_under_two_labels_is_said(shots: Path) -> None:
     pictures(shots)
     (shots / "dog" / "x.png").symlink_to("../cat/0.png")
-    assert "1 image is there under more than one label, pixel for pixel: cat/0.png is dog/x.png" in said(loaded(shots)).replace(
-        "dog/x.png is cat/0.png", "cat/0.png is dog/x.png"
+    assert (
+        "1 image is there under more than one label, pixel for pixel: cat/0.png is dog/x.png"
+        in said(loaded(shots)).replace("dog/x.png is cat/0.png", "cat/0.png is dog/x.png")
     )
 
 
@@ -361,11 +446,17 @@ def test_one_file_under_two_labels_is_said(shots: Path) -> None:
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0"])
-def test_a_broken_image_of_any_split_is_named_with_its_split(shots: Path, part: str, content: bytes) -> None:
+def test_a_broken_image_of_any_split_is_named_with_its_split(
+    shots: Path, part: str, content: bytes
+) -> None:
     for number, name in enumerate(("train", "test", "val")):
         pictures(shots / name, first=100 * number)
     (shots / part / "dog" / "3.png").write_bytes(content)
-    refused(shots, f"shots/{part}/dog/3.png", {"train": "training", "val": "validation", "test": "test"}[part] + " split")
+    refused(
+        shots,
+        f"shots/{part}/dog/3.png",
+        {"train": "training", "val": "validation", "test": "test"}[part] + " split",
+    )
 
 
 def test_several_broken_images_are_told_at_once(shots: Path) -> None:
@@ -383,7 +474,9 @@ def test_a_test_image_that_breaks_later_is_noticed_again(shots: Path) -> None:
     refused(shots, "test/dog/3.png")
 
 
-def test_each_image_is_opened_once_and_of_test_only_what_is_needed(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_opened_once_and_of_test_only_what_is_needed(
+    shots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures(shots / "train", count=10)
     pictures(shots / "test", count=3, first=500)
     opened: list[str] = []
@@ -395,7 +488,8 @@ def test_each_image_is_opened_once_and_of_test_only_what_is_needed(shots: Path, 
     monkeypatch.setattr(inspection, "read", counted)
     for load, expected in (
         (lambda: loaded(shots), {"train": 20, "test": 6}),
-        (lambda: loaded(shots), {"train": 20}),  # test images that are as they were need not be looked over again
+        # test images that are as they were need not be looked over again
+        (lambda: loaded(shots), {"train": 20}),
         (lambda: load_test(DATA, shots.parent), {"test": 6}),
         (lambda: load_example(DATA, shots.parent), {"train": 2}),
     ):
@@ -404,7 +498,9 @@ def test_each_image_is_opened_once_and_of_test_only_what_is_needed(shots: Path, 
         assert Counter(opened) == expected
 
 
-def test_images_that_no_memory_holds_are_refused_with_what_they_would_take(shots: Path, monkeypatch) -> None:
+def test_images_that_no_memory_holds_are_refused_with_what_they_would_take(
+    shots: Path, monkeypatch
+) -> None:
     pictures(shots)
 
     def full(*_: object) -> None:
@@ -414,7 +510,9 @@ def test_images_that_no_memory_holds_are_refused_with_what_they_would_take(shots
     refused(shots, "10 images of 8 x 8 pixels", "lower data.image_size")
 
 
-def test_a_folder_that_may_not_be_read_is_named(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_named(
+    shots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures(shots)
     scandir = os.scandir
 
@@ -435,10 +533,15 @@ def test_equal_images_in_two_splits_are_counted_and_said(shots: Path) -> None:
         pictures(shots / name, first=first)
     assert "among the training images" not in said(loaded(shots))
     for number in range(3):
-        Image.open(shots / "train" / "cat" / f"{number}.png").save(shots / "test" / "cat" / f"copy{number}.bmp")
+        Image.open(shots / "train" / "cat" / f"{number}.png").save(
+            shots / "test" / "cat" / f"copy{number}.bmp"
+        )
     Image.open(shots / "train" / "dog" / "1.png").save(shots / "val" / "dog" / "copy.png")
     heard = said(loaded(shots))
-    assert "3 test images are among the training images too, pixel for pixel: test/cat/copy0.bmp is train/cat/0.png" in heard
+    assert (
+        "3 test images are among the training images too, pixel for pixel: test/cat/copy0.bmp is"
+        " train/cat/0.png" in heard
+    )
     assert "1 validation image is among the training images too" in heard
 
 
@@ -448,11 +551,17 @@ def test_what_was_done_to_images_is_said(shots: Path) -> None:
     Image.fromarray(np.full((9, 9), 60_000, np.uint16)).save(shots / "cat" / "b.png")
     Image.fromarray(np.full((9, 9), 0.7, np.float32)).save(shots / "cat" / "c.tif")
     heard = said(loaded(shots))
-    for text in ("1 laid over white where transparent", "1 of 16 bits: scaled to 8 (value / 257)", "1 of floats from 0 to 1"):
+    for text in (
+        "1 laid over white where transparent",
+        "1 of 16 bits: scaled to 8 (value / 257)",
+        "1 of floats from 0 to 1",
+    ):
         assert text in heard
 
 
-def test_twelve_bits_in_sixteen_are_said_to_be_dark_and_eight_in_sixteen_refused(shots: Path) -> None:
+def test_twelve_bits_in_sixteen_are_said_to_be_dark_and_eight_in_sixteen_refused(
+    shots: Path,
+) -> None:
     for name in ("cat", "dog"):
         for number in range(6):
             file = picture(shots / name / f"{number}.png", number)
@@ -475,8 +584,9 @@ def test_floats_of_two_scales_in_one_folder_are_refused(shots: Path) -> None:
 def test_what_has_changed_is_told_by_name() -> None:
     then = {"a": "1", "b": "2", "c": "3", "d": "4"}
     assert changed(then, then) == ""
-    assert changed(then, {"a": "1", "x": "2", "c": "9", "e": "5"}) == (
-        "1 renamed (b → x), 1 added (e), 1 removed (d), 1 with other pixels (c)"
+    assert (
+        changed(then, {"a": "1", "x": "2", "c": "9", "e": "5"})
+        == "1 renamed (b → x), 1 added (e), 1 removed (d), 1 with other pixels (c)"
     )
     many = {f"n{number}": str(number) for number in range(9)}
     assert changed({}, many) == "9 added (n0, n1, n2, n3, n4 and 4 more)"

@@ -1,4 +1,6 @@
-"""Sweeps of fused trials: asked for together, trained as one batch, told one by one, reproduced alone."""
+"""Sweeps of fused trials: asked for together, trained as one batch, told one by one, reproduced
+alone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import pytest
 import torch
 
 from kdexp.config import Sweep
-from kdexp.promote import candidates
-from kdexp.reproduce import reproduce
-from kdexp.runs import Recording
+from kdexp.runs.recording import Recording
+from kdexp.search.study import Trial
+from kdexp.search.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
+from kdexp.select.promote import candidates
+from kdexp.select.reproduce import reproduce
 from kdexp.selection import select
-from kdexp.study import Trial
-from kdexp.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
 
 CPU = torch.device("cpu")
 
@@ -45,13 +47,17 @@ def fused(tiny: Sweep) -> Sweep:
     )
 
 
-def test_every_trial_of_a_fused_study_is_asked_trained_and_told_once(fused, settings, tracking) -> None:
+def test_every_trial_of_a_fused_study_is_asked_trained_and_told_once(
+    fused, settings, tracking
+) -> None:
     events, others = drain(run_sweep(fused, replace(settings, pack=4), tracking, CPU))
     assert others == 0
     assert sorted(e.number for e in events if isinstance(e, TrialStarted)) == list(range(8))
     assert sorted(e.number for e in events if isinstance(e, TrialFinished)) == list(range(8))
     first = next(number for number, e in enumerate(events) if isinstance(e, EpochDone))
-    assert sum(isinstance(e, TrialStarted) for e in events[:first]) > 1, "no two trials trained together"
+    assert sum(isinstance(e, TrialStarted) for e in events[:first]) > 1, (
+        "no two trials trained together"
+    )
     found = candidates(tracking.study(fused.name), tracking)
     assert [c.trial for c in found] == list(range(8))
     for run in tracking.find("trial", {"kdexp.study": fused.name}):
@@ -60,7 +66,9 @@ def test_every_trial_of_a_fused_study_is_asked_trained_and_told_once(fused, sett
         assert epochs == list(range(1, fused.training.epochs + 1))
 
 
-def test_a_fused_trial_is_reproduced_bit_for_bit_from_its_run_id(fused, settings, tracking, tmp_path) -> None:
+def test_a_fused_trial_is_reproduced_bit_for_bit_from_its_run_id(
+    fused, settings, tracking, tmp_path
+) -> None:
     drain(run_sweep(fused, replace(settings, pack=4), tracking, CPU))
     places = set()
     for run in tracking.find("trial", {"kdexp.study": fused.name})[:4]:
@@ -73,8 +81,14 @@ def test_a_fused_trial_is_reproduced_bit_for_bit_from_its_run_id(fused, settings
     assert max(int(lanes) for lanes, _ in places) > 1
 
 
-def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(fused, settings, tracking, monkeypatch) -> None:
-    search = {path: dimension for path, dimension in fused.model_dump()["search"].items() if path != "student.hidden"}
+def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(
+    fused, settings, tracking, monkeypatch
+) -> None:
+    search = {
+        path: dimension
+        for path, dimension in fused.model_dump()["search"].items()
+        if path != "student.hidden"
+    }
     study = fused.study.model_dump() | {"pruner": "median"}
     pruning = Sweep.model_validate(fused.model_dump() | {"study": study, "search": search})
     real = Trial.report
@@ -97,7 +111,9 @@ def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(fused, set
         assert comparison.identical, (number, comparison.differences[:3])
 
 
-def test_a_failure_in_one_pack_closes_every_run_of_it(fused, settings, tracking, monkeypatch) -> None:
+def test_a_failure_in_one_pack_closes_every_run_of_it(
+    fused, settings, tracking, monkeypatch
+) -> None:
     def broken(self: Recording, epoch) -> None:
         raise OSError(28, "No space left on device")
 
@@ -113,8 +129,12 @@ def test_a_failure_in_one_pack_closes_every_run_of_it(fused, settings, tracking,
 
 
 @pytest.mark.parametrize("pack", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_early_stopping_saves_epochs_and_selects_the_same_model(tiny, settings, tracking, tmp_path, pack) -> None:
-    """A random search proposes the same trials with and without: what is ended could not have been selected."""
+def test_early_stopping_saves_epochs_and_selects_the_same_model(
+    tiny, settings, tracking, tmp_path, pack
+) -> None:
+    """A random search proposes the same trials with and without: what is ended could not have been
+    selected.
+    """
     study = {"trials": 12, "sampler": "random", "objective": "smallest"}
     search = {
         "student.channels": {"choices": ((2, 4), (3, 6), (4, 8), (6, 12))},
@@ -125,7 +145,10 @@ def test_early_stopping_saves_epochs_and_selects_the_same_model(tiny, settings, 
         sweep = Sweep.model_validate(
             tiny.model_dump()
             | {"name": f"early-{early}", "search": search, "study": study | {"early_stop": early}}
-            | {"selection": {"accuracy_bar": 0.6}, "training": tiny.training.model_dump() | {"epochs": 6}}
+            | {
+                "selection": {"accuracy_bar": 0.6},
+                "training": tiny.training.model_dump() | {"epochs": 6},
+            }
         )
         events, _ = drain(run_sweep(sweep, replace(settings, pack=pack), tracking, CPU))
         assert len([e for e in events if isinstance(e, TrialFinished)]) == 12

@@ -1,4 +1,6 @@
-"""What is trained is the module that is stored: only the provably plain is stacked, and all else is noticed."""
+"""What is trained is the module that is stored: only the provably plain is stacked, and all else is
+noticed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from kdexp.config import Augment, Data, Distillation, Network, Student, Teacher, Training
+from kdexp.distill.batches import pixels
 from kdexp.distill.compact import as_stored, compact
-from kdexp.distill.data import Splits, pixels
+from kdexp.distill.datasets import Splits
 from kdexp.distill.guard import check_network, check_plan, stored_correct
 from kdexp.distill.models import ModelError, Residual, measure, outline
 from kdexp.distill.packs import Drawn, Execution, Lane, Source, pack_of
@@ -32,7 +35,9 @@ def plain() -> nn.Sequential:
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.AvgPool2d(2),
-        Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.ReLU()), nn.Identity()),
+        Residual(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.ReLU()), nn.Identity()
+        ),
         nn.Sequential(nn.Dropout(0.0), nn.AdaptiveAvgPool2d(1)),
         nn.Flatten(),
         nn.Linear(4, 4),
@@ -62,16 +67,28 @@ def set_to(module: nn.Module, place: str, layer: nn.Module) -> None:
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a forward hook": lambda m: m[7].register_forward_hook(lambda _, __, out: 2 * out),
     "a hook on the whole": lambda m: m.register_forward_hook(lambda _, __, out: 2 * out),
-    "a hook that is told of keywords": lambda m: m[2].register_forward_hook(lambda _, __, ___, out: out + 1, with_kwargs=True),
+    "a hook that is told of keywords": (
+        lambda m: m[2].register_forward_hook(lambda _, __, ___, out: out + 1, with_kwargs=True)
+    ),
     "a hook before": lambda m: m[8].register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
-    "a hook on what does nothing": lambda m: m[4].shortcut.register_forward_hook(lambda _, __, out: 2 * out),
+    "a hook on what does nothing": (
+        lambda m: m[4].shortcut.register_forward_hook(lambda _, __, out: 2 * out)
+    ),
     "a hook in backward": lambda m: m[9].register_full_backward_hook(lambda _, g, __: (2 * g[0],)),
-    "a hook before backward": lambda m: m[9].register_full_backward_pre_hook(lambda _, g: (2 * g[0],)),
+    "a hook before backward": (
+        lambda m: m[9].register_full_backward_pre_hook(lambda _, g: (2 * g[0],))
+    ),
     "a hook on a parameter": lambda m: m[7].weight.register_hook(lambda gradient: 2 * gradient),
-    "a hook on what a gradient becomes": lambda m: m[7].weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2)),
+    "a hook on what a gradient becomes": (
+        lambda m: m[7].weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+    ),
     "a forward of its own": lambda m: setattr(m[2], "forward", lambda x: 2 * x),
-    "a forward of the whole's own": lambda m: setattr(m, "forward", lambda x: 2 * nn.Sequential.forward(m, x)),
-    "a residual with a forward of its own": lambda m: setattr(m[4], "forward", lambda x: m[4].body(x)),
+    "a forward of the whole's own": lambda m: setattr(
+        m, "forward", lambda x: 2 * nn.Sequential.forward(m, x)
+    ),
+    "a residual with a forward of its own": lambda m: setattr(
+        m[4], "forward", lambda x: m[4].body(x)
+    ),
     "a train of its own": lambda m: setattr(m[1], "train", lambda mode=True: m[1]),
     "a frozen weight": lambda m: m[7].weight.requires_grad_(False),
     "a frozen norm": lambda m: m[1].requires_grad_(False),
@@ -82,8 +99,12 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a parametrized weight": lambda m: parametrizations.weight_norm(m[7]),
     "spectral_norm": lambda m: spectral_norm(m[0]),
     "pruned": lambda m: prune.l1_unstructured(m[7], "weight", 0.5),
-    "a tied weight": lambda m: setattr(m[9], "weight", nn.Parameter(m[7].weight.detach().repeat(3, 1)[:10])),
-    "a weight in another's memory": lambda m: setattr(m[7], "weight", nn.Parameter(m[9].weight.data[:4])),
+    "a tied weight": lambda m: setattr(
+        m[9], "weight", nn.Parameter(m[7].weight.detach().repeat(3, 1)[:10])
+    ),
+    "a weight in another's memory": lambda m: setattr(
+        m[7], "weight", nn.Parameter(m[9].weight.data[:4])
+    ),
     "a tied statistic": lambda m: set_to(m, "1", tied_norms()),
     "a tensor of another kind": lambda m: setattr(m[7], "weight", Own(m[7].weight.data)),
     "in double precision": lambda m: m[7].double(),
@@ -96,15 +117,21 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a pool that divides by one": lambda m: set_to(m, "3", nn.AvgPool2d(2, divisor_override=1)),
     "a pool with padding": lambda m: set_to(m, "3", nn.AvgPool2d(2, padding=1)),
     "a pool to two": lambda m: set_to(m, "3", nn.AdaptiveAvgPool2d((1, 2))),
-    "padding by reflection": lambda m: set_to(m, "0", nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")),
+    "padding by reflection": lambda m: set_to(
+        m, "0", nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")
+    ),
     "a dilated convolution": lambda m: set_to(m, "0", nn.Conv2d(1, 4, 3, padding=2, dilation=2)),
     "a convolution of two strides": lambda m: set_to(m, "0", nn.Conv2d(1, 4, 3, (1, 2), padding=1)),
     "a norm with another eps": lambda m: set_to(m, "1", nn.BatchNorm2d(4, eps=1e-3)),
     "a norm by a plain mean": lambda m: set_to(m, "1", nn.BatchNorm2d(4, momentum=None)),
-    "a norm without statistics": lambda m: set_to(m, "1", nn.BatchNorm2d(4, track_running_stats=False)),
+    "a norm without statistics": lambda m: set_to(
+        m, "1", nn.BatchNorm2d(4, track_running_stats=False)
+    ),
     "a norm without a bias": lambda m: set_to(m, "1", nn.BatchNorm2d(4, bias=False)),
     "a linear layer without a bias": lambda m: set_to(m, "7", nn.Linear(4, 4, bias=False)),
-    "a dropout that takes all": lambda m: set_to(m, "5", nn.Sequential(nn.Dropout(1.0), nn.AdaptiveAvgPool2d(1))),
+    "a dropout that takes all": lambda m: set_to(
+        m, "5", nn.Sequential(nn.Dropout(1.0), nn.AdaptiveAvgPool2d(1))
+    ),
     "a flattening that keeps an axis": lambda m: set_to(m, "6", nn.Flatten(0, 1)),
     "work in place on what is added": lambda m: set_to(m[4].body, "0", nn.ReLU(inplace=True)),
     "a sum that spreads": lambda m: set_to(m[4].body, "0", nn.Conv2d(4, 1, 1)),
@@ -132,40 +159,69 @@ def test_a_layer_without_weights_used_in_many_places_stands_in_each_of_them() ->
         nn.Dropout(0.3), nn.Flatten(), nn.Linear(4, 10),
     )  # fmt: skip
     many = nn.Sequential(
-        nn.Conv2d(1, 4, 3), relu, pool, drop, nn.Conv2d(4, 4, 1), relu, pool, drop, nn.Flatten(), nn.Linear(4, 10)
+        nn.Conv2d(1, 4, 3),
+        relu,
+        pool,
+        drop,
+        nn.Conv2d(4, 4, 1),
+        relu,
+        pool,
+        drop,
+        nn.Flatten(),
+        nn.Linear(4, 10),
     )
     assert plan_of(many, SHAPE) == plan_of(once, SHAPE) is not None
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("what", ["a forward hook", "a frozen weight", "a hook on a parameter", "a norm with another eps"])
+@pytest.mark.parametrize(
+    "what",
+    ["a forward hook", "a frozen weight", "a hook on a parameter", "a norm with another eps"],
+)
 def test_a_plan_that_is_not_the_modules_is_refused_with_both_numbers(digits, what, lanes) -> None:
     modules = [plain() for _ in range(lanes)]
     plan = plan_of(modules[0], SHAPE)
     check_plan(modules, plan, "grouped", digits.train, "nets:mine")
     CHANGES[what](modules[-1])
     with pytest.raises(
-        ModelError, match=r"nets:mine: what would be trained is not the network itself: .* are [\d.e-]+ at most"
+        ModelError,
+        match=(
+            r"nets:mine: what would be trained is not the network itself: .* are [\d.e-]+ at most"
+        ),
     ):
         check_plan(modules, plan, "grouped", digits.train, "nets:mine")
 
 
-@pytest.mark.parametrize("network", [Student(), Student(architecture="residual", channels=(4, 8)), Student(hidden=0)])
+@pytest.mark.parametrize(
+    "network", [Student(), Student(architecture="residual", channels=(4, 8)), Student(hidden=0)]
+)
 def test_the_families_pass_the_guard_by_every_lowering(digits, network) -> None:
     plan = plan_of(outline(network, digits.train), SHAPE)
     check_network(network, digits.train)
     for lowering in ("grouped", "unfold", "vmap", "separate"):
-        check_plan([outline(network, digits.train) for _ in range(2)], plan, lowering, digits.train, "family")
+        check_plan(
+            [outline(network, digits.train) for _ in range(2)],
+            plan,
+            lowering,
+            digits.train,
+            "family",
+        )
 
 
-def test_weights_that_are_not_those_that_were_measured_are_refused_with_both_numbers(digits) -> None:
+def test_weights_that_are_not_those_that_were_measured_are_refused_with_both_numbers(
+    digits,
+) -> None:
     training = Training(epochs=2, learning_rate=0.01, keep="last", ema=0.9)
     lane = Lane(Student(channels=(4, 6), hidden=12), training, Distillation())
     (report,) = list(train([lane], digits, DATA))[-1]
-    assert stored_correct(lane.network, report.weights, report.val_correct, digits.validation) == report.val_correct
+    assert (
+        stored_correct(lane.network, report.weights, report.val_correct, digits.validation)
+        == report.val_correct
+    )
     zeroed = {name: torch.zeros_like(tensor) for name, tensor in report.weights.items()}
     with pytest.raises(
-        ModelError, match=rf"was {report.val_accuracy:.2%} in training, and is [\d.]+% with the weights"
+        ModelError,
+        match=rf"was {report.val_accuracy:.2%} in training, and is [\d.]+% with the weights",
     ) as error:
         stored_correct(lane.network, zeroed, report.val_correct, digits.validation)
     assert "\n" not in str(error.value)
@@ -201,7 +257,9 @@ def mlp(*, width: int = 8) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_what_is_frozen_stays_as_it_is_under_every_optimiser_and_average(digits, own, optimizer) -> None:
+def test_what_is_frozen_stays_as_it_is_under_every_optimiser_and_average(
+    digits, own, optimizer
+) -> None:
     def half_frozen() -> nn.Module:
         module = mlp()
         module[1].requires_grad_(False)
@@ -217,7 +275,9 @@ def test_what_is_frozen_stays_as_it_is_under_every_optimiser_and_average(digits,
 
 def test_a_moving_average_of_tied_weights_is_one_and_resumes(digits, own) -> None:
     def tied() -> nn.Module:
-        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
+        module = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10)
+        )
         module[3].weight = module[1].weight
         return module
 
@@ -233,7 +293,9 @@ def test_a_moving_average_of_tied_weights_is_one_and_resumes(digits, own) -> Non
 
 
 class Counting(nn.Module):
-    """Remembers how many batches it has seen, in a buffer that its state_dict leaves out; its logits do not depend on it."""
+    """Remembers how many batches it has seen, in a buffer that its state_dict leaves out; its
+    logits do not depend on it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,10 +315,14 @@ def test_a_buffer_that_the_state_dict_leaves_out_is_resumed_as_well(digits, own)
     snapshot = next(reports)[0].snapshot()
     reports.close()
     (again,) = next(train([lane], few(digits), DATA, resumed=[snapshot]))
-    assert all(torch.equal(again.weights[name], unbroken.weights[name]) for name in unbroken.weights)
+    assert all(
+        torch.equal(again.weights[name], unbroken.weights[name]) for name in unbroken.weights
+    )
 
 
-def test_a_network_that_works_in_place_on_its_images_leaves_its_neighbours_theirs(digits, own) -> None:
+def test_a_network_that_works_in_place_on_its_images_leaves_its_neighbours_theirs(
+    digits, own
+) -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +335,10 @@ def test_a_network_that_works_in_place_on_its_images_leaves_its_neighbours_their
     source = Source(split, torch.zeros(1, 3, dtype=torch.int64), None)
     alone, pair = (pack_of([lane] * lanes, source, Execution(lanes)) for lanes in (1, 2))
     drawn = Drawn(torch.arange(64), torch.zeros(64, dtype=torch.int64))
-    one, two = (pack.step(drawn, torch.full((n,), 0.01), torch.zeros(n).long()) for n, pack in ((1, alone), (2, pair)))
+    one, two = (
+        pack.step(drawn, torch.full((n,), 0.01), torch.zeros(n).long())
+        for n, pack in ((1, alone), (2, pair))
+    )
     assert torch.equal(one.total.expand(2), two.total)
     images = pixels(split, torch.arange(20))
     assert torch.equal(alone.logits(images.clone())[0].expand(2, -1, -1), pair.logits(images))
@@ -296,8 +365,12 @@ def test_what_learns_outside_of_its_state_dict_is_no_result(digits, own) -> None
         stored_correct(lane.network, report.weights, report.val_correct, few(digits).validation)
 
 
-def test_a_teacher_that_learns_outside_of_its_state_dict_is_refused_and_not_kept(digits, own, tmp_path) -> None:
-    teacher = Teacher(architecture=own(Remembers), epochs=3, batch_size=64, learning_rate=0.01, keep="last")
+def test_a_teacher_that_learns_outside_of_its_state_dict_is_refused_and_not_kept(
+    digits, own, tmp_path
+) -> None:
+    teacher = Teacher(
+        architecture=own(Remembers), epochs=3, batch_size=64, learning_rate=0.01, keep="last"
+    )
     with pytest.raises(ModelError, match="in training, and is"):
         list(prepare_teacher(teacher, DATA, few(digits), tmp_path))
     assert not list(tmp_path.glob("*/weights.safetensors"))
@@ -322,14 +395,24 @@ def test_a_state_dict_with_more_than_tensors_cannot_be_stored(digits, own) -> No
         check_network(Network(architecture=own(Extra)), digits.train)
 
 
-def test_the_multiply_adds_of_a_layer_used_twice_count_twice_and_its_parameters_once(digits, own) -> None:
+def test_the_multiply_adds_of_a_layer_used_twice_count_twice_and_its_parameters_once(
+    digits, own
+) -> None:
     def shared() -> nn.Module:
         block = nn.Linear(8, 8)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), block, nn.ReLU(), block, nn.Linear(8, 10))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), block, nn.ReLU(), block, nn.Linear(8, 10)
+        )
 
     def apart() -> nn.Module:
         return nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 10)
+            nn.Flatten(),
+            nn.Linear(64, 8),
+            nn.ReLU(),
+            nn.Linear(8, 8),
+            nn.ReLU(),
+            nn.Linear(8, 8),
+            nn.Linear(8, 10),
         )
 
     one, other = measure(shared(), digits.train), measure(apart(), digits.train)
@@ -360,7 +443,12 @@ COLOURS = torch.tensor([1, 2, 3.0])[:, None, None]
 def conv_first(change: Callable[[nn.Sequential], object]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         module = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Dropout(0.5),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 10),
         )
         change(module)
         return module
@@ -378,10 +466,18 @@ def conv_first(change: Callable[[nn.Sequential], object]) -> Callable[[], nn.Mod
         conv_first(lambda m: m[2].register_forward_hook(lambda _, __, out: 3 * out)),
         conv_first(lambda m: setattr(m[1], "forward", lambda x: x.relu())),
         conv_first(
-            lambda m: setattr(m, "forward", lambda x: m[3:](m[0](x.flip(1) * torch.tensor([1, 2, 3.0])[:, None, None])))
+            lambda m: setattr(
+                m,
+                "forward",
+                lambda x: m[3:](m[0](x.flip(1) * torch.tensor([1, 2, 3.0])[:, None, None])),
+            )
         ),
         conv_first(lambda m: parametrizations.weight_norm(m[0])),
-        conv_first(lambda m: set_to(m, "1", nn.Sequential(nn.Conv2d(4, 3, 1), m[0], m[0].__class__(4, 4, 1)))),
+        conv_first(
+            lambda m: set_to(
+                m, "1", nn.Sequential(nn.Conv2d(4, 3, 1), m[0], m[0].__class__(4, 4, 1))
+            )
+        ),
     ],
 )
 def test_what_is_folded_computes_what_it_did_whatever_was_done_to_its_layers(digits, make) -> None:

@@ -1,4 +1,6 @@
-"""One image file: each mode and depth by its stated rule, as before where there was nothing wrong, else refused."""
+"""One image file: each mode and depth by its stated rule, as before where there was nothing wrong,
+else refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ def noise(*shape: int, most: int = 256, dtype: type = np.uint8) -> np.ndarray:
 
 def formerly(file: Path, size: int, channels: int) -> np.ndarray:
     """How images were read before there was a rule for each mode."""
-    image = Image.open(file).convert("RGB").convert("L" if channels == 1 else "RGB").resize((size, size))
+    image = (
+        Image.open(file)
+        .convert("RGB")
+        .convert("L" if channels == 1 else "RGB")
+        .resize((size, size))
+    )
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 
@@ -40,18 +47,26 @@ def over_white(value: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.rint((value * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8)
 
 
-def png(file: Path, rows: np.ndarray, depth: int, colour: int, *chunks: tuple[bytes, bytes]) -> Path:
+def png(
+    file: Path, rows: np.ndarray, depth: int, colour: int, *chunks: tuple[bytes, bytes]
+) -> Path:
     """A PNG that Pillow would not write; `rows` are packed bytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     width = rows.shape[1] * 8 // (depth * samples)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0))
     body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     file.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*each) for each in chunks) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(chunk(*each) for each in chunks)
+        + chunk(b"IDAT", body)
+        + chunk(b"IEND", b"")
     )
     return file
 
@@ -59,18 +74,27 @@ def png(file: Path, rows: np.ndarray, depth: int, colour: int, *chunks: tuple[by
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [(mode, suffix) for suffix in ("png", "jpg", "bmp", "tif", "gif", "webp", "ppm") for mode in ("L", "RGB", "1")]
+    [
+        (mode, suffix)
+        for suffix in ("png", "jpg", "bmp", "tif", "gif", "webp", "ppm")
+        for mode in ("L", "RGB", "1")
+    ]
     + [("P", suffix) for suffix in ("png", "bmp", "tif", "gif", "webp")]
     + [("CMYK", suffix) for suffix in ("jpg", "tif")],
 )
-def test_what_was_read_rightly_before_gives_the_same_pixels(tmp_path: Path, mode: str, suffix: str, channels: int) -> None:
+def test_what_was_read_rightly_before_gives_the_same_pixels(
+    tmp_path: Path, mode: str, suffix: str, channels: int
+) -> None:
     file = tmp_path / f"x.{suffix}"
     Image.fromarray(noise(37, 29, 3)).convert(mode).save(file)
     for size in (8, 29, 64):
         assert np.array_equal(read(file, size, channels).pixels, formerly(file, size, channels))
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("I", "pgm")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("I", "pgm")],
+)
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, mode: str, suffix: str) -> None:
     values, file = noise(16, 16, most=65536, dtype=np.int64), tmp_path / f"x.{suffix}"
     values[0, :4] = 0, 257, 65535, 128
@@ -89,13 +113,19 @@ def test_sixteen_bits_are_made_eight_before_they_are_resized(tmp_path: Path) -> 
     assert np.array_equal(grey(tmp_path / "x.png", 8), np.asarray(eight.resize((8, 8))))
 
 
-def test_one_bit_and_palettes_are_made_grey_or_colour_before_they_are_resized(tmp_path: Path) -> None:
+def test_one_bit_and_palettes_are_made_grey_or_colour_before_they_are_resized(
+    tmp_path: Path,
+) -> None:
     image = Image.fromarray(noise(40, 40)).convert("1")
     image.save(tmp_path / "x.png")
-    assert np.array_equal(grey(tmp_path / "x.png", 8), np.asarray(image.convert("L").resize((8, 8))))
+    assert np.array_equal(
+        grey(tmp_path / "x.png", 8), np.asarray(image.convert("L").resize((8, 8)))
+    )
     palette = Image.fromarray(noise(40, 40, 3)).quantize(16)
     palette.save(tmp_path / "p.png")
-    assert np.array_equal(coloured(tmp_path / "p.png", 8), np.asarray(palette.convert("RGB").resize((8, 8))))
+    assert np.array_equal(
+        coloured(tmp_path / "p.png", 8), np.asarray(palette.convert("RGB").resize((8, 8)))
+    )
 
 
 def test_sixteen_bit_colour_gives_its_upper_bytes(tmp_path: Path) -> None:
@@ -115,7 +145,9 @@ def test_tiffs_of_which_white_is_zero_are_turned_around(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-5, 70_000), (-1, 100), (0, 65_536)])
 def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path: Path, low: int, high: int) -> None:
-    Image.fromarray(np.linspace(low, high, 256).reshape(16, 16).round().astype(np.int32)).save(tmp_path / "x.tif")
+    Image.fromarray(np.linspace(low, high, 256).reshape(16, 16).round().astype(np.int32)).save(
+        tmp_path / "x.tif"
+    )
     with pytest.raises(Unreadable, match="16 bits hold 0 to 65,535"):
         grey(tmp_path / "x.tif")
 
@@ -125,7 +157,9 @@ def test_floats_are_of_zero_to_one_or_to_255(tmp_path: Path, high: float, factor
     values = np.linspace(0, high, 256, dtype=np.float32).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "x.tif")
     assert np.array_equal(grey(tmp_path / "x.tif"), np.rint(values * factor))
-    assert read(tmp_path / "x.tif", 8, 1).done == {"float to 1" if factor == 255 else "float to 255"}
+    assert read(tmp_path / "x.tif", 8, 1).done == {
+        "float to 1" if factor == 255 else "float to 255"
+    }
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 256.0, np.nan, np.inf, -np.inf, 1e30])
@@ -140,18 +174,25 @@ def test_other_floats_are_refused(tmp_path: Path, wrong: float) -> None:
 # --- transparency ---
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("RGBA", "webp"), ("RGBA", "tif"), ("LA", "tif")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGBA", "png"), ("LA", "png"), ("RGBA", "webp"), ("RGBA", "tif"), ("LA", "tif")],
+)
 def test_transparency_is_laid_over_white(tmp_path: Path, mode: str, suffix: str) -> None:
     bands, file = noise(16, 16, len(mode)), tmp_path / f"x.{suffix}"
     bands[0, :4, -1] = 0, 255, 1, 254
-    Image.fromarray(bands, mode).save(file, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+    Image.fromarray(bands, mode).save(
+        file, **({"lossless": True, "exact": True} if suffix == "webp" else {})
+    )
     expected = over_white(bands[..., :-1], bands[..., -1:])
     assert np.array_equal(coloured(file), np.broadcast_to(expected, (16, 16, 3)))
     assert read(file, 8, 1).done == {"transparent"}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_an_alpha_channel_that_is_opaque_throughout_changes_nothing(tmp_path: Path, mode: str) -> None:
+def test_an_alpha_channel_that_is_opaque_throughout_changes_nothing(
+    tmp_path: Path, mode: str
+) -> None:
     bands = noise(16, 16, len(mode))
     bands[..., -1] = 255
     Image.fromarray(bands, mode).save(tmp_path / "x.png")
@@ -169,12 +210,17 @@ def test_black_ink_on_nothing_is_black_on_white(tmp_path: Path) -> None:
     assert np.array_equal(grey(tmp_path / "x.png"), 255 - ink)
 
 
-def test_a_palette_with_an_alpha_for_each_colour_or_with_one_transparent_colour(tmp_path: Path) -> None:
+def test_a_palette_with_an_alpha_for_each_colour_or_with_one_transparent_colour(
+    tmp_path: Path,
+) -> None:
     palette = Image.fromarray(noise(16, 16, 3)).quantize(8)
-    numbers, colours = np.asarray(palette), np.array(palette.getpalette()[:24], np.uint8).reshape(8, 3)
+    numbers = np.asarray(palette)
+    colours = np.array(palette.getpalette()[:24], np.uint8).reshape(8, 3)
     alphas = np.array([0, 31, 64, 100, 128, 200, 254, 255], np.uint8)
     palette.save(tmp_path / "x.png", transparency=alphas.tobytes())
-    assert np.array_equal(coloured(tmp_path / "x.png"), over_white(colours, alphas[:, None])[numbers])
+    assert np.array_equal(
+        coloured(tmp_path / "x.png"), over_white(colours, alphas[:, None])[numbers]
+    )
     palette.save(tmp_path / "y.png", transparency=3)
     one = np.where(np.arange(8) == 3, 0, 255)
     assert np.array_equal(coloured(tmp_path / "y.png"), over_white(colours, one[:, None])[numbers])
@@ -192,7 +238,9 @@ def test_a_transparent_colour_of_an_image_without_alpha(tmp_path: Path) -> None:
     assert np.array_equal(grey(tmp_path / "l.png"), np.where(grey8 == grey8[4, 4], 255, grey8))
     deep = noise(16, 16, most=65536, dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "i.png", transparency=int(deep[4, 4]))
-    assert np.array_equal(grey(tmp_path / "i.png"), np.where(deep == deep[4, 4], 255, np.rint(deep / 257)))
+    assert np.array_equal(
+        grey(tmp_path / "i.png"), np.where(deep == deep[4, 4], 255, np.rint(deep / 257))
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -201,7 +249,9 @@ def test_a_transparent_grey_of_few_bits_is_of_so_few_bits(tmp_path: Path, depth:
     values = np.unpackbits(rows, axis=1).reshape(16, 16, depth) @ (2 ** np.arange(depth)[::-1])
     most = 2**depth - 1
     png(tmp_path / "x.png", rows, depth, 0, (b"tRNS", struct.pack(">H", 1)))
-    assert np.array_equal(grey(tmp_path / "x.png"), np.where(values == 1, 255, values * 255 // most))
+    assert np.array_equal(
+        grey(tmp_path / "x.png"), np.where(values == 1, 255, values * 255 // most)
+    )
 
 
 def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
@@ -215,9 +265,12 @@ def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path: Path) -> None
 
 def test_lab_becomes_srgb(tmp_path: Path) -> None:
     rgb = Image.fromarray(noise(16, 16, 3) // 2 + 64)
-    lab = ImageCms.profileToProfile(rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    lab = ImageCms.profileToProfile(
+        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
     lab.save(tmp_path / "x.tif")
-    assert np.abs(coloured(tmp_path / "x.tif").astype(int) - np.asarray(rgb)).max() <= 8  # 8-bit LAB is that coarse
+    # 8-bit LAB is that coarse
+    assert np.abs(coloured(tmp_path / "x.tif").astype(int) - np.asarray(rgb)).max() <= 8
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
@@ -241,7 +294,8 @@ def test_an_image_is_turned_as_exif_says(tmp_path: Path, orientation: int, suffi
     Image.fromarray(np.ascontiguousarray(stored)).convert("RGB").save(file, exif=exif, quality=100)
     got = grey(file, 8).astype(int)
     assert np.abs(got[[1, 1, 6, 6], [1, 6, 1, 6]] - [240, 160, 80, 0]).max() <= 3
-    assert ("turned" in read(file, 8, 1).done) == (orientation > 1 and suffix != "tif")  # Pillow turns TIFFs by itself
+    # Pillow turns TIFFs by itself
+    assert ("turned" in read(file, 8, 1).done) == (orientation > 1 and suffix != "tif")
 
 
 def test_a_damaged_exif_turns_nothing(tmp_path: Path) -> None:
@@ -280,16 +334,27 @@ def test_of_several_frames_the_first_is_read(tmp_path: Path, suffix: str) -> Non
         "IMG 2024.05.01",
     ],
 )
-def test_every_ending_that_pillow_reads_is_an_image_and_content_decides_where_there_is_none(tmp_path: Path, name: str) -> None:
+def test_every_ending_that_pillow_reads_is_an_image_and_content_decides_where_there_is_none(
+    tmp_path: Path, name: str
+) -> None:
     image = Image.fromarray(noise(16, 16))
-    kind = {"jfif": "JPEG", "jpg": "JPEG", "tiff": "TIFF", "jp2": "JPEG2000"}.get(name.rpartition(".")[2].lower())
-    known = name.rpartition(".")[2].upper() if name.rpartition(".")[2].lower() in ("gif", "avif", "webp", "bmp") else "PNG"
+    kind = {"jfif": "JPEG", "jpg": "JPEG", "tiff": "TIFF", "jp2": "JPEG2000"}.get(
+        name.rpartition(".")[2].lower()
+    )
+    known = (
+        name.rpartition(".")[2].upper()
+        if name.rpartition(".")[2].lower() in ("gif", "avif", "webp", "bmp")
+        else "PNG"
+    )
     image.save(tmp_path / name, format=kind or known)
     assert is_image(tmp_path / name)
     assert np.abs(grey(tmp_path / name).astype(int) - np.asarray(image)).mean() < 20
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.csv", "README", "x.pdf", "x.h5", "x.mpg", "x.eps", "x.npy", "x.2", "notes.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.txt", "x.csv", "README", "x.pdf", "x.h5", "x.mpg", "x.eps", "x.npy", "x.2", "notes.md"],
+)
 def test_other_files_are_no_images(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("P1 II* some text")
     assert not is_image(tmp_path / name)
@@ -308,7 +373,9 @@ def test_an_image_under_another_images_ending_is_read_by_its_content(tmp_path: P
     assert np.array_equal(grey(tmp_path / "x.jpg"), np.asarray(image))
 
 
-def test_noise_under_an_images_ending_is_not_taken_for_a_format_without_a_signature(tmp_path: Path) -> None:
+def test_noise_under_an_images_ending_is_not_taken_for_a_format_without_a_signature(
+    tmp_path: Path,
+) -> None:
     """TGA begins with nothing of its own: almost any bytes could be one."""
     Image.fromarray(noise(16, 16)).save(tmp_path / "x.tga")
     (tmp_path / "x.tga").rename(tmp_path / "x.png")
@@ -318,7 +385,11 @@ def test_noise_under_an_images_ending_is_not_taken_for_a_format_without_a_signat
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "empty"), (b"no picture", "no image that can be read"), (b"\x89PNG\r\n\x1a\n", "damaged|no image")],
+    [
+        (b"", "empty"),
+        (b"no picture", "no image that can be read"),
+        (b"\x89PNG\r\n\x1a\n", "damaged|no image"),
+    ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.png").write_bytes(content)
@@ -332,7 +403,9 @@ def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(tmp_path: Path) -> Non
         grey(tmp_path / "x.png")
 
 
-def test_a_huge_image_is_refused_with_what_is_allowed_and_one_of_a_hundred_megapixels_is_read(tmp_path: Path, recwarn) -> None:
+def test_a_huge_image_is_refused_with_what_is_allowed_and_one_of_a_hundred_megapixels_is_read(
+    tmp_path: Path, recwarn
+) -> None:
     head = struct.pack(">II", 14200, 14200)
     file = png(tmp_path / "x.png", noise(16, 16), 8, 0)
     content = bytearray(file.read_bytes())

@@ -1,4 +1,6 @@
-"""Which modules a network of one's own depends on: all of one's own that it imports, however it imports them."""
+"""Which modules a network of one's own depends on: all of one's own that it imports, however it
+imports them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from kdexp.imported import own_modules
 
 FILES = {
     "mynets/__init__.py": "",
-    "mynets/students.py": """
+    "mynets/students.py": (
+        """
 import torch
 from torch import nn
 from . import blocks
@@ -25,17 +28,20 @@ import plain_helper
 def mlp(channels, image_size, classes, width=8):
     from late_helper import width_of
     return head(classes)
-""",
+"""
+    ),
     "mynets/blocks.py": "from mynets.parts import WIDTH",
     "mynets/parts/__init__.py": "WIDTH = 3",
-    "mynets/parts/heads.py": """
+    "mynets/parts/heads.py": (
+        """
 import importlib
 quiet = importlib.import_module("quiet_helper")
 
 def head(classes):
     from torch import nn
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
-""",
+"""
+    ),
     "plain_helper.py": "import json, plain_helper",  # in a circle
     "late_helper.py": "def width_of(): return 3",
     "quiet_helper.py": "",
@@ -49,7 +55,9 @@ IMPORTED = {
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+def written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str], None]]:
     """The user's modules in the folder where kdexp is run; writes one anew, to be imported anew."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -69,7 +77,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     forget()
 
 
-def test_all_of_ones_own_that_a_network_imports_is_found_and_no_library(written, tmp_path: Path) -> None:
+def test_all_of_ones_own_that_a_network_imports_is_found_and_no_library(
+    written, tmp_path: Path
+) -> None:
     importlib.import_module("mynets.students")
     found = own_modules("mynets.students")
     assert found.keys() == IMPORTED
@@ -89,10 +99,17 @@ def test_the_record_names_each_and_a_change_of_any_changes_it(written) -> None:
 
     def recorded() -> dict[str, str]:
         importlib.import_module("mynets.students")
-        return {name: value for name, value in record("cpu", recipe, 1).items() if name.startswith("student ")}
+        return {
+            name: value
+            for name, value in record("cpu", recipe, 1).items()
+            if name.startswith("student ")
+        }
 
     before = recorded()
-    assert before.keys() == {"student source", *(f"student imports {name}" for name in IMPORTED - {"mynets.students"})}
+    assert before.keys() == {
+        "student source",
+        *(f"student imports {name}" for name in IMPORTED - {"mynets.students"}),
+    }
     assert recorded() == before
     for name, text in FILES.items():
         written(name, f"{text}\n# changed\n")

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from kdexp.config import Network, Student, Teacher
-from kdexp.distill.data import Split
+from kdexp.distill.datasets import Split
 from kdexp.distill.models import FromPixels, ModelError, build, measure, summary, weights_hash
 
 # DESIGN: the recipe's layer table (kind, output shape, parameters).
@@ -38,7 +38,14 @@ LAYER_TABLE = [
 
 def images(channels: int = 3, size: int = 28, classes: int = 10) -> Split:
     stored = torch.zeros(2, 1, size, size, dtype=torch.uint8)
-    return Split(stored, torch.zeros(2, dtype=torch.int64), tuple(map(str, range(classes))), channels, 0.5, 0.5)
+    return Split(
+        stored,
+        torch.zeros(2, dtype=torch.int64),
+        tuple(map(str, range(classes))),
+        channels,
+        0.5,
+        0.5,
+    )
 
 
 def test_the_documented_student_equals_the_layer_table_line_by_line() -> None:
@@ -46,7 +53,9 @@ def test_the_documented_student_equals_the_layer_table_line_by_line() -> None:
     found = []
     for layer in student:
         x = layer(x)
-        found.append((type(layer).__name__, tuple(x.shape[1:]), sum(p.numel() for p in layer.parameters())))
+        found.append(
+            (type(layer).__name__, tuple(x.shape[1:]), sum(p.numel() for p in layer.parameters()))
+        )
     assert found == LAYER_TABLE
     assert sum(parameters for _, _, parameters in found) == 98_954
 
@@ -54,14 +63,17 @@ def test_the_documented_student_equals_the_layer_table_line_by_line() -> None:
 def test_the_documented_students_details() -> None:
     student = build(Student(), images())
     assert [layer.p for layer in student if isinstance(layer, nn.Dropout)] == [0.2, 0.2]
-    assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) for c in student if isinstance(c, nn.Conv2d))
+    assert all(
+        c.kernel_size == (3, 3) and c.padding == (1, 1) for c in student if isinstance(c, nn.Conv2d)
+    )
 
 
 def test_the_documented_students_size() -> None:
     size = measure(build(Student(), images()), images())
     assert size.parameters == 98_954
     assert size.multiply_adds == 2_242_346  # 2.24 M, torchinfo's count
-    assert size.bytes == 4 * 98_954 + 3 * 8 + 4 * 2 * (16 + 32 + 64)  # weights, batch counters, running statistics
+    # weights, batch counters, running statistics
+    assert size.bytes == 4 * 98_954 + 3 * 8 + 4 * 2 * (16 + 32 + 64)
 
 
 def test_the_summary_names_every_layer_and_the_total() -> None:
@@ -76,9 +88,16 @@ def test_the_documented_teacher_is_resnet50_with_10_outputs() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "channels", "parameters"),
-    [("resnet18", 3, 11_173_962), ("resnet18", 1, 11_172_810), ("resnet50", 3, 23_520_842), ("resnet50", 1, 23_519_690)],
+    [
+        ("resnet18", 3, 11_173_962),
+        ("resnet18", 1, 11_172_810),
+        ("resnet50", 3, 23_520_842),
+        ("resnet50", 1, 23_519_690),
+    ],
 )
-def test_a_small_stem_is_a_3x3_convolution_of_as_many_channels_as_there_are(architecture, channels, parameters) -> None:
+def test_a_small_stem_is_a_3x3_convolution_of_as_many_channels_as_there_are(
+    architecture, channels, parameters
+) -> None:
     module = build(Teacher(architecture=architecture, stem="small"), images(channels))
     assert measure(module, images(channels)).parameters == parameters
     assert module.maxpool(module.conv1(torch.zeros(1, channels, 28, 28))).shape == (1, 64, 28, 28)
@@ -90,12 +109,19 @@ def test_imagenets_stem_is_torchvisions_network_to_the_bit() -> None:
         return weights_hash(make().state_dict())
 
     network = Teacher(architecture="resnet18")
-    assert seeded(lambda: build(network, images())) == seeded(lambda: torchvision.models.resnet18(num_classes=10))
+    assert seeded(lambda: build(network, images())) == seeded(
+        lambda: torchvision.models.resnet18(num_classes=10)
+    )
 
 
-@pytest.mark.parametrize(("channels", "hidden", "parameters"), [((4, 8, 16), 32, 6_602), ((8, 16, 32), 128, 44_426)])
+@pytest.mark.parametrize(
+    ("channels", "hidden", "parameters"), [((4, 8, 16), 32, 6_602), ((8, 16, 32), 128, 44_426)]
+)
 def test_the_student_generalises_by_channels_and_hidden_width(channels, hidden, parameters) -> None:
-    assert measure(build(Student(channels=channels, hidden=hidden), images()), images()).parameters == parameters
+    assert (
+        measure(build(Student(channels=channels, hidden=hidden), images()), images()).parameters
+        == parameters
+    )
 
 
 def test_a_student_can_be_a_teacher() -> None:
@@ -104,9 +130,8 @@ def test_a_student_can_be_a_teacher() -> None:
 
 def test_a_network_of_ones_own(tmp_path, monkeypatch) -> None:
     (tmp_path / "my_nets.py").write_text(
-        "from torch import nn\n"
-        "def flat(channels, image_size, classes, width):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size[0] * image_size[1], width),\n"
+        "from torch import nn\ndef flat(channels, image_size, classes, width):\n    return"
+        " nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size[0] * image_size[1], width),\n"
         "                         nn.Linear(width, classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -122,14 +147,38 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("network", "like", "says"),
     [
-        (Network(architecture="resnet5"), images(), "no network named 'resnet5'; did you mean resnet50?"),
-        (Network(architecture="resnet18"), images(channels=1), "take 3 channels, data.channels is 1; set it to 3, or"),
-        (Network(architecture="shufflenet_v2_x1_0", stem="small"), images(), "has no stem that could be small"),
-        (Network(architecture="mobilenet_v2", stem="small"), images(channels=1), "set stem to imagenet"),
+        (
+            Network(architecture="resnet5"),
+            images(),
+            "no network named 'resnet5'; did you mean resnet50?",
+        ),
+        (
+            Network(architecture="resnet18"),
+            images(channels=1),
+            "take 3 channels, data.channels is 1; set it to 3, or",
+        ),
+        (
+            Network(architecture="shufflenet_v2_x1_0", stem="small"),
+            images(),
+            "has no stem that could be small",
+        ),
+        (
+            Network(architecture="mobilenet_v2", stem="small"),
+            images(channels=1),
+            "set stem to imagenet",
+        ),
         (Network(architecture="cnn", channels=(1,) * 5), images(), "halvings leave nothing"),
         (Network(architecture="alexnet"), images(), "cannot be built"),
-        (Network(architecture="torch.nn:Identity"), images(), r"gives \(2, 3, 28, 28\) for 2 images, expected logits"),
-        (Network(architecture="builtins:dict"), images(), "made a dict, expected a torch.nn.Module"),
+        (
+            Network(architecture="torch.nn:Identity"),
+            images(),
+            r"gives \(2, 3, 28, 28\) for 2 images, expected logits",
+        ),
+        (
+            Network(architecture="builtins:dict"),
+            images(),
+            "made a dict, expected a torch.nn.Module",
+        ),
         (Network(architecture="fcn_resnet50"), images(), "no network named 'fcn_resnet50'"),
         (Network(architecture="vit_b_16"), images(), "cannot be built for"),
     ],
@@ -156,22 +205,37 @@ def test_the_registered_form_takes_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "channels", "blocks", "parameters"),
-    [("residual", (2, 4, 8), 3, 4_520), ("residual", (4, 8, 16), 3, 17_462), ("residual", (16, 32, 64), 3, 272_186)],
+    [
+        ("residual", (2, 4, 8), 3, 4_520),
+        ("residual", (4, 8, 16), 3, 17_462),
+        ("residual", (16, 32, 64), 3, 272_186),
+    ],
 )
-def test_the_residual_family_is_cifars_resnet_20(architecture, channels, blocks, parameters) -> None:
+def test_the_residual_family_is_cifars_resnet_20(
+    architecture, channels, blocks, parameters
+) -> None:
     """20 layers, a projection where a stage begins, grey images as one channel."""
     network = Student(architecture=architecture, channels=channels, blocks=blocks)
     assert measure(build(network, images(channels=1)), images(channels=1)).parameters == parameters
 
 
 def test_pooling_globally_leaves_out_the_hidden_layer() -> None:
-    assert measure(build(Student(hidden=0), images()), images()).parameters == 448 + 32 + 4_640 + 64 + 18_496 + 128 + 650
+    assert (
+        measure(build(Student(hidden=0), images()), images()).parameters
+        == 448 + 32 + 4_640 + 64 + 18_496 + 128 + 650
+    )
 
 
 @pytest.mark.parametrize("architecture", ["cnn", "residual", "separable"])
 def test_a_stride_of_two_keeps_the_parameters_and_spares_multiply_adds(architecture) -> None:
     one, two = (
-        measure(build(Student(architecture=architecture, channels=(4, 8), hidden=0, stride=stride), images()), images())
+        measure(
+            build(
+                Student(architecture=architecture, channels=(4, 8), hidden=0, stride=stride),
+                images(),
+            ),
+            images(),
+        )
         for stride in (1, 2)
     )
     assert one.parameters == two.parameters
@@ -199,13 +263,25 @@ def _computed(kind: str) -> nn.Module:
         "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
     }[kind]
     torch.manual_seed(0)
-    layers = wrap(nn.Conv2d(1, 4, 3, padding=1)), nn.ReLU(), nn.Flatten(), wrap(nn.Linear(4 * 8 * 8, 10))
+    layers = (
+        wrap(nn.Conv2d(1, 4, 3, padding=1)),
+        nn.ReLU(),
+        nn.Flatten(),
+        wrap(nn.Linear(4 * 8 * 8, 10)),
+    )
     return nn.Sequential(*layers)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "kind", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm", "pruned"]
+    "kind",
+    [
+        "weight_norm",
+        "spectral_norm",
+        "parametrized weight_norm",
+        "parametrized spectral_norm",
+        "pruned",
+    ],
 )
 def test_a_weight_that_is_computed_costs_what_a_plain_one_costs(digits, kind: str) -> None:
     plain = measure(_computed("plain"), digits.train)

@@ -9,12 +9,23 @@ import pytest
 import torch
 
 from kdexp.config import Augment, Data, Distillation, Student, Training
-from kdexp.distill.data import Splits, pixels, views
+from kdexp.distill.batches import pixels, views
+from kdexp.distill.datasets import Splits
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build
 from kdexp.distill.optimizers import Optimizer
-from kdexp.distill.packs import Drawn, Execution, Lane, Separate, Source, Stacked, gather, pack_of, plan_for
+from kdexp.distill.packs import (
+    Drawn,
+    Execution,
+    Lane,
+    Separate,
+    Source,
+    Stacked,
+    gather,
+    pack_of,
+    plan_for,
+)
 from kdexp.distill.randomness import dropout_mask, uniform_bits
 from kdexp.distill.stacked import convolve
 from kdexp.distill.train import train
@@ -24,7 +35,9 @@ STEPS = 50
 DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=1))
 
 
-def lane(place: int = 0, optimizer: str = "adam", seed: int | None = None, dropout: float | None = None) -> Lane:
+def lane(
+    place: int = 0, optimizer: str = "adam", seed: int | None = None, dropout: float | None = None
+) -> Lane:
     """Lanes that differ in all that may differ."""
     return Lane(
         Student(channels=(4, 6), hidden=12, dropout=0.1 * place if dropout is None else dropout),
@@ -46,7 +59,12 @@ def lane_of(network: dict, place: int = 0, **training) -> Lane:
 
 NETWORKS = {
     "residual": {"architecture": "residual", "channels": (4, 6), "dropout": 0.1},
-    "residual, deep and strided": {"architecture": "residual", "channels": (4, 4), "blocks": 2, "stride": 2},
+    "residual, deep and strided": {
+        "architecture": "residual",
+        "channels": (4, 4),
+        "blocks": 2,
+        "stride": 2,
+    },
     "separable": {"architecture": "separable", "channels": (4, 6)},
     "cnn, pooled globally": {"channels": (4, 6), "blocks": 2, "hidden": 0},
     "one of a user's own": {"architecture": "user_nets:mlp", "options": {"width": 12}},
@@ -79,21 +97,33 @@ def user_nets(tmp_path, monkeypatch):
 def source(splits: Splits) -> Source:
     generator = torch.Generator().manual_seed(3)
     at = views(DATA.augment)
-    return Source(splits.train, at, torch.randn(len(at), len(splits.train), 10, generator=generator))
+    return Source(
+        splits.train, at, torch.randn(len(at), len(splits.train), 10, generator=generator)
+    )
 
 
-def draws(splits: Splits, lanes: int | None, count: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def draws(
+    splits: Splits, lanes: int | None, count: int = STEPS
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Samples and views of some batches of 16, each lane its own or all the same."""
     generator = torch.Generator().manual_seed(4)
     shape = (16,) if lanes is None else (lanes, 16)
-    return [tuple(torch.randint(limit, shape, generator=generator) for limit in (len(splits.train), 9)) for _ in range(count)]
+    return [
+        tuple(torch.randint(limit, shape, generator=generator) for limit in (len(splits.train), 9))
+        for _ in range(count)
+    ]
 
 
-def steps_of(pack: Stacked | Separate, data: list[tuple[torch.Tensor, torch.Tensor]], rates: list[float]) -> torch.Tensor:
+def steps_of(
+    pack: Stacked | Separate, data: list[tuple[torch.Tensor, torch.Tensor]], rates: list[float]
+) -> torch.Tensor:
     """Train on these batches; the losses, [steps, 3, lanes]."""
     rate = torch.tensor(rates, dtype=torch.float64)
     return torch.stack(
-        [torch.stack(pack.step(Drawn(*batch), rate, torch.full((len(rates),), step))) for step, batch in enumerate(data)]
+        [
+            torch.stack(pack.step(Drawn(*batch), rate, torch.full((len(rates),), step)))
+            for step, batch in enumerate(data)
+        ]
     )
 
 
@@ -125,12 +155,20 @@ def test_fused_equals_separate_to_1e_10_after_50_steps(digits, optimizer, loweri
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_every_network_of_plain_layers_is_fused_and_equals_its_modules(digits, name, shared) -> None:
-    """Also where it is a user's own; dropout off, since a module's own draws its masks otherwise."""
+def test_every_network_of_plain_layers_is_fused_and_equals_its_modules(
+    digits, name, shared
+) -> None:
+    """Also where it is a user's own; dropout off, since a module's own draws its masks
+    otherwise.
+    """
     network = NETWORKS[name] | ({} if "own" in name else {"dropout": 0.0})
     lanes = [lane_of(network, place, ema=0.9, label_smoothing=0.1) for place in range(3)]
-    rates, data = [one.training.learning_rate for one in lanes], draws(digits, None if shared else 3)
-    packs = [kind(lanes, source(digits), Execution(3, shared), torch.float64) for kind in (Stacked, Separate)]
+    rates = [one.training.learning_rate for one in lanes]
+    data = draws(digits, None if shared else 3)
+    packs = [
+        kind(lanes, source(digits), Execution(3, shared), torch.float64)
+        for kind in (Stacked, Separate)
+    ]
     if "own" in name:
         for pack in packs[1:]:
             for module in pack.modules:
@@ -140,10 +178,15 @@ def test_every_network_of_plain_layers_is_fused_and_equals_its_modules(digits, n
     assert difference(fused, apart) <= 1e-9
     images = pixels(digits.validation, torch.arange(50))
     assert difference(packs[0].logits(images), packs[1].logits(images)) <= 1e-9
-    for place in range(3 if "cnn" not in name else 0):  # whose biases before BatchNorm are held here, and drift in a module
+    # whose biases before BatchNorm are held here, and drift in a module
+    for place in range(3 if "cnn" not in name else 0):
         one, other = (pack.state(place) for pack in packs)
         assert one.keys() == other.keys()
-        assert all(difference(one[name].double(), other[name].double()) <= 1e-9 for name in one if other[name].double().norm())
+        assert all(
+            difference(one[name].double(), other[name].double()) <= 1e-9
+            for name in one
+            if other[name].double().norm()
+        )
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -151,14 +194,21 @@ def test_every_network_of_plain_layers_is_fused_and_equals_its_modules(digits, n
 def test_other_networks_too_are_the_same_fused_and_alone(digits, name, lowering) -> None:
     lanes = [lane_of(NETWORKS[name], place) for place in range(2)]
     rates, data = [one.training.learning_rate for one in lanes], draws(digits, None, 10)
-    fused = steps_of(Stacked(lanes, source(digits), Execution(2, lowering=lowering), torch.float64), data, rates)
+    fused = steps_of(
+        Stacked(lanes, source(digits), Execution(2, lowering=lowering), torch.float64), data, rates
+    )
     for place, one in enumerate(lanes):
-        alone = steps_of(Stacked([one], source(digits), Execution(), torch.float64), data, rates[place : place + 1])
+        alone = steps_of(
+            Stacked([one], source(digits), Execution(), torch.float64),
+            data,
+            rates[place : place + 1],
+        )
         assert difference(fused[:, :, place], alone[:, :, 0]) <= 1e-10
 
 
 def test_what_has_no_stacked_form_steps_side_by_side(digits) -> None:
-    odd, plain = lane_of({"architecture": "user_nets:odd"}), lane_of({"architecture": "user_nets:mlp", "options": {"width": 4}})
+    odd = lane_of({"architecture": "user_nets:odd"})
+    plain = lane_of({"architecture": "user_nets:mlp", "options": {"width": 4}})
     assert isinstance(pack_of([odd], source(digits), Execution()), Separate)
     assert isinstance(pack_of([plain], source(digits), Execution()), Stacked)
     assert plan_for(odd, digits.train) is None
@@ -177,7 +227,9 @@ def test_the_moving_average_is_what_is_kept_evaluated_and_resumed(digits, kind) 
             each.step(Drawn(*batch), rate, torch.tensor([step]))
         decay = min(0.99, (2 + step) / (11 + step))
         live = plain.state(0)
-        expected = {name: decay * tensor + (1 - decay) * live[name] for name, tensor in expected.items()}
+        expected = {
+            name: decay * tensor + (1 - decay) * live[name] for name, tensor in expected.items()
+        }
         if step == 15:
             half = pack.save(0)
     found = pack.state(0)
@@ -206,11 +258,16 @@ def test_one_lane_equals_the_plain_module_under_torchs_own_optimizer(digits, opt
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     extra = {"momentum": 0.9, "nesterov": True} if optimizer == "sgd" else {}
     reference = kinds[optimizer](
-        module.parameters(), lr=one.training.learning_rate, weight_decay=one.training.weight_decay, **extra
+        module.parameters(),
+        lr=one.training.learning_rate,
+        weight_decay=one.training.weight_decay,
+        **extra,
     )
     for step, drawn in enumerate(data):
         how, batch = one.distillation, gather(source(digits), Drawn(*drawn), torch.float64)
-        loss = distillation_loss(module(batch.images), batch.soft, batch.labels, how.alpha, how.temperature)
+        loss = distillation_loss(
+            module(batch.images), batch.soft, batch.labels, how.alpha, how.temperature
+        )
         assert losses[step, 0, 0].item() == pytest.approx(loss.total.item(), rel=1e-10)
         reference.zero_grad()
         loss.total.backward()
@@ -222,7 +279,10 @@ def test_one_lane_equals_the_plain_module_under_torchs_own_optimizer(digits, opt
 def test_modules_side_by_side_train_as_the_stacked_ones_do(digits) -> None:
     lanes, data = [lane(place, dropout=0.0) for place in range(2)], draws(digits, 2, 20)
     rates = [one.training.learning_rate for one in lanes]
-    one, other = (kind(lanes, source(digits), Execution(2, False), torch.float64) for kind in (Stacked, Separate))
+    one, other = (
+        kind(lanes, source(digits), Execution(2, False), torch.float64)
+        for kind in (Stacked, Separate)
+    )
     assert difference(steps_of(one, data, rates), steps_of(other, data, rates)) <= 1e-9
 
 
@@ -232,26 +292,39 @@ def test_a_neighbour_that_turns_nan_changes_no_bit(digits, lowering) -> None:
     how = Execution(3, False, lowering=lowering)
     calm, mad = (Stacked(lanes, source(digits), how, torch.float64) for _ in range(2))
     rates = [one.training.learning_rate for one in lanes]
-    expected, found = steps_of(calm, data, rates), steps_of(mad, data, [rates[0], float("nan"), rates[2]])
+    expected = steps_of(calm, data, rates)
+    found = steps_of(mad, data, [rates[0], float("nan"), rates[2]])
     assert not found[-1, 0, 1].isfinite()
     for place in (0, 2):
         assert torch.equal(expected[:, :, place], found[:, :, place])
-        assert all(torch.equal(calm.state(place)[name], mad.state(place)[name]) for name in calm.state(place))
+        assert all(
+            torch.equal(calm.state(place)[name], mad.state(place)[name])
+            for name in calm.state(place)
+        )
 
 
 @pytest.mark.parametrize("kind", [Stacked, Separate])
 def test_bf16_stays_near_fp32_and_away_from_parameters_losses_and_evaluation(digits, kind) -> None:
     lanes, data = [lane(place, dropout=0.0) for place in range(2)], draws(digits, None)
-    rates, images = [one.training.learning_rate for one in lanes], pixels(digits.validation, torch.arange(50))
-    wide, narrow = (kind(lanes, source(digits), Execution(2, precision=p)) for p in ("fp32", "bf16"))
-    assert torch.equal(wide.logits(images), narrow.logits(images)), "evaluation is in fp32, whatever the training"
+    rates = [one.training.learning_rate for one in lanes]
+    images = pixels(digits.validation, torch.arange(50))
+    wide, narrow = (
+        kind(lanes, source(digits), Execution(2, precision=p)) for p in ("fp32", "bf16")
+    )
+    assert torch.equal(wide.logits(images), narrow.logits(images)), (
+        "evaluation is in fp32, whatever the training"
+    )
     expected, found = (steps_of(pack, data, rates).float() for pack in (wide, narrow))
     assert 1e-6 < difference(found[:5], expected[:5]) < 1e-2
     assert difference(found, expected) < 0.1
     assert found.dtype == torch.float32
     state = narrow.state(0)
     assert all(tensor.dtype != torch.bfloat16 for tensor in state.values())
-    assert any((tensor.bfloat16().float() != tensor).any() for name, tensor in state.items() if name.endswith("weight"))
+    assert any(
+        (tensor.bfloat16().float() != tensor).any()
+        for name, tensor in state.items()
+        if name.endswith("weight")
+    )
 
 
 def test_the_trained_weights_score_the_same_in_the_plain_module(digits) -> None:
@@ -264,9 +337,15 @@ def test_the_trained_weights_score_the_same_in_the_plain_module(digits) -> None:
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_every_lowering_is_the_same_convolution(lowering) -> None:
-    x, weight, bias = torch.randn(2, 6, 7, 5).double(), torch.randn(3, 4, 2, 3, 3).double(), torch.randn(3, 4).double()
+    x = torch.randn(2, 6, 7, 5).double()
+    weight = torch.randn(3, 4, 2, 3, 3).double()
+    bias = torch.randn(3, 4).double()
     expected = torch.cat(
-        [torch.nn.functional.conv2d(x[:, 2 * k : 2 * k + 2], weight[k], bias[k], padding=1) for k in range(3)], 1
+        [
+            torch.nn.functional.conv2d(x[:, 2 * k : 2 * k + 2], weight[k], bias[k], padding=1)
+            for k in range(3)
+        ],
+        1,
     )
     assert torch.allclose(convolve(x, weight, bias, lowering), expected, rtol=1e-12, atol=1e-12)
 
@@ -284,10 +363,14 @@ def test_dropout_keeps_its_share_scales_it_and_repeats_itself() -> None:
 
 def test_masks_of_other_keys_and_draws_are_independent() -> None:
     def mask(key: int, draw: int) -> torch.Tensor:
-        drawn = dropout_mask(128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([draw]))
+        drawn = dropout_mask(
+            128, 576, torch.tensor([0.5]), torch.tensor([key]), torch.tensor([draw])
+        )
         return (drawn != 0).double().flatten() - 0.5
 
-    masks = [mask(*each) for each in ((1, 0), (2, 0), (1, 1), (1, 2), (1, 4), (2**32 - 1, 2 * 10**6 + 1))]
+    masks = [
+        mask(*each) for each in ((1, 0), (2, 0), (1, 1), (1, 2), (1, 4), (2**32 - 1, 2 * 10**6 + 1))
+    ]
     for number, one in enumerate(masks):
         for other in masks[:number]:
             assert abs(float((one * other).mean()) * 4) < 5 / len(one) ** 0.5
@@ -295,7 +378,9 @@ def test_masks_of_other_keys_and_draws_are_independent() -> None:
 
 
 def test_the_integer_hash_fills_its_32_bits_evenly() -> None:
-    bits = uniform_bits(torch.arange(1 << 16, dtype=torch.int32), torch.tensor(12345, dtype=torch.int32))
+    bits = uniform_bits(
+        torch.arange(1 << 16, dtype=torch.int32), torch.tensor(12345, dtype=torch.int32)
+    )
     assert len(bits.unique()) == 1 << 16  # a bijection
     for bit in range(32):
         assert ((bits.long() >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -304,16 +389,25 @@ def test_the_integer_hash_fills_its_32_bits_evenly() -> None:
 def test_a_lane_whose_place_is_taken_leaves_nothing_behind(digits) -> None:
     data = draws(digits, 2, 6)
     how = Execution(2, False)
-    reused, fresh = (Stacked([lane(0), lane(1)], source(digits), how, torch.float64) for _ in range(2))
+    reused, fresh = (
+        Stacked([lane(0), lane(1)], source(digits), how, torch.float64) for _ in range(2)
+    )
     steps_of(reused, data, [0.01, 0.02])
     reused.put(0, lane(2))
     fresh.put(0, lane(2))
-    assert torch.equal(steps_of(reused, data, [0.01, 0.0])[:, :, 0], steps_of(fresh, data, [0.01, 0.02])[:, :, 0])
+    assert torch.equal(
+        steps_of(reused, data, [0.01, 0.0])[:, :, 0], steps_of(fresh, data, [0.01, 0.02])[:, :, 0]
+    )
 
 
 def test_an_optimizer_keeps_lanes_apart() -> None:
-    together = Optimizer("adam", torch.ones(2, 5, dtype=torch.float64), torch.tensor([0.0, 0.1], dtype=torch.float64))
+    together = Optimizer(
+        "adam", torch.ones(2, 5, dtype=torch.float64), torch.tensor([0.0, 0.1], dtype=torch.float64)
+    )
     for _ in range(3):
-        together.step(torch.ones(2, 5, dtype=torch.float64), torch.tensor([0.1, float("nan")], dtype=torch.float64))
+        together.step(
+            torch.ones(2, 5, dtype=torch.float64),
+            torch.tensor([0.1, float("nan")], dtype=torch.float64),
+        )
     assert together.parameters[0].isfinite().all()
     assert together.parameters[1].isnan().all()

@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 
-from kdexp import KdexpError, pool
-from kdexp.pool import WORKER_BYTES, PoolSize, pool_size
-from kdexp.scheduler import WorkerLost
+from kdexp import KdexpError
+from kdexp.search.scheduler import WorkerLost
 from kdexp.settings import Settings, in_one_line
+from kdexp.workers import pool
+from kdexp.workers.pool import WORKER_BYTES, PoolSize, pool_size
 
 CPU = torch.device("cpu")
 CASES = {  # cores, memory in workers, workers, threads, trials: chosen
@@ -30,7 +31,9 @@ CASES = {  # cores, memory in workers, workers, threads, trials: chosen
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cores_memory_and_trials_decide_how_many_workers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_cores_memory_and_trials_decide_how_many_workers(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     cores, memory, workers, threads, trials, chosen = CASES[name]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads or cores)
@@ -53,8 +56,13 @@ def test_what_a_worker_ended_of_is_one_line() -> None:
     assert str(WorkerLost(2, (7,), "x")) == "worker 2 ended in trial 7: x"
     assert str(WorkerLost(2, (7, 9), "x")) == "worker 2 ended in trial 7, 9: x"
     assert str(WorkerLost(2, (), "x")) == "worker 2 ended: x"
-    assert in_one_line(OSError(28, "No space left on device", "a/b")) == "a/b: No space left on device"
-    assert in_one_line(KdexpError("postgresql://me:secret@host is away")) == "postgresql://***@host is away"
+    assert (
+        in_one_line(OSError(28, "No space left on device", "a/b")) == "a/b: No space left on device"
+    )
+    assert (
+        in_one_line(KdexpError("postgresql://me:secret@host is away"))
+        == "postgresql://***@host is away"
+    )
     assert in_one_line(ValueError("one\ntwo")).startswith("Unexpected ValueError: one (--debug")
 
 

@@ -1,4 +1,6 @@
-"""The selection rule: smallest over the bar, ties, limits, the other direction, the nearest miss."""
+"""The selection rule: smallest over the bar, ties, limits, the other direction, the nearest
+miss.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 from kdexp import KdexpError
 from kdexp.config import Selection
 from kdexp.intervals import mean_low, wilson_low
-from kdexp.selection import Candidate, FreshSeeds, NothingPasses, clears, confirms, passes, requirement, select, size_of
+from kdexp.selection import (
+    Candidate,
+    FreshSeeds,
+    NothingPasses,
+    clears,
+    confirms,
+    passes,
+    requirement,
+    select,
+    size_of,
+)
 
 candidate = st.builds(
     Candidate,
@@ -82,7 +94,9 @@ def test_when_nothing_passes_the_nearest_miss_is_named() -> None:
     trials = [made(0, 50, 0.910), made(1, 20, 0.921), made(2, 10, 0.5)]
     with pytest.raises(NothingPasses) as error:
         select(trials, Selection(accuracy_bar=0.93), "fm")
-    assert str(error.value).startswith("No student of study 'fm' reaches validation accuracy 0.93. Best: 0.9210 (20 parameters")
+    assert str(error.value).startswith(
+        "No student of study 'fm' reaches validation accuracy 0.93. Best: 0.9210 (20 parameters"
+    )
     assert "--bar" in str(error.value)
 
 
@@ -103,7 +117,9 @@ counts = st.integers(2, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), s
 
 
 def test_with_confidence_the_lower_end_must_clear_the_bar() -> None:
-    """By the one-sided score test 0.931 lies (0.931 - 0.924) / sqrt(0.924 * 0.076 / 6000) = 2.05 standard errors above."""
+    """By the one-sided score test 0.931 lies (0.931 - 0.924) / sqrt(0.924 * 0.076 / 6000) = 2.05
+    standard errors above.
+    """
     near, clear = (Candidate("run", 0, 5, 5, 5, accuracy, 6000) for accuracy in (0.929, 0.931))
     assert passes(near, Selection(accuracy_bar=0.924))
     assert not passes(near, Selection(accuracy_bar=0.924, confidence=0.95))
@@ -124,7 +140,9 @@ def test_to_clear_the_bar_with_confidence_is_to_pass_the_score_test(pair, bar, l
 
 @given(candidates, rules)
 def test_whoever_asks_for_confidence_gets_no_smaller_model(trials, rule) -> None:
-    plain, sure = (rule.model_copy(update={"goal": "smallest", "confidence": level}) for level in (None, 0.9))
+    plain, sure = (
+        rule.model_copy(update={"goal": "smallest", "confidence": level}) for level in (None, 0.9)
+    )
     if any(passes(c, sure) for c in trials):
         assert size_of(select(trials, plain), rule.size) <= size_of(select(trials, sure), rule.size)
 
@@ -137,8 +155,13 @@ def test_without_the_number_of_images_there_is_no_confidence_but_a_selection() -
 
 
 def test_the_nearest_miss_says_how_sure_it_was() -> None:
-    with pytest.raises(NothingPasses, match=r"0\.924 at 95 % confidence\. Best: 0\.9290, lower end 0\.9234"):
-        select([Candidate("run", 0, 5, 5, 5, 0.929, 6000)], Selection(accuracy_bar=0.924, confidence=0.95))
+    with pytest.raises(
+        NothingPasses, match=r"0\.924 at 95 % confidence\. Best: 0\.9290, lower end 0\.9234"
+    ):
+        select(
+            [Candidate("run", 0, 5, 5, 5, 0.929, 6000)],
+            Selection(accuracy_bar=0.924, confidence=0.95),
+        )
 
 
 def test_what_is_required_is_said_in_a_few_characters() -> None:
@@ -149,7 +172,9 @@ def test_what_is_required_is_said_in_a_few_characters() -> None:
 # --- fresh seeds ---
 
 seeds = st.integers(10, 20_000).flatmap(
-    lambda n: st.builds(FreshSeeds, st.lists(st.integers(0, n), min_size=2, max_size=6).map(tuple), st.just(n))
+    lambda n: st.builds(
+        FreshSeeds, st.lists(st.integers(0, n), min_size=2, max_size=6).map(tuple), st.just(n)
+    )
 )
 
 
@@ -173,12 +198,16 @@ def test_the_lower_end_lies_below_the_mean_and_falls_with_the_level(fresh, one, 
 @given(st.integers(0, 6000), st.integers(2, 9), levels)
 def test_without_spread_among_the_seeds_the_lower_end_is_wilsons(correct, count, level) -> None:
     accuracy = correct / 6000
-    assert mean_low([accuracy] * count, 6000, level) == pytest.approx(wilson_low(accuracy, 6000, level), abs=1e-12)
+    assert mean_low([accuracy] * count, 6000, level) == pytest.approx(
+        wilson_low(accuracy, 6000, level), abs=1e-12
+    )
 
 
 def test_with_endless_images_the_lower_end_is_that_of_the_t_interval() -> None:
     """Mean 0.93, s 0.002, t(2 degrees, 0.95) = 2.920: 0.93 - 2.920 * 0.002 / sqrt(3)."""
-    assert mean_low([0.928, 0.930, 0.932], 10**12, 0.95) == pytest.approx(0.93 - 2.919986 * 0.002 / 3**0.5, abs=1e-6)
+    assert mean_low([0.928, 0.930, 0.932], 10**12, 0.95) == pytest.approx(
+        0.93 - 2.919986 * 0.002 / 3**0.5, abs=1e-6
+    )
 
 
 def test_the_spread_is_the_standard_deviation_of_the_seeds() -> None:
@@ -186,4 +215,6 @@ def test_the_spread_is_the_standard_deviation_of_the_seeds() -> None:
     assert (fresh.mean, fresh.sd) == (0.91, pytest.approx(0.01))
     assert str(fresh) == "91.00 % ± 1.00 over 3 fresh seeds"
     assert not confirms(fresh, Selection(accuracy_bar=0.9, confidence=0.95))
-    assert confirms(FreshSeeds((5458, 5460, 5462), 6000), Selection(accuracy_bar=0.9, confidence=0.95))
+    assert confirms(
+        FreshSeeds((5458, 5460, 5462), 6000), Selection(accuracy_bar=0.9, confidence=0.95)
+    )

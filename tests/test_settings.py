@@ -49,8 +49,13 @@ def test_secrets_in_urls_are_masked_and_the_host_stays(text: str) -> None:
 RAW = "s3cret@:/?#%&= 'x'\"é\\t4il"
 
 
-@pytest.mark.parametrize("form", ["http://me:{}@host:80/x", "postgresql://{}@host/db", "http://host/?access_token={}&x=1"])
-def test_a_secret_that_is_known_is_masked_in_parts_and_in_every_encoding(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "form",
+    ["http://me:{}@host:80/x", "postgresql://{}@host/db", "http://host/?access_token={}&x=1"],
+)
+def test_a_secret_that_is_known_is_masked_in_parts_and_in_every_encoding(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(urls, "_secrets", {})
     url = form.format(RAW)
     urls.remember_secrets(url)
@@ -66,10 +71,15 @@ def test_a_secret_that_is_known_is_masked_in_parts_and_in_every_encoding(form: s
         assert shown.endswith(" after"), shown
 
 
-def test_a_common_word_as_a_password_does_not_mask_what_contains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_common_word_as_a_password_does_not_mask_what_contains_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(urls, "_secrets", {})
     urls.remember_secrets("postgresql://postgres@host/db", "postgresql://kdexp:post@host/db")
-    assert without_credentials("postgresql://host/db is away: post") == "postgresql://host/db is away: ***"
+    assert (
+        without_credentials("postgresql://host/db is away: post")
+        == "postgresql://host/db is away: ***"
+    )
     assert without_credentials("connection of postgres refused") == "connection of postgres refused"
 
 
@@ -90,8 +100,15 @@ def test_a_url_is_taken_as_it_is_plainly_meant(given: str, taken: str) -> None:
 
 
 def test_variables_for_another_use_of_mlflow_are_ignored_by_a_rule() -> None:
-    kept = dict.fromkeys(("MLFLOW_TRACKING_TOKEN", "MLFLOW_S3_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "PATH"), "1")
-    shell = kept | {"MLFLOW_RUN_ID": "x", "_MLFLOW_NEXT_YEAR": "x", "MLFLOW_SERVER_ALLOWED_HOSTS": "x", "no_proxy": "a.b, c"}
+    kept = dict.fromkeys(
+        ("MLFLOW_TRACKING_TOKEN", "MLFLOW_S3_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "PATH"), "1"
+    )
+    shell = kept | {
+        "MLFLOW_RUN_ID": "x",
+        "_MLFLOW_NEXT_YEAR": "x",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "x",
+        "no_proxy": "a.b, c",
+    }
     deaf(shell)
     assert shell.keys() - {"NO_PROXY", "no_proxy"} == kept.keys()
     assert shell["no_proxy"] == shell["NO_PROXY"] == "a.b,c,127.0.0.1,localhost,::1"
@@ -101,5 +118,9 @@ def test_variables_for_another_use_of_mlflow_are_ignored_by_a_rule() -> None:
 
 
 def test_a_url_without_secrets_stays_as_it_is() -> None:
-    for text in ("http://127.0.0.1:5000/#/experiments/1", "sqlite:////tmp/x.db?timeout=60", "No student reaches 0.93: see a@b"):
+    for text in (
+        "http://127.0.0.1:5000/#/experiments/1",
+        "sqlite:////tmp/x.db?timeout=60",
+        "No student reaches 0.93: see a@b",
+    ):
         assert without_credentials(text) == text

@@ -9,8 +9,8 @@ import pytest
 from conftest import CPU
 
 from kdexp.config import Sweep
-from kdexp.study import _heard
-from kdexp.sweep import run_sweep
+from kdexp.search.study import _heard
+from kdexp.search.sweep import run_sweep
 
 
 def heard_of(epochs: int) -> list[int]:
@@ -30,17 +30,26 @@ def test_only_a_pruner_needs_reports(tiny, settings, tracking, pruner, epochs) -
     for _ in run_sweep(sweep, settings, tracking, CPU):
         pass
     trials = optuna.load_study(study_name="tiny", storage=settings.storage_url).trials
-    assert [sorted(trial.intermediate_values) for trial in trials] == [[e for e in epochs if e in heard_of(5)]] * 2
+    assert [sorted(trial.intermediate_values) for trial in trials] == [
+        [e for e in epochs if e in heard_of(5)]
+    ] * 2
 
 
-def test_a_grid_trains_every_combination_once_its_controls_included(tiny, settings, tracking) -> None:
-    search = {"training.seed": {"choices": (8787, 1, 2)}, "distillation.alpha": {"choices": (0.0, 0.3)}}
+def test_a_grid_trains_every_combination_once_its_controls_included(
+    tiny, settings, tracking
+) -> None:
+    search = {
+        "training.seed": {"choices": (8787, 1, 2)},
+        "distillation.alpha": {"choices": (0.0, 0.3)},
+    }
     grid = {"study": {"objective": "accuracy", "sampler": "grid", "trials": 6}, "search": search}
     sweep = Sweep.model_validate(tiny.model_dump() | grid)
     for _ in run_sweep(sweep, settings, tracking, CPU):
         pass
     runs = tracking.find("trial", {"kdexp.study": "tiny"})
-    trained = [(int(run.params["training.seed"]), float(run.params["distillation.alpha"])) for run in runs]
+    trained = [
+        (int(run.params["training.seed"]), float(run.params["distillation.alpha"])) for run in runs
+    ]
     assert trained[:2] == [(8787, 0.3), (8787, 0.0)]
     assert sorted(trained) == sorted(product((8787, 1, 2), (0.0, 0.3)))
 
@@ -52,7 +61,10 @@ def test_with_labels_only_a_grid_trains_one_of_each_however_it_would_distil(tiny
         "distillation.loss": {"choices": ("kl", "correlation")},
     }
     grid = {"study": {"objective": "accuracy", "sampler": "grid", "trials": 6}, "search": search}
-    points = [tuple(point.values()) for point in Sweep.model_validate(tiny.model_dump() | grid).beyond_controls]
+    points = [
+        tuple(point.values())
+        for point in Sweep.model_validate(tiny.model_dump() | grid).beyond_controls
+    ]
     alpha = tiny.distillation.alpha
     assert points == [
         (tiny.training.seed, alpha, "correlation"),

@@ -18,23 +18,21 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
-from kdexp.bench import Bench
 from kdexp.config import ConfigError, Recipe, Selection, Student, Sweep, flatten
-from kdexp.describe import named
-from kdexp.distill import data as data_module
-from kdexp.distill.data import load_test
+from kdexp.distill import datasets as data_module
+from kdexp.distill.datasets import load_test
 from kdexp.distill.models import weights_hash
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EPOCH_METRICS, EpochReport, train
-from kdexp.prepare import prepare
-from kdexp.promote import candidates, gain, promote, sweep_of
-from kdexp.records import recipe_of
-from kdexp.reproduce import reproduce
-from kdexp.runs import Entry, recorded
-from kdexp.selection import NothingPasses
-from kdexp.settings import Settings
-from kdexp.study import OpenStudy, StudyError
-from kdexp.sweep import (
+from kdexp.runs.bench import Bench
+from kdexp.runs.describe import named
+from kdexp.runs.prepare import prepare
+from kdexp.runs.recording import Entry, recorded
+from kdexp.runs.records import recipe_of
+from kdexp.runs.tracking import Tracking, TrackingError
+from kdexp.search.storage import StudyError
+from kdexp.search.study import OpenStudy
+from kdexp.search.sweep import (
     EpochDone,
     TrialFailed,
     TrialFinished,
@@ -43,7 +41,10 @@ from kdexp.sweep import (
     _new_parent_run,
     run_sweep,
 )
-from kdexp.tracking import Tracking, TrackingError
+from kdexp.select.promote import candidates, gain, promote, sweep_of
+from kdexp.select.reproduce import reproduce
+from kdexp.selection import NothingPasses
+from kdexp.settings import Settings
 
 
 def drain(generator):
@@ -65,7 +66,8 @@ def statuses(settings: Settings, kind: str) -> Counter:
         status
         for (status,) in rows(
             settings,
-            f"select status from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and tags.value = '{kind}'",
+            "select status from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and"
+            f" tags.value = '{kind}'",
         )
     )
 
@@ -85,7 +87,7 @@ def finished(tmp_path_factory, empty_store):
         return train(lanes, *rest, **named)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("kdexp.work.train", spying)
+    patch.setattr("kdexp.workers.work.train", spying)
     events, others = drain(run_sweep(sweep, settings, tracking, CPU))
     patch.undo()
     assert others == 0
@@ -118,7 +120,9 @@ def test_trial_0_is_the_recipe_and_trial_1_the_same_without_the_teacher(finished
     assert recipes[2] not in (recipes[0], recipes[1])
 
 
-def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(finished, tmp_path) -> None:
+def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(
+    finished, tmp_path
+) -> None:
     sweep, _settings, tracking, events, _ = finished
     study = tracking.study(sweep.name)
     assert study.status == "FINISHED"
@@ -131,19 +135,37 @@ def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(fin
         assert run.params["trial"] == str(number)
         for path, value in flatten(recipes[number]).items():
             assert run.params[path] == (value if isinstance(value, str) else json.dumps(value))
-        assert {"parameters", "multiply_adds", "model_bytes", "val_accuracy", "val_accuracy_low", "val_accuracy_high"} <= set(
-            run.metrics
+        assert {
+            "parameters",
+            "multiply_adds",
+            "model_bytes",
+            "val_accuracy",
+            "val_accuracy_low",
+            "val_accuracy_high",
+        } <= set(run.metrics)
+        assert (
+            run.metrics["val_accuracy_low"]
+            <= run.metrics["val_accuracy"]
+            <= run.metrics["val_accuracy_high"]
         )
-        assert run.metrics["val_accuracy_low"] <= run.metrics["val_accuracy"] <= run.metrics["val_accuracy_high"]
         for name in EPOCH_METRICS:
             assert [step for step, _ in tracking.history(run.run_id, f"epoch/{name}")] == [1, 2, 3]
         best = max(value for _, value in tracking.history(run.run_id, "epoch/val_accuracy"))
         assert run.metrics["val_accuracy"] == best
-        for artifact in ("config.json", "environment.json", "model_summary.txt", "weights.safetensors", "curves.png"):
+        for artifact in (
+            "config.json",
+            "environment.json",
+            "model_summary.txt",
+            "weights.safetensors",
+            "curves.png",
+        ):
             assert tracking.download(run.run_id, artifact, tmp_path).stat().st_size > 0
         recorded = Recipe.model_validate_json((tmp_path / "config.json").read_text())
         assert recorded == recipes[number]
-        assert weights_hash(load_file(tmp_path / "weights.safetensors")) == run.tags["kdexp.weights_sha256"]
+        assert (
+            weights_hash(load_file(tmp_path / "weights.safetensors"))
+            == run.tags["kdexp.weights_sha256"]
+        )
         assert f"{int(run.metrics['parameters']):,}" in (tmp_path / "model_summary.txt").read_text()
         assert "kdexp reproduce" in run.tags["mlflow.note.content"]
 
@@ -154,7 +176,10 @@ def test_study_and_parent_run_and_trial_and_child_run_know_each_other(finished) 
     assert study.user_attrs["mlflow_run_id"] == parent.run_id
     for trial in study.trials:
         run = tracking.read(trial.user_attrs["run_id"])
-        assert (run.tags["kdexp.trial"], run.tags["mlflow.parentRunId"]) == (str(trial.number), parent.run_id)
+        assert (run.tags["kdexp.trial"], run.tags["mlflow.parentRunId"]) == (
+            str(trial.number),
+            parent.run_id,
+        )
         assert trial.value == run.metrics["val_accuracy"]
 
 
@@ -171,20 +196,26 @@ def test_datasets_are_recorded_as_inputs_and_the_test_split_is_not_among_them(fi
         assert "test" not in {tag.value for one in inputs for tag in one.tags}
 
 
-def test_a_dataset_that_another_process_logs_at_the_same_moment_is_logged_all_the_same(tracking, monkeypatch) -> None:
+def test_a_dataset_that_another_process_logs_at_the_same_moment_is_logged_all_the_same(
+    tracking, monkeypatch
+) -> None:
     run_id = tracking.start(tracking.experiment("x"), "train", "x", {}, {})
     real, calls = tracking.client.log_inputs, []
 
     def colliding(*args):
         calls.append(args)
         if len(calls) < 3:
-            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id")
+            raise MlflowException(
+                "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id"
+            )
         return real(*args)
 
     monkeypatch.setattr(tracking.client, "log_inputs", colliding)
     tracking.log_dataset(run_id, "digits", "training", "0" * 64, {"samples": 3})
     assert len(calls) == 3
-    assert [i.dataset.name for i in tracking.client.get_run(run_id).inputs.dataset_inputs] == ["digits-training"]
+    assert [i.dataset.name for i in tracking.client.get_run(run_id).inputs.dataset_inputs] == [
+        "digits-training"
+    ]
 
 
 def test_the_teacher_has_one_run_of_its_own_with_its_accuracy(finished) -> None:
@@ -222,21 +253,33 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
         first.candidate
         == again.candidate
         == min(
-            (c for c in candidates(study, tracking) if c.val_accuracy >= sweep.selection.accuracy_bar),
+            (
+                c
+                for c in candidates(study, tracking)
+                if c.val_accuracy >= sweep.selection.accuracy_bar
+            ),
             key=lambda c: (c.parameters, -c.val_accuracy),
         )
     )
     assert again.test_accuracy == first.test_accuracy
-    tested = [run for run in tracking.find("trial", {"kdexp.study": sweep.name}) if "test_accuracy" in run.metrics]
+    tested = [
+        run
+        for run in tracking.find("trial", {"kdexp.study": sweep.name})
+        if "test_accuracy" in run.metrics
+    ]
     assert [run.run_id for run in tested] == [first.candidate.run_id]
     assert len(tracking.history(first.candidate.run_id, "test_accuracy")) == 1
     assert tested[0].tags["kdexp.selected"] == "smallest"
     versions = tracking.client.search_model_versions(f"name='{sweep.name}'")
     assert [v.run_id for v in versions] == [first.candidate.run_id]
-    model = mlflow.pyfunc.load_model(tracking.client.get_model_version_by_alias(sweep.name, "smallest").source)
+    model = mlflow.pyfunc.load_model(
+        tracking.client.get_model_version_by_alias(sweep.name, "smallest").source
+    )
     test = load_test(sweep.data)
     logits = torch.tensor(model.predict(test.images.float().numpy()))
-    assert (logits.argmax(1) == test.labels).float().mean().item() == pytest.approx(first.test_accuracy)
+    assert (logits.argmax(1) == test.labels).float().mean().item() == pytest.approx(
+        first.test_accuracy
+    )
     assert first.model == "models:/tiny@smallest"
 
 
@@ -249,14 +292,17 @@ def test_the_study_knows_what_distillation_gained(finished) -> None:
 
 def test_a_bar_nobody_reaches_names_the_nearest_miss(finished) -> None:
     sweep, settings, tracking, _, _ = finished
-    with pytest.raises(NothingPasses, match=r"No student of study 'tiny' reaches validation accuracy 1\. Best: 0\."):
+    with pytest.raises(
+        NothingPasses, match=r"No student of study 'tiny' reaches validation accuracy 1\. Best: 0\."
+    ):
         promote(tracking.study(sweep.name), Selection(accuracy_bar=1.0), settings, tracking, CPU)
 
 
 def test_a_run_is_reproduced_bit_for_bit_from_its_own_record(finished, tmp_path) -> None:
     sweep, settings, tracking, _, _ = finished
     run = tracking.find("trial", {"kdexp.study": sweep.name})[2]
-    shutil.rmtree(settings.teachers)  # the teacher comes out of the run's record, not out of a cache
+    # the teacher comes out of the run's record, not out of a cache
+    shutil.rmtree(settings.teachers)
     _, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
     assert comparison.identical
     assert comparison.compared == 18
@@ -265,14 +311,20 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_own_record(finished, tmp_path)
     assert len(candidates(tracking.study(sweep.name), tracking)) == 4, "a reproduction is no trial"
 
 
-def test_a_run_under_an_ensemble_is_reproduced_from_its_own_record(tiny: Sweep, settings, tracking) -> None:
-    drain(run_sweep(tiny.replace({"teacher.members": 2, "study.trials": 1}), settings, tracking, CPU))
+def test_a_run_under_an_ensemble_is_reproduced_from_its_own_record(
+    tiny: Sweep, settings, tracking
+) -> None:
+    drain(
+        run_sweep(tiny.replace({"teacher.members": 2, "study.trials": 1}), settings, tracking, CPU)
+    )
     (teacher,) = tracking.find("teacher", {})
     assert teacher.name == "teacher · 2 x cnn 8-16/16"
     (run,) = tracking.find("trial", {"kdexp.study": "tiny"})
     shutil.rmtree(settings.teachers)
     events, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
-    assert sum(isinstance(event, EpochReport) for event in events) == tiny.training.epochs, "the teacher is not trained again"
+    assert sum(isinstance(event, EpochReport) for event in events) == tiny.training.epochs, (
+        "the teacher is not trained again"
+    )
     assert comparison.identical
     assert run.tags["kdexp.teacher_sha256"] == teacher.tags["kdexp.weights_sha256"]
 
@@ -280,7 +332,9 @@ def test_a_run_under_an_ensemble_is_reproduced_from_its_own_record(tiny: Sweep, 
 def test_what_differs_is_named(finished, monkeypatch) -> None:
     sweep, settings, tracking, _, _ = finished
     run = tracking.find("trial", {"kdexp.study": sweep.name})[0]
-    monkeypatch.setattr("kdexp.distill.packs.seed_of", lambda seed, *purpose: seed_of(seed + 1, *purpose))
+    monkeypatch.setattr(
+        "kdexp.distill.packs.seed_of", lambda seed, *purpose: seed_of(seed + 1, *purpose)
+    )
     _, comparison = drain(reproduce(run.run_id, settings, tracking, CPU))
     assert not comparison.identical
     assert {d.what for d in comparison.differences} >= {"student weights", "loss, epoch 1"}
@@ -294,16 +348,20 @@ def test_what_cannot_be_reproduced_is_said(finished, which) -> None:
         "study": tracking.study(sweep.name).run_id,
         "teacher": tracking.find("teacher", {})[0].run_id,
     }[which]
-    says = {"unknown": "No run '0000", "study": "is a whole study; reproduce one of its trials", "teacher": "is a teacher"}[
-        which
-    ]
+    says = {
+        "unknown": "No run '0000",
+        "study": "is a whole study; reproduce one of its trials",
+        "teacher": "is a teacher",
+    }[which]
     with pytest.raises(KdexpError, match=says):
         drain(reproduce(run_id, settings, tracking, CPU))
 
 
 def test_an_unknown_study_names_those_there_are(finished) -> None:
     _, _, tracking, _, _ = finished
-    with pytest.raises(TrackingError, match=r"No study 'tinny' in the embedded store. Studies there: tiny"):
+    with pytest.raises(
+        TrackingError, match=r"No study 'tinny' in the embedded store. Studies there: tiny"
+    ):
         tracking.study("tinny")
 
 
@@ -321,7 +379,9 @@ def interrupt_at(generator, stop) -> list:
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_an_interrupted_study_continues_without_repeating_or_losing_a_trial(tiny: Sweep, settings, tracking, number) -> None:
+def test_an_interrupted_study_continues_without_repeating_or_losing_a_trial(
+    tiny: Sweep, settings, tracking, number
+) -> None:
     first = interrupt_at(
         run_sweep(tiny, settings, tracking, CPU),
         lambda e: isinstance(e, EpochDone) and (e.number, e.report.epoch) == (number, 2),
@@ -339,8 +399,13 @@ def test_an_interrupted_study_continues_without_repeating_or_losing_a_trial(tiny
     assert statuses(settings, "trial") == {"FINISHED": 4}, "in the run that it had"
 
 
-def test_an_interrupted_study_ends_like_an_unbroken_one(tiny: Sweep, settings, tracking, finished) -> None:
-    interrupt_at(run_sweep(tiny, settings, tracking, CPU), lambda e: isinstance(e, EpochDone) and e.number == 2)
+def test_an_interrupted_study_ends_like_an_unbroken_one(
+    tiny: Sweep, settings, tracking, finished
+) -> None:
+    interrupt_at(
+        run_sweep(tiny, settings, tracking, CPU),
+        lambda e: isinstance(e, EpochDone) and e.number == 2,
+    )
     drain(run_sweep(tiny, settings, tracking, CPU))
     broken = optuna.load_study(study_name="tiny", storage=settings.storage_url).trials
     unbroken = study_of(finished).trials
@@ -369,12 +434,14 @@ def test_a_larger_budget_continues_a_finished_study(tiny: Sweep, settings, track
     assert [e.number for e in events if isinstance(e, TrialFinished)] == [2, 3]
 
 
-def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(tiny: Sweep, settings, tracking, monkeypatch) -> None:
+def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(
+    tiny: Sweep, settings, tracking, monkeypatch
+) -> None:
     def failing(*_: object):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdexp.runs.save_file", failing)
+        patch.setattr("kdexp.runs.recording.save_file", failing)
         with pytest.raises(OSError, match="No space left"):
             drain(run_sweep(tiny, settings, tracking, CPU))
     assert statuses(settings, "trial") == {"FAILED": 1}
@@ -385,7 +452,8 @@ def test_a_failing_trial_closes_its_run_and_stays_for_the_next_time(tiny: Sweep,
 # --- pruning, divergence, other searches ---
 
 
-@pytest.mark.parametrize(("sampler", "told"), [("tpe", "PRUNED"), ("gp", "COMPLETE")])  # which learns from nothing else
+# which learns from nothing else
+@pytest.mark.parametrize(("sampler", "told"), [("tpe", "PRUNED"), ("gp", "COMPLETE")])
 def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(
     tiny: Sweep, settings, tracking, monkeypatch, sampler: str, told: str
 ) -> None:
@@ -397,7 +465,12 @@ def test_a_pruned_trial_is_recorded_as_pruned_and_still_reproduces(
     assert states == ["complete", "complete", "pruned", "pruned"]
     study = optuna.load_study(study_name="tiny", storage=settings.storage_url)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", told, told]
-    assert [trial.user_attrs.get("ended") for trial in study.trials] == [None, None, "pruned", "pruned"]
+    assert [trial.user_attrs.get("ended") for trial in study.trials] == [
+        None,
+        None,
+        "pruned",
+        "pruned",
+    ]
     run = tracking.find("trial", {"kdexp.state": "pruned"})[0]
     assert run.metrics["epochs_trained"] == 1
     assert drain(reproduce(run.run_id, settings, tracking, CPU))[1].identical
@@ -414,8 +487,12 @@ def test_every_sampler_and_pruner_runs(tiny: Sweep, settings, tracking, sampler,
 def test_a_diverged_trial_ends_and_the_study_goes_on(tiny: Sweep, settings, tracking) -> None:
     wild = tiny.model_copy(
         update={
-            "training": tiny.training.model_copy(update={"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}),
-            "search": {path: d for path, d in tiny.search.items() if path != "training.learning_rate"},
+            "training": tiny.training.model_copy(
+                update={"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}
+            ),
+            "search": {
+                path: d for path, d in tiny.search.items() if path != "training.learning_rate"
+            },
         }
     )
     events, _ = drain(run_sweep(wild, settings, tracking, CPU))
@@ -435,29 +512,51 @@ def test_a_diverged_trial_ends_and_the_study_goes_on(tiny: Sweep, settings, trac
         (0.0, {"choices": [0, 1]}),
     ],
 )
-def test_both_controls_are_trained_whatever_is_searched(tiny: Sweep, settings, tracking, alpha, search) -> None:
+def test_both_controls_are_trained_whatever_is_searched(
+    tiny: Sweep, settings, tracking, alpha, search
+) -> None:
     tree = json.loads(tiny.model_dump_json())
     tree["study"]["trials"] = 2
     tree["distillation"]["alpha"] = alpha
     del tree["search"]["distillation.alpha"]
-    tree["search"]["distillation.temperature"] = {"choices": [1, 5]}  # whole numbers for a key that is none
+    # whole numbers for a key that is none
+    tree["search"]["distillation.temperature"] = {"choices": [1, 5]}
     if search:
         tree["search"]["distillation.alpha"] = search
-    events, _ = drain(run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU))
-    assert [e.recipe.distillation.alpha for e in events if isinstance(e, TrialStarted)] == [alpha, 0.0]
-    assert [run.name for run in tracking.find("trial", {})] == ["trial 0 · documented defaults", "trial 1 · labels only"]
+    events, _ = drain(
+        run_sweep(Sweep.model_validate_json(json.dumps(tree)), settings, tracking, CPU)
+    )
+    assert [e.recipe.distillation.alpha for e in events if isinstance(e, TrialStarted)] == [
+        alpha,
+        0.0,
+    ]
+    assert [run.name for run in tracking.find("trial", {})] == [
+        "trial 0 · documented defaults",
+        "trial 1 · labels only",
+    ]
 
 
-def test_stopping_while_the_teacher_is_trained_leaves_no_run_and_no_study(tiny: Sweep, settings, tracking) -> None:
+def test_stopping_while_the_teacher_is_trained_leaves_no_run_and_no_study(
+    tiny: Sweep, settings, tracking
+) -> None:
     interrupt_at(run_sweep(tiny, settings, tracking, CPU), lambda event: True)
-    assert statuses(settings, "study") == statuses(settings, "trial") == statuses(settings, "teacher") == {}
+    assert (
+        statuses(settings, "study")
+        == statuses(settings, "trial")
+        == statuses(settings, "teacher")
+        == {}
+    )
     corrected = tiny.replace({"training.epochs": 2})
     events, _ = drain(run_sweep(corrected, settings, tracking, CPU))
     assert sorted(e.number for e in events if isinstance(e, TrialFinished)) == [0, 1, 2, 3]
 
 
-def test_a_study_does_not_go_on_with_another_teacher(tiny: Sweep, settings, tracking, tmp_path) -> None:
-    _, prepared = drain(prepare(tiny.recipe, Bench(settings, tracking, CPU, tracking.experiment("x"))))
+def test_a_study_does_not_go_on_with_another_teacher(
+    tiny: Sweep, settings, tracking, tmp_path
+) -> None:
+    _, prepared = drain(
+        prepare(tiny.recipe, Bench(settings, tracking, CPU, tracking.experiment("x")))
+    )
     checkpoint = tmp_path / "teacher.safetensors"
     shutil.copy(prepared.teacher.weights, checkpoint)
     given = tiny.replace({"teacher.weights": str(checkpoint)})
@@ -470,14 +569,22 @@ def test_a_study_does_not_go_on_with_another_teacher(tiny: Sweep, settings, trac
     assert statuses(settings, "study")["RUNNING"] == 0
 
 
-def test_a_network_that_cannot_be_exported_is_selected_all_the_same(tiny: Sweep, settings, tracking, monkeypatch) -> None:
+def test_a_network_that_cannot_be_exported_is_selected_all_the_same(
+    tiny: Sweep, settings, tracking, monkeypatch
+) -> None:
     drain(run_sweep(tiny, settings, tracking, CPU))
 
     def refusing(*_: object, **__: object) -> None:
         raise RuntimeError("data-dependent control flow")
 
     monkeypatch.setattr(torch.export, "export", refusing)
-    done = promote(tracking.study(tiny.name), Selection(accuracy_bar=0.0, goal="most_accurate"), settings, tracking, CPU)
+    done = promote(
+        tracking.study(tiny.name),
+        Selection(accuracy_bar=0.0, goal="most_accurate"),
+        settings,
+        tracking,
+        CPU,
+    )
     assert done.test_accuracy > 0
     tags = tracking.read(done.candidate.run_id).tags
     assert tags["kdexp.selected"] == "most_accurate"
@@ -491,7 +598,9 @@ def test_an_empty_search_is_refused_before_any_work(tiny: Sweep, settings, track
     assert not settings.teachers.exists()
 
 
-def test_a_student_that_cannot_be_built_is_found_before_any_trial(tiny: Sweep, settings, tracking) -> None:
+def test_a_student_that_cannot_be_built_is_found_before_any_trial(
+    tiny: Sweep, settings, tracking
+) -> None:
     tree = json.loads(tiny.model_dump_json())
     tree["search"]["student.channels"] = {"choices": [[4, 8], [1, 1, 1, 1, 1]]}
     with pytest.raises(Exception, match="halvings leave nothing"):
@@ -511,14 +620,22 @@ def test_a_run_that_fails_is_closed_with_its_reason(tiny: Sweep, settings, track
     assert (run.status, run.tags["kdexp.error"]) == ("FAILED", "boom")
 
 
-def test_no_store_of_a_study_holds_a_test_figure_before_selection(tiny: Sweep, settings, tracking, monkeypatch) -> None:
-    """Nothing in a search may see the test split: loading it would fail here, and no metric speaks of it."""
+def test_no_store_of_a_study_holds_a_test_figure_before_selection(
+    tiny: Sweep, settings, tracking, monkeypatch
+) -> None:
+    """Nothing in a search may see the test split: loading it would fail here, and no metric speaks
+    of it.
+    """
 
     def forbidden(*_: object) -> None:
         raise AssertionError("the search asked for the test split")
 
     read = data_module._train_and_test
-    monkeypatch.setattr(data_module, "_train_and_test", lambda *args, test: forbidden() if test else read(*args, test=test))
+    monkeypatch.setattr(
+        data_module,
+        "_train_and_test",
+        lambda *args, test: forbidden() if test else read(*args, test=test),
+    )
     drain(run_sweep(tiny, settings, tracking, CPU))
     assert not rows(settings, "select * from metrics where key like 'test%'")
     assert not list(Path(settings.stores).rglob("*test*"))
@@ -537,27 +654,36 @@ def test_a_network_is_named_by_its_family_and_channels(network: dict, name: str)
     assert named(Student(**network)) == name
 
 
-def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(settings, tracking, tiny) -> None:
+def test_a_trial_that_has_become_another_commands_costs_the_trial_alone(
+    settings, tracking, tiny
+) -> None:
     sweep = run_sweep(tiny, settings, tracking, CPU)
     next(event for event in sweep if isinstance(event, EpochDone))
     with closing(sqlite3.connect(settings.stores / "optuna.db", isolation_level=None)) as optuna_db:
-        optuna_db.execute("update kdexp_claims set token = token + 1, claimant = 'somebody@elsewhere'")
+        optuna_db.execute(
+            "update kdexp_claims set token = token + 1, claimant = 'somebody@elsewhere'"
+        )
     events, others = drain(sweep)
     assert [event.number for event in events if isinstance(event, TrialTaken)] == [0]
     assert others == 1
     trials = optuna.load_study(study_name=tiny.name, storage=settings.storage_url).trials
-    assert [trial.state.name for trial in trials] == ["RUNNING"] + ["COMPLETE"] * 3, "it is left to that one"
+    assert [trial.state.name for trial in trials] == ["RUNNING"] + ["COMPLETE"] * 3, (
+        "it is left to that one"
+    )
     assert statuses(settings, "trial") == Counter(KILLED=1, FINISHED=3)
 
 
-@pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, "released"), (KdexpError, "released"), (ValueError, "failed")])
+@pytest.mark.parametrize(
+    ("stop", "left"),
+    [(KeyboardInterrupt, "released"), (KdexpError, "released"), (ValueError, "failed")],
+)
 def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
     settings, tracking, tiny, monkeypatch, stop, left
 ) -> None:
     def fail(*_: object) -> None:
         raise stop("it is out of memory")
 
-    monkeypatch.setattr("kdexp.scheduler.choose", fail)
+    monkeypatch.setattr("kdexp.search.scheduler.choose", fail)
     sweep = run_sweep(tiny, settings, tracking, CPU)
     if stop is ValueError:
         failed = next(event for event in sweep if isinstance(event, TrialFailed))
@@ -574,7 +700,9 @@ def test_what_stops_between_a_choice_and_its_run_leaves_the_trial_to_the_next(
 
 
 def test_the_run_of_a_study_in_another_storage_is_left_alone(settings, tracking, tiny) -> None:
-    """Two commands share MLflow, not Optuna's storage, and start together: each has a study of its own."""
+    """Two commands share MLflow, not Optuna's storage, and start together: each has a study of its
+    own.
+    """
     study = partial(_new_parent_run, tiny, tracking, tracking.experiment(tiny.name))
     own, others = study("own mark"), study("another's mark")
     assert own != others
@@ -583,6 +711,10 @@ def test_the_run_of_a_study_in_another_storage_is_left_alone(settings, tracking,
 
 def test_a_run_of_another_version_is_said_to_be_one(settings, tracking, tiny) -> None:
     run_id = tracking.start(tracking.experiment("old"), "trial", "trial 0", {}, {})
-    tracking.log_text(run_id, "config.json", json.dumps(tiny.recipe.model_dump(mode="json") | {"pupil": {}}))
-    with pytest.raises(ConfigError, match=f"run {run_id}, recorded by another version of kdexp: pupil: unknown key"):
+    tracking.log_text(
+        run_id, "config.json", json.dumps(tiny.recipe.model_dump(mode="json") | {"pupil": {}})
+    )
+    with pytest.raises(
+        ConfigError, match=f"run {run_id}, recorded by another version of kdexp: pupil: unknown key"
+    ):
         recipe_of(tracking.read(run_id), tracking)

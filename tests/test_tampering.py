@@ -1,7 +1,9 @@
-"""Every single thing that a run's record holds is changed, and then taken away: each time it is noticed and named.
+"""Every single thing that a run's record holds is changed, and then taken away: each time it is
+noticed and named.
 
-The list is made from the record itself, so that what is recorded one day is tried too. One tiny study is trained, and one of
-its runs reproduced, once; each test then changes one thing in the stores, looks, and changes it back.
+The list is made from the record itself, so that what is recorded one day is tried too. One tiny
+study is trained, and one of its runs reproduced, once; each test then changes one thing in the
+stores, looks, and changes it back.
 """
 
 from __future__ import annotations
@@ -21,28 +23,34 @@ from conftest import CPU, stores_in, tiny_sweep
 from safetensors.torch import load_file, save_file
 
 from kdexp import KdexpError
-from kdexp.bench import Bench
 from kdexp.config import Selection
-from kdexp.confirm import confirm
-from kdexp.export import export
-from kdexp.fresh import SeedDone
 from kdexp.intervals import wilson_interval
-from kdexp.objective import constraints
-from kdexp.prepare import prepare
-from kdexp.promote import candidates, promote, sweep_of
-from kdexp.records import RecordError, recipe_of
-from kdexp.remembered import misremembered
-from kdexp.reproduce import Checked, compared, reproduce
+from kdexp.runs.bench import Bench
+from kdexp.runs.prepare import prepare
+from kdexp.runs.records import RecordError, recipe_of
+from kdexp.runs.tracking import Tracking
+from kdexp.search.objective import constraints
+from kdexp.search.remembered import misremembered
+from kdexp.search.study import open_study
+from kdexp.search.sweep import Misremembered, run_sweep
+from kdexp.select.confirm import confirm
+from kdexp.select.export import export
+from kdexp.select.fresh import SeedDone
+from kdexp.select.promote import candidates, promote, sweep_of
+from kdexp.select.reproduce import Checked, compared, reproduce
+from kdexp.select.verify import contradictions, verify
 from kdexp.selection import AS_TRAINED, Candidate
 from kdexp.settings import Settings
-from kdexp.study import open_study
-from kdexp.sweep import Misremembered, run_sweep
-from kdexp.tracking import Tracking
-from kdexp.verify import contradictions, verify
-from kdexp.work import Prepared
+from kdexp.workers.work import Prepared
 
 SWEEP = tiny_sweep().replace(
-    {"training.epochs": 2, "teacher.epochs": 1, "study.trials": 2, "data.augment.flip": True, "selection.accuracy_bar": 0.05}
+    {
+        "training.epochs": 2,
+        "teacher.epochs": 1,
+        "study.trials": 2,
+        "data.augment.flip": True,
+        "selection.accuracy_bar": 0.05,
+    }
 )
 
 UNNOTICED = {
@@ -68,21 +76,28 @@ class Store(NamedTuple):
     prepared: Prepared
 
     def sql(self, query: str, *values: Any) -> list:
-        with closing(sqlite3.connect(self.settings.stores / "mlflow.db", timeout=60)) as database, database:
+        with (
+            closing(sqlite3.connect(self.settings.stores / "mlflow.db", timeout=60)) as database,
+            database,
+        ):
             return database.execute(query, values).fetchall()
 
     def before(self) -> str:
         """What is said before any training, in one text."""
         try:
             run = self.tracking.read(self.run_id)
-            return "\n".join(map(str, contradictions(run, recipe_of(run, self.tracking), self.tracking)))
+            return "\n".join(
+                map(str, contradictions(run, recipe_of(run, self.tracking), self.tracking))
+            )
         except KdexpError as error:
             return str(error)
 
     def named(self) -> str:
         """All that is said of the run, in one text."""
         try:
-            done = compared(self.run_id, self.again_id, self.prepared, self.settings, self.tracking, CPU)
+            done = compared(
+                self.run_id, self.again_id, self.prepared, self.settings, self.tracking, CPU
+            )
         except KdexpError as error:
             return str(error)
         rows = [f"{d.what} {d.original} {d.again}" for d in (*done.differences, *done.environment)]
@@ -116,11 +131,17 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Store:
 def as_before(store: Store, tmp_path: Path) -> Iterator[None]:
     """Whatever a test does to database and artifacts, the next one finds them as they were."""
     stores, files = store.settings.stores, store.settings.stores / "artifacts"
-    with closing(sqlite3.connect(stores / "mlflow.db")) as database, closing(sqlite3.connect(tmp_path / "db")) as copy:
+    with (
+        closing(sqlite3.connect(stores / "mlflow.db")) as database,
+        closing(sqlite3.connect(tmp_path / "db")) as copy,
+    ):
         database.backup(copy)
     shutil.copytree(files, tmp_path / "artifacts")
     yield
-    with closing(sqlite3.connect(stores / "mlflow.db")) as database, closing(sqlite3.connect(tmp_path / "db")) as copy:
+    with (
+        closing(sqlite3.connect(stores / "mlflow.db")) as database,
+        closing(sqlite3.connect(tmp_path / "db")) as copy,
+    ):
         copy.backup(database)
     shutil.rmtree(files)
     shutil.copytree(tmp_path / "artifacts", files)
@@ -144,10 +165,14 @@ def another(value: Any) -> Any:
 
 
 def test_the_untouched_record_is_identical_and_says_what_that_covers(store: Store) -> None:
-    done = compared(store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU)
+    done = compared(
+        store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU
+    )
     assert done.identical
     assert (done.unrecorded, done.unknown, done.notes) == ((), (), ())
-    assert {"weights.safetensors", "model_summary.txt", "3 data sets", "student weights"} <= set(done.covered)
+    assert {"weights.safetensors", "model_summary.txt", "3 data sets", "student weights"} <= set(
+        done.covered
+    )
     assert any("final metrics" in what for what in done.covered)
     assert any("params" in what for what in done.covered)
 
@@ -161,18 +186,26 @@ KNOWN_BY = {
     "kdexp.artifacts": "SHA-256 of",
 }
 TOGETHER = {"metrics": 7, "latest_metrics": 1, "params": 12, "tags": 1}
-"""So many rows are changed before one look: where each is named by itself anyway, a look at a time is minutes more."""
+"""So many rows are changed before one look: where each is named by itself anyway, a look at a time
+is minutes more.
+"""
 
 
 @pytest.mark.parametrize("how", ["changed", "taken away"])
 @pytest.mark.parametrize("table", sorted(TOGETHER))
 def test_each_metric_param_and_tag_of_a_record(store: Store, table: str, how: str) -> None:
-    """`metrics` holds every value there was, `latest_metrics` the last of each, which is what is read first."""
-    rows = store.sql(f"select rowid, key, value from {table} where run_uuid = ? order by rowid", store.run_id)
+    """`metrics` holds every value there was, `latest_metrics` the last of each, which is what is
+    read first.
+    """
+    rows = store.sql(
+        f"select rowid, key, value from {table} where run_uuid = ? order by rowid", store.run_id
+    )
     assert len(rows) >= {"metrics": 28, "latest_metrics": 21, "params": 40, "tags": 15}[table]
     rows = [row for row in rows if not excused(row[1])]
     silent = []
-    for group in (rows[first : first + TOGETHER[table]] for first in range(0, len(rows), TOGETHER[table])):
+    for group in (
+        rows[first : first + TOGETHER[table]] for first in range(0, len(rows), TOGETHER[table])
+    ):
         kept = [store.sql(f"select * from {table} where rowid = ?", row)[0] for row, _, _ in group]
         for row, _, value in group:
             if how == "changed":
@@ -197,14 +230,19 @@ def named(key: str, said: str) -> bool:
 
 
 def test_each_file_of_a_record_changed_cut_and_taken_away(store: Store) -> None:
-    (root,) = (path.parent for path in store.settings.stores.rglob("config.json") if path.parts[-3] == store.run_id)
+    (root,) = (
+        path.parent
+        for path in store.settings.stores.rglob("config.json")
+        if path.parts[-3] == store.run_id
+    )
     files = sorted(path for path in root.rglob("*") if path.is_file())
     assert len(files) > 8, "the run's own five, and its MLflow model"
     silent = []
     for file in files:
         content = file.read_bytes()
         middle = len(content) // 2
-        flipped, cut = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], content[:middle]
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        cut = content[:middle]
         for how in (flipped, cut, b"", None) if file.parent == root else (flipped, None):
             file.unlink()
             if how is not None:
@@ -226,7 +264,10 @@ def test_each_data_set_of_a_record(store: Store, role: str, column: str) -> None
 
 @pytest.mark.parametrize("role", ["training", "validation", "test"])
 def test_a_data_set_that_is_taken_out_of_a_record(store: Store, role: str) -> None:
-    inputs = "select input_uuid from inputs join datasets on source_id = dataset_uuid where name like ? and destination_id = ?"
+    inputs = (
+        "select input_uuid from inputs join datasets on source_id = dataset_uuid where name like ?"
+        " and destination_id = ?"
+    )
     ((one,),) = store.sql(inputs, f"%-{role}", store.run_id)
     store.sql("delete from inputs where input_uuid = ?", one)
     assert role in store.named()
@@ -239,10 +280,14 @@ def test_a_status_that_was_changed(store: Store) -> None:
 
 
 def test_what_is_checked_before_any_training_is_said_before_any_training(store: Store) -> None:
-    store.sql("update params set value = '7' where run_uuid = ? and key = 'teacher.epochs'", store.run_id)
+    store.sql(
+        "update params set value = '7' where run_uuid = ? and key = 'teacher.epochs'", store.run_id
+    )
     for event in reproduce(store.run_id, store.settings, store.tracking, CPU):
         if isinstance(event, Checked):
-            assert [difference.what for difference in event.differences] == ["teacher.epochs (params, config.json)"]
+            assert [difference.what for difference in event.differences] == [
+                "teacher.epochs (params, config.json)"
+            ]
             return
     pytest.fail("nothing was checked")
 
@@ -261,27 +306,43 @@ def zeroed(file: Path) -> None:
 
 def other_trial(store: Store) -> Candidate:
     """The trial that was not selected, and so not looked at on test."""
-    return next(c for c in candidates(store.tracking.study("tiny"), store.tracking) if c.run_id != store.run_id)
+    return next(
+        c
+        for c in candidates(store.tracking.study("tiny"), store.tracking)
+        if c.run_id != store.run_id
+    )
 
 
 def select(store: Store) -> Any:
-    return promote(store.tracking.study("tiny"), SWEEP.selection, store.settings, store.tracking, CPU)
+    return promote(
+        store.tracking.study("tiny"), SWEEP.selection, store.settings, store.tracking, CPU
+    )
 
 
 def forged(store: Store, run_id: str, **metrics: float) -> None:
-    """As if it had been recorded so in the first place: every number that hangs on another with it."""
+    """As if it had been recorded so in the first place: every number that hangs on another with
+    it.
+    """
     for table in ("metrics", "latest_metrics"):
         for name, value in metrics.items():
-            store.sql(f"update {table} set value = ? where run_uuid = ? and key = ?", value, run_id, name)
+            store.sql(
+                f"update {table} set value = ? where run_uuid = ? and key = ?", value, run_id, name
+            )
 
 
 def test_a_zeroed_student_is_not_selected_again(store: Store) -> None:
     assert not select(store).new_look
     zeroed(file_of(store, store.run_id, "weights.safetensors"))
-    with pytest.raises(RecordError, match=r"file weights\.safetensors \(kdexp\.artifacts\) is [0-9a-f]{16} by its record and"):
+    with pytest.raises(
+        RecordError,
+        match=r"file weights\.safetensors \(kdexp\.artifacts\) is [0-9a-f]{16} by its record and",
+    ):
         select(store)
     store.sql("delete from tags where key = 'kdexp.artifacts'")  # as a former version recorded it
-    with pytest.raises(RecordError, match=r"weights\.safetensors \(kdexp\.weights_sha256\) is [0-9a-f]{16} by its record and"):
+    with pytest.raises(
+        RecordError,
+        match=r"weights\.safetensors \(kdexp\.weights_sha256\) is [0-9a-f]{16} by its record and",
+    ):
         select(store)
     with pytest.raises(RecordError, match=r"is not as it was recorded: .* kdexp reproduce"):
         export(store.run_id, "float32", None, store.settings, store.tracking)
@@ -290,20 +351,35 @@ def test_a_zeroed_student_is_not_selected_again(store: Store) -> None:
 def test_before_a_model_is_registered_its_accuracy_is_measured_again(store: Store) -> None:
     chosen = other_trial(store)
     low, high = wilson_interval(280, 287)
-    forged(store, chosen.run_id, val_accuracy=280 / 287, val_accuracy_low=low, val_accuracy_high=high)
+    forged(
+        store, chosen.run_id, val_accuracy=280 / 287, val_accuracy_low=low, val_accuracy_high=high
+    )
     with pytest.raises(RecordError) as error:
         select(store)
-    assert f"val_accuracy is recorded as 97.56%, its stored student has {chosen.val_accuracy:.2%}" in str(error.value)
+    assert (
+        f"val_accuracy is recorded as 97.56%, its stored student has {chosen.val_accuracy:.2%}"
+        in str(error.value)
+    )
     run = store.tracking.read(chosen.run_id)
     assert not any("test" in name for name in run.metrics)
     assert not {"kdexp.selected", "kdexp.model_version", "kdexp.test_looked_at"} & run.tags.keys()
-    assert [v.run_id for v in store.tracking.client.search_model_versions("name = 'tiny'")] == [store.run_id]
+    assert [v.run_id for v in store.tracking.client.search_model_versions("name = 'tiny'")] == [
+        store.run_id
+    ]
 
 
-def test_an_image_more_or_less_is_said_and_no_reason_to_stop(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_more_or_less_is_said_and_no_reason_to_stop(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     correct = round(store.tracking.read(store.run_id).metrics["val_accuracy"] * 287) + 1
     low, high = wilson_interval(correct, 287)
-    forged(store, store.run_id, val_accuracy=correct / 287, val_accuracy_low=low, val_accuracy_high=high)
+    forged(
+        store,
+        store.run_id,
+        val_accuracy=correct / 287,
+        val_accuracy_low=low,
+        val_accuracy_high=high,
+    )
     select(store)
     assert "1 of 287 images apart" in caplog.text
 
@@ -322,16 +398,24 @@ def test_a_selection_rule_that_was_changed_is_not_used(store: Store) -> None:
     file = file_of(store, study.run_id, "sweep.json")
     file.write_text(file.read_text().replace('"accuracy_bar": 0.05', '"accuracy_bar": 0.01'))
     with pytest.raises(
-        RecordError, match=r"sweep\.json is not the file that was recorded \(SHA-256 [0-9a-f]+…, recorded [0-9a-f]+…"
+        RecordError,
+        match=(
+            r"sweep\.json is not the file that was recorded \(SHA-256 [0-9a-f]+…, recorded"
+            r" [0-9a-f]+…"
+        ),
     ):
         sweep_of(study, store.tracking)
 
 
-def test_an_exported_file_that_was_changed_since_is_not_handed_out(store: Store, tmp_path: Path) -> None:
+def test_an_exported_file_that_was_changed_since_is_not_handed_out(
+    store: Store, tmp_path: Path
+) -> None:
     done = export(store.run_id, "int8", tmp_path / "a.onnx", store.settings, store.tracking)
     again = export(store.run_id, "int8", tmp_path / "b.onnx", store.settings, store.tracking)
     assert done.file.read_bytes() == again.file.read_bytes()
-    comparison = compared(store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU)
+    comparison = compared(
+        store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU
+    )
     assert comparison.identical, comparison.differences
     assert not comparison.notes
     file = file_of(store, store.run_id, "model.onnx")
@@ -351,7 +435,17 @@ def test_an_exported_file_that_was_changed_since_is_not_handed_out(store: Store,
 
 def test_fresh_seeds_that_were_changed_confirm_nothing(store: Store) -> None:
     def confirmed() -> list:
-        return list(confirm(store.tracking.study("tiny"), SWEEP.selection, 2, False, store.settings, store.tracking, CPU))
+        return list(
+            confirm(
+                store.tracking.study("tiny"),
+                SWEEP.selection,
+                2,
+                False,
+                store.settings,
+                store.tracking,
+                CPU,
+            )
+        )
 
     seeds = [event.run for event in confirmed() if isinstance(event, SeedDone)]
     assert len(seeds) == 2
@@ -360,10 +454,19 @@ def test_fresh_seeds_that_were_changed_confirm_nothing(store: Store) -> None:
         confirmed()
 
 
-@pytest.mark.parametrize("change", ["trial_values set value = value / 2", "trial_params set param_value = param_value / 2"])
-def test_what_optuna_holds_against_a_trials_own_run_is_said_as_a_study_goes_on(store: Store, change: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    ["trial_values set value = value / 2", "trial_params set param_value = param_value / 2"],
+)
+def test_what_optuna_holds_against_a_trials_own_run_is_said_as_a_study_goes_on(
+    store: Store, change: str
+) -> None:
     def wrong() -> list:
-        return [e.trials for e in run_sweep(SWEEP, store.settings, store.tracking, CPU) if isinstance(e, Misremembered)]
+        return [
+            e.trials
+            for e in run_sweep(SWEEP, store.settings, store.tracking, CPU)
+            if isinstance(e, Misremembered)
+        ]
 
     assert wrong() == []
     with closing(sqlite3.connect(store.settings.stores / "optuna.db")) as database, database:
@@ -378,7 +481,9 @@ def test_what_optuna_holds_against_a_trials_own_run_is_said_as_a_study_goes_on(s
 
 def test_each_thing_that_optuna_holds_of_a_trial_is_compared_with_its_run(store: Store) -> None:
     study = open_study(SWEEP, store.settings, lambda mark: pytest.fail("there is one"))
-    aimed = SWEEP.model_copy(update={"study": SWEEP.study.model_copy(update={"objective": "smallest"})})
+    aimed = SWEEP.model_copy(
+        update={"study": SWEEP.study.model_copy(update={"objective": "smallest"})}
+    )
     one = study.told()[1]
     (run,) = store.tracking.find("trial", {"kdexp.trial": "1"})
     accuracy, size = run.metrics["val_accuracy"], int(run.metrics["parameters"])
@@ -395,11 +500,16 @@ def test_each_thing_that_optuna_holds_of_a_trial_is_compared_with_its_run(store:
         "params": replace(right, recipe=one.recipe.replace({"training.learning_rate": 0.02})),
     }
     assert misremembered({1: right}, aimed, study.parent_run, store.tracking) == ()
-    found = {what: misremembered({1: told}, aimed, study.parent_run, store.tracking) for what, told in wrong.items()}
+    found = {
+        what: misremembered({1: told}, aimed, study.parent_run, store.tracking)
+        for what, told in wrong.items()
+    }
     assert found == dict.fromkeys(wrong, (1,))
 
 
-def test_a_study_or_teacher_run_that_was_deleted_is_said_and_no_reason_to_stop(store: Store) -> None:
+def test_a_study_or_teacher_run_that_was_deleted_is_said_and_no_reason_to_stop(
+    store: Store,
+) -> None:
     run = store.tracking.read(store.run_id)
     parent, teacher = run.tags["mlflow.parentRunId"], run.tags["kdexp.teacher_run"]
     for gone in (parent, teacher):
@@ -410,17 +520,21 @@ def test_a_study_or_teacher_run_that_was_deleted_is_said_and_no_reason_to_stop(s
         f"mlflow.parentRunId: run {parent} is not in this store",
         f"kdexp.teacher_run: run {teacher} is not in this store",
     )
-    verify(run, recipe_of(run, store.tracking), AS_TRAINED, store.prepared.splits, store.tracking, CPU)
+    verify(
+        run, recipe_of(run, store.tracking), AS_TRAINED, store.prepared.splits, store.tracking, CPU
+    )
 
 
 def test_where_the_weights_are_others_the_test_split_is_not_looked_at_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zeroed(file_of(store, store.again_id, "weights.safetensors"))
-    monkeypatch.setattr("kdexp.reproduce.load_test", lambda *_: pytest.fail("a new look"))
+    monkeypatch.setattr("kdexp.select.reproduce.load_test", lambda *_: pytest.fail("a new look"))
     done = beside(store)
     assert [difference.what for difference in done.differences] == ["weights.safetensors"]
-    assert done.notes[0].startswith("test accuracy not measured again: the weights are not the same")
+    assert done.notes[0].startswith(
+        "test accuracy not measured again: the weights are not the same"
+    )
     assert done.unknown == ()
 
 
@@ -445,14 +559,29 @@ def of_another_version(store: Store, *lacking: str) -> None:
 
 
 def beside(store: Store) -> Any:
-    return compared(store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU)
+    return compared(
+        store.run_id, store.again_id, store.prepared, store.settings, store.tracking, CPU
+    )
 
 
 def test_a_metric_that_a_former_version_did_not_record_is_no_difference(store: Store) -> None:
-    of_another_version(store, "epoch/val_loss", "val_samples", "kdexp.weights_sha256", "training.ema", "kdexp.logits_per")
+    of_another_version(
+        store,
+        "epoch/val_loss",
+        "val_samples",
+        "kdexp.weights_sha256",
+        "training.ema",
+        "kdexp.logits_per",
+    )
     done = beside(store)
     assert done.identical, done.differences
-    assert {"val_loss", "val_samples", "student weights", "param training.ema", "tag kdexp.logits_per"} <= set(done.unrecorded)
+    assert {
+        "val_loss",
+        "val_samples",
+        "student weights",
+        "param training.ema",
+        "tag kdexp.logits_per",
+    } <= set(done.unrecorded)
     assert any(what.startswith("SHA-256 of config.json, ") for what in done.unrecorded)
     assert done.compared == 10, "five metrics of two epochs are left"
     assert done.weights == "", "nothing is said of what is not on record"
@@ -470,15 +599,25 @@ def test_a_metric_that_this_version_does_not_know_any_more_is_no_difference(stor
 
 def test_a_metric_of_some_epochs_only_is_a_difference_in_any_version(store: Store) -> None:
     of_another_version(store)
-    store.sql("delete from metrics where run_uuid = ? and key = 'epoch/loss' and step = 1", store.run_id)
+    store.sql(
+        "delete from metrics where run_uuid = ? and key = 'epoch/loss' and step = 1", store.run_id
+    )
     assert [difference.what for difference in beside(store).differences] == ["loss, epoch 1"]
 
 
-def test_where_another_order_of_sums_moved_an_image_that_is_said_and_no_difference(store: Store) -> None:
+def test_where_another_order_of_sums_moved_an_image_that_is_said_and_no_difference(
+    store: Store,
+) -> None:
     correct = round(store.tracking.read(store.run_id).metrics["val_accuracy"] * 287)
     for apart, identical in ((1, True), (5, False)):
         low, high = wilson_interval(correct + apart, 287)
-        forged(store, store.run_id, val_accuracy=(correct + apart) / 287, val_accuracy_low=low, val_accuracy_high=high)
+        forged(
+            store,
+            store.run_id,
+            val_accuracy=(correct + apart) / 287,
+            val_accuracy_low=low,
+            val_accuracy_high=high,
+        )
         if apart == 1:
             assert not beside(store).identical, "the same code measures in the same order"
             of_another_version(store)
@@ -488,11 +627,17 @@ def test_where_another_order_of_sums_moved_an_image_that_is_said_and_no_differen
 
 
 @pytest.mark.parametrize("name", ["config-c3d1cbb.json"])
-def test_a_config_that_was_stored_by_a_former_version_gives_the_same_recipe(store: Store, name: str) -> None:
+def test_a_config_that_was_stored_by_a_former_version_gives_the_same_recipe(
+    store: Store, name: str
+) -> None:
     """The files are as they were written then; what they mean stands in today's words."""
     stored = (Path(__file__).parent / "witness" / name).read_text()
     file_of(store, store.run_id, "config.json").write_text(stored)
     recipe = recipe_of(store.tracking.read(store.run_id), store.tracking)
-    how = {"distillation.alpha": 0.7, "distillation.temperature": 2.5, "distillation.loss": "decoupled"}
+    how = {
+        "distillation.alpha": 0.7,
+        "distillation.temperature": 2.5,
+        "distillation.loss": "decoupled",
+    }
     then = {"distillation.scale_by_t_squared": True}  # the default of then, whatever it is now
     assert recipe == tiny_sweep().recipe.replace({**how, **then, "training.ema": 0.99})

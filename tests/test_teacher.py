@@ -1,4 +1,6 @@
-"""The teacher: trained once, read from any honest checkpoint, cached, and never silently another."""
+"""The teacher: trained once, read from any honest checkpoint, cached, and never silently
+another.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,25 @@ from torch import nn
 
 from kdexp.config import Augment, Data, Distillation, Teacher, Training
 from kdexp.distill import teacher as module_under_test
-from kdexp.distill.data import Splits, pixels, views
+from kdexp.distill.batches import pixels, views
+from kdexp.distill.datasets import Splits
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.execution import choose
+from kdexp.distill.logits import CacheProgress
 from kdexp.distill.models import build, weights_hash
 from kdexp.distill.packs import Lane
-from kdexp.distill.teacher import CacheProgress, Ensemble, TeacherError, prepare_teacher, read_weights, write_atomically
+from kdexp.distill.teacher import (
+    Ensemble,
+    TeacherError,
+    prepare_teacher,
+    read_weights,
+    write_atomically,
+)
 from kdexp.distill.train import EpochReport, draw, draw_erased, train
 
-DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
+DATA = Data(
+    dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1)
+)
 TEACHER = Teacher(architecture="cnn", channels=(8, 16), hidden=16, epochs=2, learning_rate=0.01)
 
 
@@ -98,7 +110,9 @@ def changed(file: Path, change, **facts: str) -> None:
         known = opened.metadata()
     content = change(load_file(file))
     file.unlink()
-    save_file(content, file, metadata={name: value for name, value in {**known, **facts}.items() if value})
+    save_file(
+        content, file, metadata={name: value for name, value in {**known, **facts}.items() if value}
+    )
 
 
 def one_logit(content):
@@ -106,12 +120,17 @@ def one_logit(content):
     return content
 
 
-def test_one_changed_logit_is_noticed_and_a_new_cache_made_once_it_is_deleted(tmp_path, digits) -> None:
+def test_one_changed_logit_is_noticed_and_a_new_cache_made_once_it_is_deleted(
+    tmp_path, digits
+) -> None:
     first, _ = prepared(tmp_path, digits)
     changed(first.cache, one_logit)
     with pytest.raises(TeacherError) as error:
         prepared(tmp_path, digits)
-    assert re.search(r"not the logits that were written \(SHA-256 \w{16}…, recorded \w{16}…\); delete it", str(error.value))
+    assert re.search(
+        r"not the logits that were written \(SHA-256 \w{16}…, recorded \w{16}…\); delete it",
+        str(error.value),
+    )
     first.cache.unlink()
     assert prepared(tmp_path, digits)[0].logits_sha256 == first.logits_sha256
 
@@ -121,7 +140,9 @@ def test_a_worker_does_not_train_on_a_cache_that_was_changed_meanwhile(tmp_path,
     sent = pickle.dumps(teacher)
     assert torch.equal(pickle.loads(sent).soft.logits, teacher.soft.logits)
     changed(teacher.cache, one_logit)
-    with pytest.raises(TeacherError, match=f"{teacher.cache.name}: not the logits that were written"):
+    with pytest.raises(
+        TeacherError, match=f"{teacher.cache.name}: not the logits that were written"
+    ):
         pickle.loads(sent)
 
 
@@ -137,7 +158,9 @@ def test_what_a_cache_says_of_its_teacher_is_covered_too(tmp_path, digits, fact)
             prepared(tmp_path, digits)
 
 
-def test_a_former_versions_cache_is_compared_with_the_teacher_and_then_has_a_checksum(tmp_path, digits) -> None:
+def test_a_former_versions_cache_is_compared_with_the_teacher_and_then_has_a_checksum(
+    tmp_path, digits
+) -> None:
     teacher, _ = prepared(tmp_path, digits)
     changed(teacher.cache, lambda content: content, sha256="")
     again, events = prepared(tmp_path, digits)
@@ -148,9 +171,13 @@ def test_a_former_versions_cache_is_compared_with_the_teacher_and_then_has_a_che
         prepared(tmp_path, digits)
 
 
-def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_version_is_read(tmp_path, digits) -> None:
+def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_version_is_read(
+    tmp_path, digits
+) -> None:
     teacher, _ = prepared(tmp_path, digits)
-    name = next(name for name, tensor in load_file(teacher.weights).items() if tensor.is_floating_point())
+    name = next(
+        name for name, tensor in load_file(teacher.weights).items() if tensor.is_floating_point()
+    )
 
     def nudged(content):
         content[name] += 1e-3
@@ -160,11 +187,16 @@ def test_a_teacher_whose_weights_were_changed_is_noticed_and_one_of_a_former_ver
     assert prepared(tmp_path, digits)[0].sha256 == teacher.sha256
     changed(teacher.weights, lambda content: content, sha256=teacher.sha256)
     changed(teacher.weights, nudged)
-    with pytest.raises(TeacherError, match=r"not the weights that were written .* the teacher is then trained again"):
+    with pytest.raises(
+        TeacherError,
+        match=r"not the weights that were written .* the teacher is then trained again",
+    ):
         prepared(tmp_path, digits)
 
 
-def test_a_given_teachers_kept_weights_are_written_anew_where_they_were_changed(tmp_path, digits) -> None:
+def test_a_given_teachers_kept_weights_are_written_anew_where_they_were_changed(
+    tmp_path, digits
+) -> None:
     trained, _ = prepared(tmp_path / "a", digits)
     given = TEACHER.model_copy(update={"weights": str(trained.weights)})
     kept, _ = prepared(tmp_path / "b", digits, given)
@@ -236,7 +268,10 @@ def test_a_whole_pickled_module_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s: s | {"0.weight": torch.zeros(3, 1, 3, 3)}, "wrong shape: 0.weight is (3, 1, 3, 3)"),
+        (
+            lambda s: s | {"0.weight": torch.zeros(3, 1, 3, 3)},
+            "wrong shape: 0.weight is (3, 1, 3, 3)",
+        ),
         (lambda s: {k: v for k, v in s.items() if k != "3.bias"}, "lacks 3.bias"),
         (lambda s: s | {"9.extra": torch.zeros(1)}, "has 9.extra"),
         (lambda s: s | {"3.bias": torch.full((10,), float("nan"))}, "NaN or infinity"),
@@ -271,7 +306,9 @@ def test_a_given_checkpoint_is_used_and_one_that_is_missing_is_said(tmp_path, di
 
 
 def test_a_diverging_teacher_is_said_and_leaves_nothing(tmp_path, digits) -> None:
-    wild = TEACHER.model_copy(update={"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"})
+    wild = TEACHER.model_copy(
+        update={"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}
+    )
     with pytest.raises(TeacherError, match=r"diverged in epoch 1 .* lower teacher.learning_rate"):
         prepared(tmp_path, digits, wild)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -284,7 +321,11 @@ def test_logits_beyond_half_precision_are_refused(tmp_path, digits) -> None:
     state[last] = state[last] * 1e6
     save_file(state, tmp_path / "loud.safetensors")
     with pytest.raises(TeacherError, match="half precision"):
-        prepared(tmp_path / "b", digits, TEACHER.model_copy(update={"weights": str(tmp_path / "loud.safetensors")}))
+        prepared(
+            tmp_path / "b",
+            digits,
+            TEACHER.model_copy(update={"weights": str(tmp_path / "loud.safetensors")}),
+        )
     assert not list((tmp_path / "b").glob("logits-*"))
 
 
@@ -327,7 +368,9 @@ def test_an_ensembles_logits_are_the_mean_of_its_members_raw_logits(tmp_path, di
         chosen = at.expand(len(digits.train), 3)
         mean = torch.stack([logits_of(member, digits.train, chosen) for member in members]).mean(0)
         assert torch.equal(ensemble.soft.logits[view], mean.half())
-    correct = torch.stack([logits_of(member, digits.validation) for member in members]).mean(0).argmax(1)
+    correct = (
+        torch.stack([logits_of(member, digits.validation) for member in members]).mean(0).argmax(1)
+    )
     assert ensemble.val_correct == int((correct == digits.validation.labels).sum())
 
 
@@ -352,7 +395,9 @@ def test_going_from_one_member_to_two_trains_only_the_second(tmp_path, digits) -
     assert back.sha256 == first.sha256
 
 
-def test_an_ensemble_that_breaks_off_in_its_second_member_goes_on_there(tmp_path, digits, monkeypatch) -> None:
+def test_an_ensemble_that_breaks_off_in_its_second_member_goes_on_there(
+    tmp_path, digits, monkeypatch
+) -> None:
     monkeypatch.setattr(module_under_test, "CHECKPOINT_SECONDS", 0)
     steps = prepare_teacher(several(2), DATA, digits, tmp_path / "broken")
     for _ in range(TEACHER.epochs + 1):
@@ -387,7 +432,10 @@ def test_a_checkpoint_of_more_or_fewer_members_is_said(tmp_path, held: int, want
         return network() if members == 1 else Ensemble([network() for _ in range(members)])
 
     save_file(made(held).state_dict(), tmp_path / "t.safetensors")
-    says = f"holds the weights of {held} networks?, teacher.members is {wanted}; .* set members to {held}"
+    says = (
+        f"holds the weights of {held} networks?, teacher.members is {wanted}; .* set members to"
+        f" {held}"
+    )
     with pytest.raises(TeacherError, match=says):
         read_weights(tmp_path / "t.safetensors", made(wanted))
 
@@ -410,7 +458,9 @@ def test_the_weights_of_an_epoch_are_those_of_the_full_training_then(tmp_path, d
     for epoch in (1, 3, 4):
         teacher, events = prepared(tmp_path, digits, LONG.model_copy(update={"epoch": epoch}))
         assert teacher.sha256 == expected[epoch - 1]
-        assert [(e.epoch, e.epochs) for e in events if isinstance(e, EpochReport)] == [(n, epoch) for n in range(1, epoch + 1)]
+        assert [(e.epoch, e.epochs) for e in events if isinstance(e, EpochReport)] == [
+            (n, epoch) for n in range(1, epoch + 1)
+        ]
         assert len(teacher.history) == epoch
 
 
@@ -431,7 +481,10 @@ def test_a_teacher_stopped_early_and_broken_off_before_its_weights_are_written_t
 
 
 def test_an_epoch_that_max_steps_never_reaches_is_said(tmp_path, digits) -> None:
-    with pytest.raises(TeacherError, match=r"teacher.epoch: 2 is never reached, max_steps ends the training in epoch 1"):
+    with pytest.raises(
+        TeacherError,
+        match=r"teacher.epoch: 2 is never reached, max_steps ends the training in epoch 1",
+    ):
         prepared(tmp_path, digits, LONG.model_copy(update={"epoch": 2, "max_steps": 3}))
 
 

@@ -11,15 +11,15 @@ import pytest
 from conftest import CPU, tiny_sweep
 from mlflow.exceptions import MlflowException
 
-from kdexp import runs
-from kdexp.bench import Bench
 from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.files import write_ahead
-from kdexp.prepare import prepare
-from kdexp.runs import Entry, Recording, recorded
+from kdexp.runs import recording as runs
+from kdexp.runs.bench import Bench
+from kdexp.runs.prepare import prepare
+from kdexp.runs.recording import Entry, Recording, recorded
+from kdexp.runs.tracking import EpochMetrics, Tracking, TrackingError, _may_pass
 from kdexp.settings import Settings
-from kdexp.tracking import EpochMetrics, Tracking, TrackingError, _may_pass
-from kdexp.work import Ended, Epoch, Prepared
+from kdexp.workers.work import Ended, Epoch, Prepared
 
 RECIPE = tiny_sweep().recipe
 
@@ -54,14 +54,19 @@ def an_epoch(epoch: int) -> EpochReport:
 def record(recording: Recording, *epochs: int) -> None:
     for epoch in epochs:
         report = an_epoch(epoch)
-        row = {"epoch": epoch, "time_ms": epoch} | {name: getattr(report, name) for name in EPOCH_METRICS}
+        row = {"epoch": epoch, "time_ms": epoch} | {
+            name: getattr(report, name) for name in EPOCH_METRICS
+        }
         recording.take(Epoch(recording.run_id, report, row, safe=epoch))
     recording.ended = Ended(0, 0, recording.run_id, "complete", None, 0, 0, {})
 
 
 def epochs_in_store(tracking: Tracking, run_id: str) -> list[int]:
     """The epochs that MLflow holds, the same for each metric."""
-    steps = {name: [step for step, _ in tracking.history(run_id, f"epoch/{name}")] for name in EPOCH_METRICS}
+    steps = {
+        name: [step for step, _ in tracking.history(run_id, f"epoch/{name}")]
+        for name in EPOCH_METRICS
+    }
     assert len(set(map(tuple, steps.values()))) == 1
     return steps["loss"]
 
@@ -94,8 +99,12 @@ def test_every_epoch_is_in_the_store_after_pruning(prepared, tracking) -> None:
     assert epochs_in_store(tracking, running.run_id) == [1, 2]
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
-def test_every_epoch_is_in_the_store_after_an_interrupt_or_a_failure(prepared, tracking, error, status) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")]
+)
+def test_every_epoch_is_in_the_store_after_an_interrupt_or_a_failure(
+    prepared, tracking, error, status
+) -> None:
     def stopped_in_the_middle(running: Recording) -> None:
         for report in running.epochs():
             if report.epoch == 2:
@@ -131,7 +140,10 @@ def test_a_long_training_is_seen_before_its_end(prepared, tracking, monkeypatch)
 
 def test_a_delivery_that_is_repeated_stores_nothing_twice(prepared, tracking, settings) -> None:
     run_id = tracking.start(tracking.experiment("x"), "train", "x", {}, {})
-    epochs = [EpochMetrics(epoch, 1_700_000_000_000 + epoch, {"epoch/loss": 1 / epoch}) for epoch in (1, 2)]
+    epochs = [
+        EpochMetrics(epoch, 1_700_000_000_000 + epoch, {"epoch/loss": 1 / epoch})
+        for epoch in (1, 2)
+    ]
     tracking.log_epochs(run_id, epochs)
     tracking.log_epochs(run_id, epochs)
     with closing(sqlite3.connect(settings.stores / "mlflow.db")) as database:
@@ -157,12 +169,16 @@ def test_a_store_that_fails_in_the_middle_is_heard_of_and_nothing_is_finished(
     assert "disk I/O error" in run.tags["kdexp.error"]
 
 
-def test_what_a_failing_store_refused_is_delivered_once_it_answers_again(prepared, tracking, monkeypatch) -> None:
+def test_what_a_failing_store_refused_is_delivered_once_it_answers_again(
+    prepared, tracking, monkeypatch
+) -> None:
     monkeypatch.setattr(runs, "DELIVER_SECONDS", 0.0)
     real, failures = tracking.client.log_batch, iter([None, MlflowException("disk I/O error")])
 
     def failing_once(run_id, metrics=(), **rest):
-        if any(metric.key.startswith("epoch/") for metric in metrics) and (error := next(failures, None)):
+        if any(metric.key.startswith("epoch/") for metric in metrics) and (
+            error := next(failures, None)
+        ):
             raise error
         return real(run_id, metrics=metrics, **rest)
 
@@ -173,7 +189,9 @@ def test_what_a_failing_store_refused_is_delivered_once_it_answers_again(prepare
     assert epochs_in_store(tracking, running.run_id) == [1, 2]
 
 
-def test_the_embedded_store_is_written_ahead_and_the_file_alone_is_whole(tracking, settings, tmp_path) -> None:
+def test_the_embedded_store_is_written_ahead_and_the_file_alone_is_whole(
+    tracking, settings, tmp_path
+) -> None:
     """conftest copies mlflow.db while the process that made it still has it open."""
     with closing(sqlite3.connect(settings.stores / "mlflow.db")) as database:
         assert database.execute("pragma journal_mode").fetchone() == ("wal",)
@@ -197,9 +215,17 @@ def test_a_database_in_use_stays_as_it_is(tmp_path: Path, monkeypatch) -> None:
         assert database.execute("pragma journal_mode").fetchone() == ("delete",)
 
 
-@pytest.mark.parametrize("busy", ["QueuePool limit of size 5 overflow 10 reached", "FATAL: sorry, too many clients already"])
+@pytest.mark.parametrize(
+    "busy",
+    ["QueuePool limit of size 5 overflow 10 reached", "FATAL: sorry, too many clients already"],
+)
 def test_a_busy_store_is_waited_for_though_its_server_calls_that_a_bad_request(busy: str) -> None:
-    refused = "API request to endpoint /api/2.0/mlflow/runs/search failed with error code 400 != 200. Response body: "
-    assert _may_pass(MlflowException(f"BAD_REQUEST: (sqlalchemy.exc.TimeoutError) {busy}, connection timed out"))
+    refused = (
+        "API request to endpoint /api/2.0/mlflow/runs/search failed with error code 400 != 200."
+        " Response body: "
+    )
+    assert _may_pass(
+        MlflowException(f"BAD_REQUEST: (sqlalchemy.exc.TimeoutError) {busy}, connection timed out")
+    )
     assert _may_pass(MlflowException(f"{refused}'BAD_REQUEST: {busy}'"))
     assert not _may_pass(MlflowException(f"{refused}'BAD_REQUEST: no such parameter'"))

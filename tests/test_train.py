@@ -1,4 +1,6 @@
-"""Training: deterministic, one lane like many, schedules as published, every epoch told the truth about."""
+"""Training: deterministic, one lane like many, schedules as published, every epoch told the truth
+about.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,24 @@ import pytest
 import torch
 
 from kdexp.config import Augment, Data, Distillation, Student, Training
-from kdexp.distill.data import Splits
+from kdexp.distill.datasets import Splits
 from kdexp.distill.models import weights_hash
 from kdexp.distill.packs import Execution, Lane
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport, TeacherLogits, draw, epochs_of, learning_rate, train
 
-DATA = Data(dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1))
+DATA = Data(
+    dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1)
+)
 
 
 def lane(alpha: float = 0.3, temperature: float = 5.0, channels=(4, 8), **training) -> Lane:
     settings = {"epochs": 2, "learning_rate": 0.01, **training}
-    return Lane(Student(channels=channels, hidden=16), Training(**settings), Distillation(alpha=alpha, temperature=temperature))
+    return Lane(
+        Student(channels=channels, hidden=16),
+        Training(**settings),
+        Distillation(alpha=alpha, temperature=temperature),
+    )
 
 
 def logits(splits: Splits, seed: int = 0) -> TeacherLogits:
@@ -27,7 +35,9 @@ def logits(splits: Splits, seed: int = 0) -> TeacherLogits:
     return TeacherLogits(torch.randn(9, len(splits.train), 10, generator=generator).half())
 
 
-def run(lanes: list[Lane], splits: Splits, soft: TeacherLogits | None) -> list[tuple[EpochReport, ...]]:
+def run(
+    lanes: list[Lane], splits: Splits, soft: TeacherLogits | None
+) -> list[tuple[EpochReport, ...]]:
     return list(train(lanes, splits, DATA, soft))
 
 
@@ -47,7 +57,9 @@ def facts(reports: list[EpochReport]) -> list:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(digits) -> None:
-    one, same, other = (facts([r for (r,) in run([lane(seed=seed)], digits, logits(digits))]) for seed in (1, 1, 2))
+    one, same, other = (
+        facts([r for (r,) in run([lane(seed=seed)], digits, logits(digits))]) for seed in (1, 1, 2)
+    )
     assert one == same != other
 
 
@@ -70,12 +82,16 @@ def test_a_lane_does_not_depend_on_its_neighbours(digits, optimizer) -> None:
     for place, one in enumerate(lanes[:2]):
         others = Execution(lanes=3, shared=False)
         again = list(train([one] * 3, digits, DATA, soft, others))
-        assert facts([epoch[place] for epoch in together]) == facts([epoch[place] for epoch in again])
+        assert facts([epoch[place] for epoch in together]) == facts(
+            [epoch[place] for epoch in again]
+        )
 
 
 def test_a_lane_that_takes_over_a_place_trains_as_if_it_had_begun_there(digits) -> None:
     soft, how = logits(digits), Execution(lanes=2, shared=False)
-    early, late, stays = lane(epochs=3, seed=1), lane(epochs=3, seed=5, alpha=0.8), lane(epochs=3, seed=2)
+    early = lane(epochs=3, seed=1)
+    late = lane(epochs=3, seed=5, alpha=0.8)
+    stays = lane(epochs=3, seed=2)
     training = train([early, stays], digits, DATA, soft, how)
     first = next(training)
     second = training.send({0: late})
@@ -108,35 +124,55 @@ def test_lanes_that_share_their_batches_start_together(digits) -> None:
 def test_lanes_of_different_shapes_do_not_share_a_pack(digits) -> None:
     with pytest.raises(ValueError, match="fuse key"):
         run([lane(channels=(4, 8)), lane(channels=(2, 4))], digits, None)
-    assert lane(alpha=0.1, learning_rate=1e-3, seed=3).fuse_key == lane(alpha=0.9, learning_rate=1e-2, seed=4).fuse_key
+    assert (
+        lane(alpha=0.1, learning_rate=1e-3, seed=3).fuse_key
+        == lane(alpha=0.9, learning_rate=1e-2, seed=4).fuse_key
+    )
     assert lane(epochs=2).fuse_key != lane(epochs=3).fuse_key
 
 
 def test_the_teacher_reaches_the_student_at_alpha_1_and_not_at_alpha_0(digits) -> None:
     for alpha, matters in ((0.0, False), (1.0, True)):
-        one, other = (run([lane(alpha=alpha)], digits, logits(digits, seed))[-1][0] for seed in (0, 1))
+        one, other = (
+            run([lane(alpha=alpha)], digits, logits(digits, seed))[-1][0] for seed in (0, 1)
+        )
         assert (one.val_loss != other.val_loss) is matters
 
 
 def test_the_logits_of_the_drawn_view_of_the_drawn_sample_are_used(digits) -> None:
-    """A teacher whose logits name (sample's label) in every view: a student of it alone must learn the labels."""
-    soft = (10.0 * torch.nn.functional.one_hot(digits.train.labels, 10)).half().expand(9, -1, -1).contiguous()
-    report = run([lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=16)], digits, TeacherLogits(soft))[-1][0]
+    """A teacher whose logits name (sample's label) in every view: a student of it alone must learn
+    the labels.
+    """
+    soft = (
+        (10.0 * torch.nn.functional.one_hot(digits.train.labels, 10))
+        .half()
+        .expand(9, -1, -1)
+        .contiguous()
+    )
+    report = run(
+        [lane(alpha=1.0, temperature=1.0, channels=(8, 16), epochs=16)], digits, TeacherLogits(soft)
+    )[-1][0]
     assert report.val_accuracy > 0.85
 
 
 def test_logits_by_epoch_teach_what_logits_by_view_teach(digits) -> None:
-    """Row e - 1 holds each sample in the view drawn for it in epoch e: the same training, to the bit."""
+    """Row e - 1 holds each sample in the view drawn for it in epoch e: the same training, to the
+    bit.
+    """
     by_view, one = logits(digits), lane(epochs=3, seed=4)
     every = torch.arange(len(digits.train))
     rows = [by_view.logits[draw(4, epoch, len(digits.train), 9)[1], every] for epoch in (1, 2, 3)]
     by_epoch = TeacherLogits(torch.stack(rows), "epoch")
-    assert facts([r for (r,) in run([one], digits, by_epoch)]) == facts([r for (r,) in run([one], digits, by_view)])
+    assert facts([r for (r,) in run([one], digits, by_epoch)]) == facts(
+        [r for (r,) in run([one], digits, by_view)]
+    )
 
 
 def test_reports_add_up(digits) -> None:
     for (report,) in run([lane(alpha=0.3)], digits, logits(digits)):
-        assert report.loss == pytest.approx(0.3 * report.distillation_loss + 0.7 * report.student_loss, rel=1e-5)
+        assert report.loss == pytest.approx(
+            0.3 * report.distillation_loss + 0.7 * report.student_loss, rel=1e-5
+        )
         assert report.val_accuracy == report.val_correct / len(digits.validation)
         assert report.finite
 
@@ -150,7 +186,9 @@ def test_keep_best_hands_out_weights_only_when_validation_improves(digits) -> No
 
 
 def test_a_diverging_training_is_reported_as_not_finite(digits) -> None:
-    (report,) = run([lane(optimizer="sgd", learning_rate=1e30, schedule="constant", epochs=1)], digits, None)[0]
+    (report,) = run(
+        [lane(optimizer="sgd", learning_rate=1e30, schedule="constant", epochs=1)], digits, None
+    )[0]
     assert not report.finite
 
 
@@ -177,9 +215,13 @@ def test_the_schedules_are_torchs(schedule) -> None:
     if schedule == "cosine":
         reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-3)
     else:
-        reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
+        reference = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.1, total_steps=steps, cycle_momentum=False
+        )
     for step in range(steps):
-        assert learning_rate(training, step, steps) == pytest.approx(reference.get_last_lr()[0], rel=1e-6)
+        assert learning_rate(training, step, steps) == pytest.approx(
+            reference.get_last_lr()[0], rel=1e-6
+        )
         optimizer.step()
         reference.step()
 
@@ -192,14 +234,20 @@ def test_a_constant_schedule_is_constant_and_the_cosine_never_rises_above_its_pe
 
 def test_seeds_for_different_purposes_differ_and_never_change() -> None:
     assert seed_of(8787, "order", 1) == 32_063_668_250_047_303
-    assert len({seed_of(s, p, e) for s in range(5) for p in ("order", "dropout") for e in range(5)}) == 50
+    assert (
+        len({seed_of(s, p, e) for s in range(5) for p in ("order", "dropout") for e in range(5)})
+        == 50
+    )
 
 
 def test_random_erasing_needs_the_logits_of_what_is_left(digits) -> None:
     with pytest.raises(ValueError, match="teacher logits must be by epoch"):
         run([lane(random_erasing=0.5)], digits, logits(digits))
     rows = TeacherLogits(logits(digits).logits[:2], "epoch")
-    one, same, whole = (facts([r for (r,) in run([lane(random_erasing=share)], digits, rows)]) for share in (0.5, 0.5, 0.0))
+    one, same, whole = (
+        facts([r for (r,) in run([lane(random_erasing=share)], digits, rows)])
+        for share in (0.5, 0.5, 0.0)
+    )
     assert one == same != whole
 
 
@@ -210,10 +258,14 @@ def test_lanes_of_other_seeds_erase_other_rectangles(digits) -> None:
     together = list(train(lanes, digits, DATA, None, how))
     for place, one in enumerate(lanes):
         alone = list(train([one] * 2, digits, DATA, None, how))
-        assert facts([epoch[place] for epoch in together]) == facts([epoch[place] for epoch in alone])
+        assert facts([epoch[place] for epoch in together]) == facts(
+            [epoch[place] for epoch in alone]
+        )
 
 
 def test_a_moving_average_is_kept_and_the_training_itself_goes_its_way(digits) -> None:
-    plain, averaged = (run([lane(ema=ema, epochs=3, keep="last")], digits, None) for ema in (0.0, 0.95))
+    plain, averaged = (
+        run([lane(ema=ema, epochs=3, keep="last")], digits, None) for ema in (0.0, 0.95)
+    )
     assert [r.loss for (r,) in plain] == [r.loss for (r,) in averaged]
     assert [r.val_loss for (r,) in plain] != [r.val_loss for (r,) in averaged]

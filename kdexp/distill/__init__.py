@@ -1,1 +1,3 @@
-"""The functional core: distillation in plain PyTorch. Knows no MLflow, no Optuna, no command line."""
+"""The functional core: distillation in plain PyTorch. Knows no MLflow, no Optuna, no command
+line.
+"""

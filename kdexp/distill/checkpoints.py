@@ -1,8 +1,9 @@
 """Checkpoints of trainings under way: what each goes on from, and what it has measured so far.
 
-One file for each training, replaced after its epochs, and the one before it. A file begins with the SHA-256 of the
-rest: one that is torn or damaged is not used, the one before it is. Nothing is sent to MLflow before it is in a
-checkpoint, with its time stamp: what is sent again after a crash is then the same, and stored once.
+One file for each training, replaced after its epochs, and the one before it. A file begins with the
+SHA-256 of the rest: one that is torn or damaged is not used, the one before it is. Nothing is sent
+to MLflow before it is in a checkpoint, with its time stamp: what is sent again after a crash is
+then the same, and stored once.
 """
 
 from __future__ import annotations
@@ -71,9 +72,16 @@ class Checkpoint:
         }
         text = np.frombuffer(json.dumps(record).encode(), dtype=np.uint8).copy()
         tensors = {f"snapshot/{name}": tensor for name, tensor in self.snapshot.tensors.items()}
-        tensors |= {f"kept/{name}": tensor for name, tensor in (kept.weights if kept else {}).items()}
+        tensors |= {
+            f"kept/{name}": tensor for name, tensor in (kept.weights if kept else {}).items()
+        }
         # Cloned: one tensor may be kept and gone on from, and safetensors stores no memory twice.
-        body = save({"record": torch.from_numpy(text), **{name: tensor.clone() for name, tensor in tensors.items()}})
+        body = save(
+            {
+                "record": torch.from_numpy(text),
+                **{name: tensor.clone() for name, tensor in tensors.items()},
+            }
+        )
         return hashlib.sha256(body).digest() + body
 
     @classmethod
@@ -118,7 +126,8 @@ class Checkpoints:
         for path in (self._path(name), self._former(name)):
             try:
                 return Checkpoint.from_bytes(path.read_bytes())
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # not there, or damaged: the one before it
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                # not there, or damaged: the one before it
                 continue
         return None
 
@@ -139,4 +148,8 @@ class Checkpoints:
 
 
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

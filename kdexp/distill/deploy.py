@@ -1,8 +1,10 @@
-"""A student as one ONNX file that takes pixels 0 to 255 as they are stored and gives logits: float32, float16 or int8.
+"""A student as one ONNX file that takes pixels 0 to 255 as they are stored and gives logits:
+float32, float16 or int8.
 
-Each is folded (compact.py). float16 keeps the weights by half and computes in float32. int8 is ONNX Runtime's static
-quantization: weights in 8 bits with a scale for each output channel, activations in 8 bits over the range that they have on
-training images, so that convolutions run on integers; biases and logits are float32.
+Each is folded (compact.py). float16 keeps the weights by half and computes in float32. int8 is ONNX
+Runtime's static quantization: weights in 8 bits with a scale for each output channel, activations
+in 8 bits over the range that they have on training images, so that convolutions run on integers;
+biases and logits are float32.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 The only file that knows onnx and onnxruntime, which are an extra.
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from kdexp import KdexpError
 from kdexp.config import Precision
 from kdexp.distill.compact import as_stored, compact
-from kdexp.distill.data import Split
+from kdexp.distill.datasets import Split
 from kdexp.distill.models import FromPixels
 
 __all__ = ["DeployError", "Deployed", "available", "convert", "least_bytes", "stored_bytes"]
@@ -39,7 +41,9 @@ class DeployError(KdexpError):
 
 
 class Deployed(nn.Module):
-    """An ONNX file's content, run as it will be, behind the interface of the student in it: normalised images to logits."""
+    """An ONNX file's content, run as it will be, behind the interface of the student in it:
+    normalised images to logits.
+    """
 
     def __init__(self, content: bytes, like: Split) -> None:
         super().__init__()
@@ -48,12 +52,20 @@ class Deployed(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
         self.channels, self.mean, self.std = as_stored(like).channels, like.mean, like.std
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes"]:
         """Logits of a batch, by way of its pixels."""
-        pixels = ((images[:, : self.channels] * self.std + self.mean) * 255).round().to("cpu", torch.uint8)
+        pixels = (
+            ((images[:, : self.channels] * self.std + self.mean) * 255)
+            .round()
+            .to("cpu", torch.uint8)
+        )
         (logits,) = self.session.run(None, {"pixels": pixels.contiguous().numpy()})
         return torch.from_numpy(logits).to(images.device)
 
@@ -64,7 +76,8 @@ def available() -> bool:
 
 
 def convert(student: nn.Module, train: Split, precision: Precision) -> Any:
-    """A student as an ONNX model, for images like those that it was trained on, whose class names it keeps as JSON.
+    """A student as an ONNX model, for images like those that it was trained on, whose class names
+    it keeps as JSON.
 
     Raises DeployError.
     """
@@ -87,7 +100,9 @@ def least_bytes(student: nn.Module, like: Split, precision: Precision) -> int:
 
 
 def stored_bytes(model: Any) -> int:
-    """Bytes of all numbers in an ONNX model, or in a file's content: weights, biases, scales, constants."""
+    """Bytes of all numbers in an ONNX model, or in a file's content: weights, biases, scales,
+    constants.
+    """
     import onnx
     from onnx import numpy_helper
 
@@ -97,7 +112,9 @@ def stored_bytes(model: Any) -> int:
 
 def _need_libraries() -> None:
     if not available():
-        raise DeployError("ONNX files need onnx, onnxscript and onnxruntime: pip install 'kdexp[export]'")
+        raise DeployError(
+            "ONNX files need onnx, onnxscript and onnxruntime: pip install 'kdexp[export]'"
+        )
 
 
 def _exported(student: nn.Module, like: Split) -> Any:
@@ -105,7 +122,8 @@ def _exported(student: nn.Module, like: Split) -> Any:
     module = FromPixels(compact(student, like).cpu(), like).eval()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the user's network, in words for torch's own developers
+            # about the user's network, in words for torch's own developers
+            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
                 (like.images[:2].cpu(),),
@@ -116,7 +134,9 @@ def _exported(student: nn.Module, like: Split) -> Any:
                 verbose=False,
             )
     except Exception as error:  # torch.export refuses some networks, each in its own way
-        raise DeployError(f"This network cannot be exported to ONNX: {str(error).strip().partition(chr(10))[0]}") from error
+        raise DeployError(
+            f"This network cannot be exported to ONNX: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
     assert program is not None
     return program.model_proto
 
@@ -129,7 +149,11 @@ def _halve(model: Any) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and tensor.dims:
             name = tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), f"{name}.half"))
+            tensor.CopyFrom(
+                numpy_helper.from_array(
+                    numpy_helper.to_array(tensor).astype("float16"), f"{name}.half"
+                )
+            )
             casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
@@ -148,7 +172,8 @@ def _quantized(model: Any, train: Split) -> Any:
         def get_next(self) -> dict[str, Any] | None:
             return next(({"pixels": batch.numpy()} for batch in self.batches), None)
 
-    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # folded, and shapes are known
+    # folded, and shapes are known
+    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
     with tempfile.TemporaryDirectory() as temporary:
         quantize_static(
             model,
@@ -169,7 +194,9 @@ def _calibration(train: Split) -> Iterator[UInt8[Tensor, "batch channels height 
 
 
 def _strip(message: Any) -> None:
-    """Take out what no runtime reads: an exporter's notes hold its source's lines and paths, and outweigh a small network."""
+    """Take out what no runtime reads: an exporter's notes hold its source's lines and paths, and
+    outweigh a small network.
+    """
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string", "value_info"):
             message.ClearField(field.name)
@@ -179,7 +206,9 @@ def _strip(message: Any) -> None:
 
 
 def _shorten(graph: Any) -> None:
-    """Number what lies between input and output: names took up a third of a file of 17 KB of weights."""
+    """Number what lies between input and output: names took up a third of a file of 17 KB of
+    weights.
+    """
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return  # graphs within refer to names out here
     short = {value.name: value.name for value in (*graph.input, *graph.output)} | {"": ""}

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from kdexp.distill.data import Split, pixels
+from kdexp.distill.batches import pixels
+from kdexp.distill.datasets import Split
 from kdexp.intervals import wilson_interval
 
 __all__ = ["Evaluation", "evaluate", "logits_of", "wilson_interval"]
 
-BATCH = 200  # small enough to stay in cache (500: 1.4 s for 6,000 images, 200: 0.8 s), large enough to keep cores busy
+# small enough to stay in cache (500: 1.4 s for 6,000 images, 200: 0.8 s), large enough to keep
+# cores busy
+BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Evaluation:
 def evaluate(module: nn.Module, split: Split, mirrored: bool = False) -> Evaluation:
     """Accuracy and loss on the images as they are, dropout off, running statistics in BatchNorm.
 
-    `mirrored`: of the mean of the probabilities for an image and for its mirror image, the flip test-time
-    augmentation (Krizhevsky et al. 2012, section 4.1, without the crops).
+    `mirrored`: of the mean of the probabilities for an image and for its mirror image, the flip
+    test-time augmentation (Krizhevsky et al. 2012, section 4.1, without the crops).
     """
     logits = logits_of(module, split)
     if mirrored:
@@ -64,6 +67,8 @@ def logits_of(
     batches = torch.arange(len(split), device=split.labels.device).split(BATCH)
     drawn = [None if part is None else part.to(split.labels.device) for part in (chosen, erased)]
     parts = ([None if part is None else part[batch] for part in drawn] for batch in batches)
-    logits = torch.cat([module(pixels(split, batch, *own)) for batch, own in zip(batches, parts, strict=True)])
+    logits = torch.cat(
+        [module(pixels(split, batch, *own)) for batch, own in zip(batches, parts, strict=True)]
+    )
     module.train(training)
     return logits

@@ -1,16 +1,20 @@
-"""One image file as 8-bit pixels, by a stated rule for every mode of Pillow's; what has no rule is refused, never guessed.
+"""One image file as 8-bit pixels, by a stated rule for every mode of Pillow's; what has no rule is
+refused, never guessed.
 
     mode                          becomes
     1, L, RGB, RGBX               as it is (1 bit: black and white)
     P, CMYK, YCbCr, HSV           RGB, as Pillow converts them
     LAB                           sRGB, from D50
-    16-bit grey (I;16…, I)        value / 257, rounded; 12-bit grey: value · 255 / 4095; beyond 16 bits: refused
+    16-bit grey (I;16…, I)        value / 257, rounded; 12-bit grey: value · 255 / 4095; beyond 16
+                                  bits: refused
     16-bit colour                 the upper 8 bits: Pillow gives no more
-    F                             values of 0 to 1 times 255, or values of 0 to 255, rounded; others, NaN: refused
+    F                             values of 0 to 1 times 255, or values of 0 to 255, rounded;
+                                  others, NaN: refused
     any with transparency         laid over white
 
-Of several frames the first is taken, it is turned as EXIF says, made grey or RGB, and only then resized (bicubic).
-Colour profiles and gamma are not applied. An 8-bit grey or RGB image thus gives what Pillow's `convert` and `resize` give.
+Of several frames the first is taken, it is turned as EXIF says, made grey or RGB, and only then
+resized (bicubic). Colour profiles and gamma are not applied. An 8-bit grey or RGB image thus gives
+what Pillow's `convert` and `resize` give.
 """
 
 from __future__ import annotations
@@ -34,9 +38,13 @@ from kdexp import KdexpError
 __all__ = ["DataError", "Picture", "Unreadable", "is_image", "quietly", "read", "shown"]
 
 BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000")
-"""Known by their first bytes, whatever the file is called. The others are believed under their own suffix only."""
+"""Known by their first bytes, whatever the file is called. The others are believed under their own
+suffix only.
+"""
 NOT_READ = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
-"""What Pillow only recognises, or hands to another program, or whose values have no stated range."""
+"""What Pillow only recognises, or hands to another program, or whose values have no stated
+range.
+"""
 EXIF_ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +56,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # TIFF's tags
-KEY_STEPS = {"L;2": 85, "L;4": 17}  # a PNG's transparent grey is a value of so few bits; Pillow scales the pixels only
+# a PNG's transparent grey is a value of so few bits; Pillow scales the pixels only
+KEY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 class DataError(KdexpError):
@@ -82,12 +91,14 @@ def read(file: Path, size: int, channels: int) -> Picture:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file counts as an image: by its suffix, or, where what follows the last dot is none, by its first bytes.
+    """Whether a file counts as an image: by its suffix, or, where what follows the last dot is
+    none, by its first bytes.
 
     One that counts must be readable. Others are none, whatever is in them.
     """
     suffix = file.suffix.lower()
-    if suffix in _formats() or (suffix[1:2].isalpha() and suffix[1:].isalnum()):  # not: 'x', 'x.1', 'x.jpg_large'
+    # not: 'x', 'x.1', 'x.jpg_large'
+    if suffix in _formats() or (suffix[1:2].isalpha() and suffix[1:].isalnum()):
         return suffix in _formats()
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -116,7 +127,9 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def _libtiff_unheard() -> Iterator[None]:
-    """libtiff writes its complaints to the process's standard error itself; what matters of them Pillow raises."""
+    """libtiff writes its complaints to the process's standard error itself; what matters of them
+    Pillow raises.
+    """
     try:
         kept = os.dup(2)
     except OSError:  # there is none
@@ -135,7 +148,9 @@ def _libtiff_unheard() -> Iterator[None]:
 def shown(name: str | Path) -> str:
     """A file's name as text in one line that UTF-8 can encode, whatever bytes it is made of."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 @cache
@@ -144,7 +159,9 @@ def _formats() -> dict[str, str]:
     Image.init()
     opened = {**{name: name for name in Image.OPEN}, "MPO": "JPEG"}  # MPO is opened as a JPEG
     every = Image.registered_extensions().items()
-    return {suffix: opened[name] for suffix, name in every if name in opened and name not in NOT_READ}
+    return {
+        suffix: opened[name] for suffix, name in every if name in opened and name not in NOT_READ
+    }
 
 
 def _read(file: Path, size: int, channels: int) -> Picture:
@@ -179,7 +196,9 @@ def _eight_bits(image: Image.Image, raw: str) -> tuple[Image.Image, frozenset[st
         return _from_16_bits(image, raw, white_is_0=tags.get(PHOTOMETRIC) == 0)
     if image.mode == "F":
         if tags.get(PHOTOMETRIC) == 0:
-            raise Unreadable("holds floats of which 0 is white, which have no rule: save it with 0 as black")
+            raise Unreadable(
+                "holds floats of which 0 is white, which have no rule: save it with 0 as black"
+            )
         return _from_floats(image)
     if image.mode == "LAB":
         return _from_lab(image), frozenset(), 0
@@ -193,11 +212,16 @@ def _eight_bits(image: Image.Image, raw: str) -> tuple[Image.Image, frozenset[st
     raise Unreadable(f"has the mode {image.mode}, which has no rule: save it as RGB")
 
 
-def _from_16_bits(image: Image.Image, raw: str, white_is_0: bool) -> tuple[Image.Image, frozenset[str], int]:
+def _from_16_bits(
+    image: Image.Image, raw: str, white_is_0: bool
+) -> tuple[Image.Image, frozenset[str], int]:
     values = np.asarray(image).astype(np.int64)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise Unreadable(f"holds whole numbers of {low:,} to {high:,}, and 16 bits hold 0 to 65,535: save it with these")
+        raise Unreadable(
+            f"holds whole numbers of {low:,} to {high:,}, and 16 bits hold 0 to 65,535: save it"
+            " with these"
+        )
     transparent = values == image.info["transparency"] if "transparency" in image.info else None
     most = 4095 if raw == "I;12" else 65535
     if white_is_0:
@@ -205,7 +229,9 @@ def _from_16_bits(image: Image.Image, raw: str, white_is_0: bool) -> tuple[Image
     plain = Image.fromarray(((values * 510 + most) // (2 * most)).astype(np.uint8))
     done, top = (frozenset({"16 bits"}), high) if most == 65535 else (frozenset(), 0)
     if transparent is not None:
-        plain, more = _over_white(plain, Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
+        plain, more = _over_white(
+            plain, Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
+        )
         done |= more
     return plain, done, top
 
@@ -216,13 +242,17 @@ def _from_floats(image: Image.Image) -> tuple[Image.Image, frozenset[str], int]:
         raise Unreadable("holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 255:
-        raise Unreadable(f"holds floats of {low:g} to {high:g}: only 0 to 1, or 0 to 255, have a rule")
+        raise Unreadable(
+            f"holds floats of {low:g} to {high:g}: only 0 to 1, or 0 to 255, have a rule"
+        )
     done = frozenset({"float to 1" if high <= 1 else "float to 255"} if high > 0 else {})
     return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)), done, 0
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    made = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    made = ImageCms.profileToProfile(
+        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
     assert made is not None
     return made
 
@@ -237,10 +267,15 @@ def _opaque_and_alpha(image: Image.Image, raw: str) -> tuple[Image.Image, Image.
     if image.mode in ("1", "L", "RGB") and key is not None:
         plain = image.convert("RGB" if image.mode == "RGB" else "L")
         if "16" in raw:
-            raise Unreadable("has 16-bit colours of which one is transparent, which has no rule: give it an alpha channel")
+            raise Unreadable(
+                "has 16-bit colours of which one is transparent, which has no rule: give it an"
+                " alpha channel"
+            )
         values = np.asarray(plain)
         equal = values == np.asarray(key) * KEY_STEPS.get(raw, 1)
-        return plain, Image.fromarray(np.where(equal.all(-1) if image.mode == "RGB" else equal, 0, 255).astype(np.uint8))
+        return plain, Image.fromarray(
+            np.where(equal.all(-1) if image.mode == "RGB" else equal, 0, 255).astype(np.uint8)
+        )
     coloured = image.convert("RGBA")
     return coloured.convert("RGB"), coloured.getchannel("A")
 

@@ -1,7 +1,9 @@
-"""Every image of a folder opened once, before anything is trained: what cannot be read is named, what was read is said.
+"""Every image of a folder opened once, before anything is trained: what cannot be read is named,
+what was read is said.
 
-Equal images of two splits, or under two labels, are counted, by their pixels as they are trained on. Each image's digest
-is kept by its file's name, so that a study can tell later which images are others.
+Equal images of two splits, or under two labels, are counted, by their pixels as they are trained
+on. Each image's digest is kept by its file's name, so that a study can tell later which images are
+others.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from kdexp.distill.images import DataError, Picture, Unreadable, read, shown
 
 __all__ = ["Inspection", "Seen", "changed", "inspect"]
 
-DARK = 8192  # of 16 bits: where no value is above, every image comes out in the darkest eighth of the scale
+# of 16 bits: where no value is above, every image comes out in the darkest eighth of the scale
+DARK = 8192
 DONE = {
     "transparent": "laid over white where transparent",
     "turned": "turned as EXIF says",
@@ -55,16 +58,22 @@ class Inspection:
         parts = ", ".join(f"{count:,} {role}" for role, count in self.counts.items())
         left = sum(self.left_out.values())
         kinds = ", ".join(
-            f"{count:,} {kind}" for kind, count in sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+            f"{count:,} {kind}"
+            for kind, count in sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
         )
         said = f"{sum(self.counts.values()):,} images ({parts}), {self.classes} classes"
         return said + (f", {left:,} left out: {kinds}" if left else "")
 
 
 def inspect(
-    folder: Folder, splits: Mapping[Role, Sequence[Sample]], size: int, channels: int, keep: Collection[Role]
+    folder: Folder,
+    splits: Mapping[Role, Sequence[Sample]],
+    size: int,
+    channels: int,
+    keep: Collection[Role],
 ) -> tuple[dict[Role, np.ndarray], Inspection]:
-    """The pixels of the splits to `keep`, uint8 of shape (samples, channels, size, size), and what was read of all.
+    """The pixels of the splits to `keep`, uint8 of shape (samples, channels, size, size), and what
+    was read of all.
 
     Raises DataError, which names the files that cannot be read.
     """
@@ -84,8 +93,14 @@ def inspect(
                 broken.append(f"{shown(sample.file)} ({role} split) {why}")
     if broken:
         many = f"{len(broken):,} images cannot be read: " if len(broken) > 1 else ""
-        raise DataError(f"{many}{'; '.join(broken[:3])}{'; …' * (len(broken) > 3)}. Mend them or take them away")
-    every = [(sample, role, each) for role in splits for sample, each in zip(splits[role], seen[role], strict=True)]
+        raise DataError(
+            f"{many}{'; '.join(broken[:3])}{'; …' * (len(broken) > 3)}. Mend them or take them away"
+        )
+    every = [
+        (sample, role, each)
+        for role in splits
+        for sample, each in zip(splits[role], seen[role], strict=True)
+    ]
     _check_ranges([(sample.file, each) for sample, _, each in every])
     notes = (*_what_was_done([each for *_, each in every]), *_equals(folder, every))
     counts = {role: len(samples) for role, samples in splits.items()}
@@ -96,18 +111,24 @@ def inspect(
 def _room(counts: Mapping[Role, int], size: int, channels: int) -> dict[Role, np.ndarray]:
     """Arrays for so many images. Raises DataError."""
     try:
-        return {role: np.empty((count, channels, size, size), np.uint8) for role, count in counts.items()}
+        return {
+            role: np.empty((count, channels, size, size), np.uint8)
+            for role, count in counts.items()
+        }
     except MemoryError:
         gigabytes = sum(counts.values()) * channels * size**2 / 1e9
         raise DataError(
-            f"{sum(counts.values()):,} images of {size} x {size} pixels take {gigabytes:,.0f} GB of memory, which are not "
-            f"there: lower data.image_size"
+            f"{sum(counts.values()):,} images of {size} x {size} pixels take {gigabytes:,.0f} GB of"
+            " memory, which are not there: lower data.image_size"
         ) from None
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What of these images, digests by name, is not as it was: '2 added (a.png, b.png), 1 removed (c.png)'; else nothing."""
-    gone, new = [name for name in then if name not in now], [name for name in now if name not in then]
+    """What of these images, digests by name, is not as it was: '2 added (a.png, b.png), 1 removed
+    (c.png)'; else nothing.
+    """
+    gone = [name for name in then if name not in now]
+    new = [name for name in now if name not in then]
     by_digest = {then[name]: name for name in reversed(gone)}
     renamed = {name: by_digest.pop(now[name]) for name in new if now[name] in by_digest}
     lists = {
@@ -116,14 +137,22 @@ def changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
         "removed": [name for name in gone if name not in renamed.values()],
         "with other pixels": [name for name in now if then.get(name, now[name]) != now[name]],
     }
-    return ", ".join(f"{len(names):,} {what} ({listed(names)})" for what, names in lists.items() if names)
+    return ", ".join(
+        f"{len(names):,} {what} ({listed(names)})" for what, names in lists.items() if names
+    )
 
 
 def _seen(picture: Picture) -> Seen:
-    return Seen(hashlib.blake2b(picture.pixels.tobytes(), digest_size=8).hexdigest(), picture.done, picture.top)
+    return Seen(
+        hashlib.blake2b(picture.pixels.tobytes(), digest_size=8).hexdigest(),
+        picture.done,
+        picture.top,
+    )
 
 
-@cache  # the test split is looked over again whenever the others are read; the stamp tells where a file has changed
+# the test split is looked over again whenever the others are read; the stamp tells where a file has
+# changed
+@cache
 def _glance(file: Path, stamp: tuple[int, ...], size: int, channels: int) -> Seen:
     return _seen(read(file, size, channels))
 
@@ -142,14 +171,18 @@ def _check_ranges(every: Sequence[tuple[Path, Seen]]) -> None:
     top = max((each.top for _, each in deep), default=0)
     if 0 < top <= 255:
         raise DataError(
-            f"{shown(deep[0][0])} has 16 bits and values up to {top} only, as has every such image here: of 65,535 that is "
-            f"black. Save them with 8 bits, or spread their values"
+            f"{shown(deep[0][0])} has 16 bits and values up to {top} only, as has every such image"
+            " here: of 65,535 that is black. Save them with 8 bits, or spread their values"
         )
-    kinds = {kind: next((file for file, each in every if kind in each.done), None) for kind in ("float to 1", "float to 255")}
+    kinds = {
+        kind: next((file for file, each in every if kind in each.done), None)
+        for kind in ("float to 1", "float to 255")
+    }
     if all(kinds.values()):
         one, other = map(shown, kinds.values())  # type: ignore[arg-type]
         raise DataError(
-            f"{one} holds floats of 0 to 1, {other} up to 255: which scale do they share? Save all with the same, or 8 bits"
+            f"{one} holds floats of 0 to 1, {other} up to 255: which scale do they share? Save all"
+            " with the same, or 8 bits"
         )
 
 
@@ -160,7 +193,10 @@ def _what_was_done(every: Sequence[Seen]) -> Iterator[str]:
             yield f"{counts[done]:,} {text}"
     top = max((each.top for each in every if "16 bits" in each.done), default=DARK)
     if 0 < top < DARK:
-        yield f"the largest value of 16 bits is {top:,}, of 65,535: these images are dark; spread their values if that is wrong"
+        yield (
+            f"the largest value of 16 bits is {top:,}, of 65,535: these images are dark; spread"
+            " their values if that is wrong"
+        )
 
 
 def _equals(folder: Folder, every: Sequence[tuple[Sample, Role, Seen]]) -> Iterator[str]:
@@ -169,13 +205,22 @@ def _equals(folder: Folder, every: Sequence[tuple[Sample, Role, Seen]]) -> Itera
     for sample, role, seen in every:
         groups[seen.digest].append((sample, role))
     several = [group for group in groups.values() if len(group) > 1]
-    for role, why in (("test", "test accuracy will flatter"), ("validation", "validation accuracy will flatter")):
+    for role, why in (
+        ("test", "test accuracy will flatter"),
+        ("validation", "validation accuracy will flatter"),
+    ):
         pairs = [(sample, twin) for group in several for sample, twin in _twins(group, role)]
         if pairs:
-            yield f"{_count(pairs, f'{role} image')} among the training images too, {_example(folder, pairs)}: {why}"
+            yield (
+                f"{_count(pairs, f'{role} image')} among the training images too,"
+                f" {_example(folder, pairs)}: {why}"
+            )
     labelled = [(group[0][0], other) for group in several if (other := _otherwise_labelled(group))]
     if labelled:
-        yield f"{_count(labelled, 'image')} there under more than one label, {_example(folder, labelled)}"
+        yield (
+            f"{_count(labelled, 'image')} there under more than one label,"
+            f" {_example(folder, labelled)}"
+        )
 
 
 def _twins(group: Sequence[tuple[Sample, Role]], role: str) -> Iterable[tuple[Sample, Sample]]:

@@ -1,22 +1,28 @@
 """The distillation loss.
 
-    L = alpha * T^2 * KL(p_teacher || p_student) + (1 - alpha) * CE(labels, student),   p = softmax(logits / T)
+    L = alpha * T^2 * KL(p_teacher || p_student) + (1 - alpha) * CE(labels, student)
+    p = softmax(logits / T)
 
-Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2: the soft term's gradients scale as 1 / T^2, hence
-the factor T^2. alpha weighs the *teacher* (in torchdistill and Keras it weighs the labels). Both terms are
-means over the batch; torch's `kl_div(reduction="mean")` would also divide by the number of classes.
+Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2: the soft term's gradients scale as 1 /
+T^2, hence the factor T^2. alpha weighs the *teacher* (in torchdistill and Keras it weighs the
+labels). Both terms are means over the batch; torch's `kl_div(reduction="mean")` would also divide
+by the number of classes.
 
-In the place of KL, `kind` may put another divergence of soft labels and predictions, none with parameters of its own:
+In the place of KL, `kind` may put another divergence of soft labels and predictions, none with
+parameters of its own:
 
-    standardized   KL of logits with mean 0 and standard deviation 1 in each sample (arXiv:2403.01427, eq. 10), the
-                   standard deviation over classes - 1, as in its authors' code
-    decoupled      KL of (right class, all others) + beta * KL among the wrong classes (DKD, arXiv:2203.08679, eq. 7)
-    correlation    1 - Pearson's correlation, of the classes within a sample and of the samples within a class
-                   (DIST, arXiv:2205.10536, eq. 8 and 9)
+    standardized   KL of logits with mean 0 and standard deviation 1 in each sample
+                   (arXiv:2403.01427, eq. 10), the standard deviation over classes - 1, as in its
+                   authors' code
+    decoupled      KL of (right class, all others) + beta * KL among the wrong classes
+                   (DKD, arXiv:2203.08679, eq. 7)
+    correlation    1 - Pearson's correlation, of the classes within a sample and of the samples
+                   within a class (DIST, arXiv:2205.10536, eq. 8 and 9)
 
-The factor T^2 keeps the strength of the first three nearly constant in T (from T 1 to 20 within a third), so that alpha
-means the same at every T. A correlation does not change with its arguments' scale: its gradient hardly falls with T
-(0.51, 0.35, 0.33 at T 1, 5 and 20), and with the factor it would grow as T^2. So by default it has none.
+The factor T^2 keeps the strength of the first three nearly constant in T (from T 1 to 20 within a
+third), so that alpha means the same at every T. A correlation does not change with its arguments'
+scale: its gradient hardly falls with T (0.51, 0.35, 0.33 at T 1, 5 and 20), and with the factor it
+would grow as T^2. So by default it has none.
 """
 
 from __future__ import annotations
@@ -37,7 +43,9 @@ OUT = -1e4  # a logit that no softmax gives any share
 
 
 class Loss(NamedTuple):
-    """`total` = alpha * distillation + (1 - alpha) * student; one value for each lane, where there are lanes."""
+    """`total` = alpha * distillation + (1 - alpha) * student; one value for each lane, where there
+    are lanes.
+    """
 
     total: Float[Tensor, "*lanes"]
     distillation: Float[Tensor, "*lanes"]
@@ -68,12 +76,15 @@ def distillation_loss(
     term: Term = HINTON,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """The loss of one batch, or of each lane's batch; continuous over alpha in [0, 1] and temperature > 0."""
+    """The loss of one batch, or of each lane's batch; continuous over alpha in [0, 1] and
+    temperature > 0.
+    """
     at = temperature[..., None, None] if isinstance(temperature, Tensor) else temperature
     teacher_logits = teacher_logits.expand_as(student_logits)
     if term.kind == "standardized":
         student_logits_at, teacher_logits_at = (
-            _standardized(logits, term.deviation) / at for logits in (student_logits, teacher_logits)
+            _standardized(logits, term.deviation) / at
+            for logits in (student_logits, teacher_logits)
         )
     else:
         student_logits_at, teacher_logits_at = student_logits / at, teacher_logits / at
@@ -90,7 +101,9 @@ def distillation_loss(
 
 
 def label_loss(
-    logits: Float[Tensor, "*lanes batch classes"], labels: Int64[Tensor, "*#lanes batch"], smoothing: float = 0.0
+    logits: Float[Tensor, "*lanes batch classes"],
+    labels: Int64[Tensor, "*#lanes batch"],
+    smoothing: float = 0.0,
 ) -> Float[Tensor, "*lanes"]:
     """Cross-entropy with the true labels, the mean over the batch.
 
@@ -117,10 +130,13 @@ def _standardized(logits: Tensor, deviation: Deviation) -> Tensor:
     return centred / (centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - 1) + TINY).sqrt()
 
 
-def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> Float[Tensor, "*lanes"]:
+def _decoupled(
+    student: Tensor, teacher: Tensor, labels: Tensor, beta: float
+) -> Float[Tensor, "*lanes"]:
     chosen = _chosen(student, labels)
 
-    def right_or_wrong(logits: Tensor) -> Tensor:  # two logits whose softmax is (share of the right class, of all others)
+    # two logits whose softmax is (share of the right class, of all others)
+    def right_or_wrong(logits: Tensor) -> Tensor:
         wrong = _without(logits, chosen).logsumexp(-1, keepdim=True)
         return torch.cat([logits.gather(-1, chosen), wrong], -1)
 

@@ -1,10 +1,11 @@
 """Students and teachers by name; their parameters, multiply-adds, bytes and summary.
 
-`cnn` is the documented student, generalised: blocks of (Conv 3x3 -> BatchNorm -> ReLU -> AvgPool 2), then
-Dropout -> Linear -> ReLU -> Dropout -> Linear. With channels 16/32/64, hidden 128 and 3x28x28 input it has 98,954
-parameters, 74.6 % of them in the hidden layer: `hidden: 0` pools globally in its place. `residual` is CIFAR's ResNet
-(arXiv:1512.03385, section 4.2, projections where a stage begins), `separable` the same of depthwise-separable
-convolutions (arXiv:1704.04861). Any torchvision classifier goes by its name, your own as `package.module:callable`.
+`cnn` is the documented student, generalised: blocks of (Conv 3x3 -> BatchNorm -> ReLU -> AvgPool
+2), then Dropout -> Linear -> ReLU -> Dropout -> Linear. With channels 16/32/64, hidden 128 and
+3x28x28 input it has 98,954 parameters, 74.6 % of them in the hidden layer: `hidden: 0` pools
+globally in its place. `residual` is CIFAR's ResNet (arXiv:1512.03385, section 4.2, projections
+where a stage begins), `separable` the same of depthwise-separable convolutions (arXiv:1704.04861).
+Any torchvision classifier goes by its name, your own as `package.module:callable`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from kdexp import KdexpError
 from kdexp.config import FAMILIES, Network, Teacher
-from kdexp.distill.data import Split
+from kdexp.distill.datasets import Split
 from kdexp.distill.randomness import drawing
 from kdexp.own import load_own, own_line
 
@@ -56,7 +57,9 @@ class ModelError(KdexpError):
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs: trainable numbers, multiply-adds for one image (torchinfo's count), bytes stored."""
+    """What a network costs: trainable numbers, multiply-adds for one image (torchinfo's count),
+    bytes stored.
+    """
 
     parameters: int
     multiply_adds: int
@@ -64,7 +67,8 @@ class Size:
 
 
 def build(network: Network, like: Split) -> nn.Module:
-    """A fresh network for images and classes like those of a split; weights from torch's global generator.
+    """A fresh network for images and classes like those of a split; weights from torch's global
+    generator.
 
     Raises ModelError where there is no such architecture or it does not fit the data.
     """
@@ -75,7 +79,9 @@ def build(network: Network, like: Split) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:  # a network of one's own may raise anything
-        raise ModelError(f"{network.architecture}: cannot be built for {shape} images: {what_and_where(error)}") from error
+        raise ModelError(
+            f"{network.architecture}: cannot be built for {shape} images: {what_and_where(error)}"
+        ) from error
     if ":" in network.architecture and _wants_contiguous(
         network.model_dump_json(include={"architecture", "options"}), shape, classes
     ):
@@ -92,7 +98,8 @@ def _made(network: Network, shape: Shape, classes: int) -> Any:
             channels=shape[0], image_size=shape[1:], classes=classes, **network.options
         )
         return made
-    given = isinstance(network, Teacher) and network.weights is not None  # whose file may hold the auxiliary parts too
+    # whose file may hold the auxiliary parts too
+    given = isinstance(network, Teacher) and network.weights is not None
     return _torchvision(network.architecture, network.stem, shape[0], classes, keep_auxiliary=given)
 
 
@@ -109,19 +116,27 @@ class _Contiguous:
     """Images in the plain layout, for a network that works in no other."""
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # A copy: an image of one channel counts as laid out in both ways, and convolutions go by its strides.
-        return tuple(x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in inputs)
+        # A copy: an image of one channel counts as laid out in both ways, and convolutions go by
+        # its strides.
+        return tuple(
+            x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
+            for x in inputs
+        )
 
 
 def layout_of(module: nn.Module) -> torch.memory_format:
-    """How a network that `build` made keeps its weights: channels last, where it can: a quarter less time on a CPU."""
+    """How a network that `build` made keeps its weights: channels last, where it can: a quarter
+    less time on a CPU.
+    """
     plain = any(isinstance(hook, _Contiguous) for hook in module._forward_pre_hooks.values())
     return torch.contiguous_format if plain else torch.channels_last
 
 
 @lru_cache(256)
 def _wants_contiguous(network: str, shape: Shape, classes: int) -> bool:
-    """Whether a network of one's own trains in the plain layout and not in channels last, as where it calls x.view(…)."""
+    """Whether a network of one's own trains in the plain layout and not in channels last, as where
+    it calls x.view(…).
+    """
     for layout in (torch.channels_last, torch.contiguous_format):
         with drawing(), torch.enable_grad():
             try:
@@ -149,19 +164,25 @@ class Residual(nn.Module):
         super().__init__()
         self.body, self.shortcut = body, shortcut
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out out_height out_width"]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out out_height out_width"]:
         """The sum."""
         return self.body(x) + self.shortcut(x)
 
 
 def _family(network: Network, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     """A network of a family for images of `shape` (channels, height, width)."""
-    features = nn.Sequential(*(_plain if network.architecture == "cnn" else _residual)(network, shape[0]))
+    features = nn.Sequential(
+        *(_plain if network.architecture == "cnn" else _residual)(network, shape[0])
+    )
     try:
         left = _features_of(features, shape)
     except RuntimeError:
         stages = len(network.channels or ())
-        raise ValueError(f"{stages} halvings leave nothing of {shape[1]}x{shape[2]} pixels; use fewer channels") from None
+        raise ValueError(
+            f"{stages} halvings leave nothing of {shape[1]}x{shape[2]} pixels; use fewer channels"
+        ) from None
     return nn.Sequential(*features, *_head(network, left, classes))
 
 
@@ -192,7 +213,9 @@ def _residual(network: Network, depth: int) -> list[nn.Module]:
         for block in range(network.blocks or 1):
             stride = 2 if stage and not block else 1
             same = stride == 1 and depth == out
-            shortcut = nn.Identity() if same else nn.Sequential(*_convolution(depth, out, 1, stride))
+            shortcut = (
+                nn.Identity() if same else nn.Sequential(*_convolution(depth, out, 1, stride))
+            )
             layers += [Residual(nn.Sequential(*body(depth, out, stride)), shortcut), nn.ReLU()]
             depth = out
     return layers
@@ -206,14 +229,26 @@ def _separable_body(depth: int, out: int, stride: int) -> list[nn.Module]:
     return [*_convolution(depth, depth, 3, stride, depth), nn.ReLU(), *_convolution(depth, out, 1)]
 
 
-def _convolution(depth: int, out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(depth, out, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+def _convolution(
+    depth: int, out: int, size: int = 3, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    return [
+        nn.Conv2d(depth, out, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out),
+    ]
 
 
 def _head(network: Network, features: int, classes: int) -> list[nn.Module]:
-    dropout, hidden, depth = network.dropout or 0.0, network.hidden or 0, (network.channels or ())[-1]
+    dropout = network.dropout or 0.0
+    hidden = network.hidden or 0
+    depth = (network.channels or ())[-1]
     if not hidden:
-        return [nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout), nn.Flatten(), nn.Linear(depth, classes)]
+        return [
+            nn.AdaptiveAvgPool2d(1),
+            nn.Dropout(dropout),
+            nn.Flatten(),
+            nn.Linear(depth, classes),
+        ]
     first = [nn.Dropout(dropout), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU()]
     return [*first, nn.Dropout(dropout), nn.Linear(hidden, classes)]
 
@@ -226,15 +261,18 @@ def measure(module: nn.Module, like: Split) -> Size:
 
 
 def _multiply_adds(info: torchinfo.ModelStatistics) -> int:
-    """torchinfo's count. Of a layer that computes its weight from others it would count none, or too many: that is
-    counted here as the plain layer that it is in use."""
+    """torchinfo's count. Of a layer that computes its weight from others it would count none, or
+    too many: that is counted here as the plain layer that it is in use.
+    """
     computed = [layer for layer in info.summary_list if _computes_its_weight(layer.module)]
     counted = sum(layer.macs for layer in computed if layer.is_leaf_layer)
     return int(info.total_mult_adds) - counted + sum(_plainly(layer) for layer in computed)
 
 
 def _computes_its_weight(module: nn.Module) -> bool:
-    """Whether by a parametrization, or by the hook of a former torch (weight_norm, spectral_norm, pruning)."""
+    """Whether by a parametrization, or by the hook of a former torch (weight_norm, spectral_norm,
+    pruning).
+    """
     plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     return plain and "weight" not in module._parameters
 
@@ -250,8 +288,8 @@ def _plainly(layer: torchinfo.layer_info.LayerInfo) -> int:
 def summary(module: nn.Module, like: Split) -> str:
     """torchinfo's table, layer by layer, for one image.
 
-    torchinfo counts 2.24 M multiply-adds for the documented student; the older torch-summary printed 2.32 M
-    because it counts each Sequential's weights once more.
+    torchinfo counts 2.24 M multiply-adds for the documented student; the older torch-summary
+    printed 2.32 M because it counts each Sequential's weights once more.
     """
     return str(_torchinfo(module, like))
 
@@ -273,7 +311,9 @@ class FromPixels(nn.Module):
         super().__init__()
         self.student, self.mean, self.std = student, like.mean, like.std
 
-    def forward(self, images: Real[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(
+        self, images: Real[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes"]:
         """Logits of a batch."""
         return self.student((images / 255 - self.mean) / self.std)
 
@@ -289,20 +329,24 @@ def _torchinfo(module: nn.Module, like: Split) -> torchinfo.ModelStatistics:
     )
 
 
-def _torchvision(name: str, stem: str, channels: int, classes: int, keep_auxiliary: bool) -> nn.Module:
+def _torchvision(
+    name: str, stem: str, channels: int, classes: int, keep_auxiliary: bool
+) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         close = difflib.get_close_matches(name, [*FAMILIES, *names], n=1)
         raise ModelError(
-            f"architecture: no network named '{name}'{f'; did you mean {close[0]}?' if close else ''} "
-            f"Allowed: {', '.join(FAMILIES)}, a torchvision classifier (resnet18, …), or package.module:callable"
+            "architecture: no network named"
+            f" '{name}'{f'; did you mean {close[0]}?' if close else ''} Allowed:"
+            f" {', '.join(FAMILIES)}, a torchvision classifier (resnet18, …), or"
+            " package.module:callable"
         )
     if stem == "imagenet" and channels != 3:
         raise ModelError(
-            f"{name}: torchvision's networks take 3 channels, data.channels is {channels}; set it to 3, "
-            f"or for a ResNet stem to small"
+            f"{name}: torchvision's networks take 3 channels, data.channels is {channels}; set it"
+            " to 3, or for a ResNet stem to small"
         )
     extra = {"aux_logits": keep_auxiliary, "init_weights": True} if name in AUXILIARY else {}
     module = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
@@ -310,15 +354,22 @@ def _torchvision(name: str, stem: str, channels: int, classes: int, keep_auxilia
 
 
 def _with_small_stem(module: nn.Module, name: str, channels: int) -> nn.Module:
-    """A ResNet that begins with 3x3 at full resolution, as for CIFAR-10: arXiv:1512.03385 section 4.2.
+    """A ResNet that begins with 3x3 at full resolution, as for CIFAR-10: arXiv:1512.03385 section
+    4.2.
 
     ImageNet's stem leaves 7x7 positions of 28x28 pixels before its first block.
     """
     first = getattr(module, "conv1", None)
-    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(module, "maxpool", None), nn.MaxPool2d):
-        raise ModelError(f"{name}: has no stem that could be small (conv1 and maxpool, as in a ResNet); set stem to imagenet")
+    if not isinstance(first, nn.Conv2d) or not isinstance(
+        getattr(module, "maxpool", None), nn.MaxPool2d
+    ):
+        raise ModelError(
+            f"{name}: has no stem that could be small (conv1 and maxpool, as in a ResNet); set stem"
+            " to imagenet"
+        )
     module.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")  # like torchvision's own
+    # like torchvision's own
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     module.maxpool = nn.Identity()
     return module
 
@@ -330,8 +381,9 @@ def _own(name: str) -> Any:
         raise
     except Exception as error:  # the user's module is run, and may raise anything
         raise ModelError(
-            f"architecture: cannot import '{name}': {what_and_where(error)}; write it as package.module:callable or "
-            f"path/to/file.py:callable, looked for in the working folder and the sweep file's"
+            f"architecture: cannot import '{name}': {what_and_where(error)}; write it as"
+            " package.module:callable or path/to/file.py:callable, looked for in the working"
+            " folder and the sweep file's"
         ) from None
 
 
@@ -344,10 +396,13 @@ def _check_fit(module: object, shape: tuple[int, int, int], classes: int, name: 
     module.train()
     if not isinstance(out, Tensor) or out.shape != (2, classes):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ModelError(f"{name}: gives {got} for 2 images, expected logits of shape {(2, classes)}")
+        raise ModelError(
+            f"{name}: gives {got} for 2 images, expected logits of shape {(2, classes)}"
+        )
 
 
 def what_and_where(error: Exception) -> str:
     """An error's first line, and the user's own line that it came from."""
-    line, where = str(error).splitlines()[0] if str(error) else type(error).__name__, own_line(error)
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    where = own_line(error)
     return f"{line} ({where})" if where else line

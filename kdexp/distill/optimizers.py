@@ -1,8 +1,10 @@
-"""Adam, AdamW and SGD for K networks at once: every lane its own learning rate, weight decay and step count. And EMA.
+"""Adam, AdamW and SGD for K networks at once: every lane its own learning rate, weight decay and
+step count. And EMA.
 
-torch.optim takes one learning rate for a whole tensor. Here the parameters of a pack are one [lanes, parameters]
-tensor, so a step is a few operations on it whatever K is. The formulas and constants are torch.optim's (Adam:
-arXiv:1412.6980, algorithm 1; AdamW: arXiv:1711.05101, algorithm 2; SGD: Nesterov momentum 0.9).
+torch.optim takes one learning rate for a whole tensor. Here the parameters of a pack are one
+[lanes, parameters] tensor, so a step is a few operations on it whatever K is. The formulas and
+constants are torch.optim's (Adam: arXiv:1412.6980, algorithm 1; AdamW: arXiv:1711.05101, algorithm
+2; SGD: Nesterov momentum 0.9).
 """
 
 from __future__ import annotations
@@ -26,9 +28,14 @@ class Optimizer:
     """The state of one optimiser over a pack's parameters, which it changes in place."""
 
     def __init__(
-        self, kind: Kind, parameters: Float[Tensor, "lanes parameters"], weight_decay: Float[Tensor, " lanes"]
+        self,
+        kind: Kind,
+        parameters: Float[Tensor, "lanes parameters"],
+        weight_decay: Float[Tensor, " lanes"],
     ) -> None:
-        self.kind, self.parameters, self.weight_decay = kind, parameters, weight_decay[:, None].clone()
+        self.kind = kind
+        self.parameters = parameters
+        self.weight_decay = weight_decay[:, None].clone()
         self.first = torch.zeros_like(parameters)
         self.second = torch.zeros_like(parameters) if kind != "sgd" else None
         self.steps = torch.zeros_like(self.weight_decay, dtype=torch.float64)
@@ -46,7 +53,9 @@ class Optimizer:
         return {name: state[lane] for name, state in states.items() if state is not None}
 
     @torch.no_grad()
-    def step(self, gradient: Float[Tensor, "lanes parameters"], learning_rate: Float[Tensor, " lanes"]) -> None:
+    def step(
+        self, gradient: Float[Tensor, "lanes parameters"], learning_rate: Float[Tensor, " lanes"]
+    ) -> None:
         """One step of every lane."""
         rate = learning_rate[:, None]
         self.steps += 1
@@ -69,7 +78,8 @@ class Optimizer:
 class Average:
     """The exponential moving average of some tensors over training steps (EMA).
 
-    After step t its decay is min(decay, (1 + t) / (10 + t)): what was drawn at the start is soon forgotten.
+    After step t its decay is min(decay, (1 + t) / (10 + t)): what was drawn at the start is soon
+    forgotten.
     """
 
     def __init__(self, decay: float, like: Sequence[Tensor]) -> None:
@@ -77,9 +87,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, tensors: Sequence[Tensor], steps: Real[Tensor, "*lanes"]) -> None:
-        """Take in what the tensors are after so many steps, of each lane where they have a lanes axis."""
+        """Take in what the tensors are after so many steps, of each lane where they have a lanes
+        axis.
+        """
         passed = steps.double()
         weight = 1 - ((1 + passed) / (10 + passed)).clamp(max=self.decay)
         for average, tensor in zip(self.tensors, tensors, strict=True):
             own = weight.to(tensor.dtype)
-            average.lerp_(tensor.detach(), own.view(-1, *[1] * (tensor.ndim - 1)) if own.ndim else own)
+            average.lerp_(
+                tensor.detach(), own.view(-1, *[1] * (tensor.ndim - 1)) if own.ndim else own
+            )

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdexp.config import Distillation, Network, Recipe, Training
-from kdexp.distill.data import Split, pixels
+from kdexp.distill.batches import pixels
+from kdexp.distill.datasets import Split
 from kdexp.distill.losses import Loss, Term, distillation_loss, label_loss
 from kdexp.distill.models import ModelError, build, layout_of
 from kdexp.distill.optimizers import Average, Optimizer
@@ -47,7 +48,9 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Lane:
-    """One network to train and how. Lanes of a pack agree in `fuse_key`; what is not in it may differ."""
+    """One network to train and how. Lanes of a pack agree in `fuse_key`; what is not in it may
+    differ.
+    """
 
     network: Network
     training: Training
@@ -66,11 +69,15 @@ class Lane:
 
     @property
     def fuse_key(self) -> str:
-        """What lanes must share to step together: everything but alpha, T, learning rate, weight decay, dropout, seed."""
+        """What lanes must share to step together: everything but alpha, T, learning rate, weight
+        decay, dropout, seed.
+        """
         return "\n".join(
             [
                 self.network.model_dump_json(include=set(Network.model_fields) - {"dropout"}),
-                self.training.model_dump_json(include=set(Training.model_fields) - {"learning_rate", "weight_decay", "seed"}),
+                self.training.model_dump_json(
+                    include=set(Training.model_fields) - {"learning_rate", "weight_decay", "seed"}
+                ),
                 self.distillation.model_dump_json(exclude={"alpha", "temperature"}),
             ]
         )
@@ -78,7 +85,9 @@ class Lane:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a training is carried out: not part of a recipe, but its last bits depend on it, so it is recorded."""
+    """How a training is carried out: not part of a recipe, but its last bits depend on it, so it is
+    recorded.
+    """
 
     lanes: int = 1
     shared: bool = True
@@ -86,7 +95,9 @@ class Execution:
     compiled: bool = False
     lowering: Lowering = "grouped"
     precision: Precision = "fp32"
-    """Of activations and products in training; parameters, statistics, loss, optimiser and evaluation are in fp32."""
+    """Of activations and products in training; parameters, statistics, loss, optimiser and
+    evaluation are in fp32.
+    """
 
     def record(self, slot: int) -> dict[str, str]:
         """As text by name, with the slot of one lane."""
@@ -101,17 +112,23 @@ class Execution:
 
     @classmethod
     def recorded(cls, record: Mapping[str, str]) -> tuple[Execution, int]:
-        """What `record` wrote: the execution, and the lane's slot. A run of a former version was alone and plain."""
+        """What `record` wrote: the execution, and the lane's slot. A run of a former version was
+        alone and plain.
+        """
         written = {**cls().record(0), **record}
         lowering = next(known for known in get_args(Lowering) if known == written["lowering"])
         precision = next(known for known in get_args(Precision) if known == written["precision"])
         shared, compiled = written["mini-batches"] == "shared", written["compiled"] == "yes"
-        return cls(int(written["lanes"]), shared, compiled, lowering, precision), int(written["lane"])
+        return cls(int(written["lanes"]), shared, compiled, lowering, precision), int(
+            written["lane"]
+        )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What batches are gathered from: the training images, the list of views, the teacher's raw logits in each."""
+    """What batches are gathered from: the training images, the list of views, the teacher's raw
+    logits in each.
+    """
 
     split: Split
     views: Int64[Tensor, "views 3"]
@@ -139,13 +156,21 @@ def gather(source: Source, drawn: Drawn, dtype: torch.dtype) -> Batch:
     """These samples, each in its chosen view."""
     samples, chosen, erased = drawn
     views = source.views[chosen.flatten()] if len(source.views) > 1 else None
-    images = pixels(source.split, samples.flatten(), views, None if erased is None else erased.reshape(-1, 4)).to(dtype)
+    images = pixels(
+        source.split, samples.flatten(), views, None if erased is None else erased.reshape(-1, 4)
+    ).to(dtype)
     soft = None if source.logits is None else source.logits[chosen, samples].to(dtype)
-    return Batch(images.unflatten(0, samples.shape) if samples.ndim > 1 else images, source.split.labels[samples], soft)
+    return Batch(
+        images.unflatten(0, samples.shape) if samples.ndim > 1 else images,
+        source.split.labels[samples],
+        soft,
+    )
 
 
 class Variables(NamedTuple):
-    """What may differ from lane to lane within a step: tensors, so that other values compile nothing anew."""
+    """What may differ from lane to lane within a step: tensors, so that other values compile
+    nothing anew.
+    """
 
     alpha: Float[Tensor, " lanes"]
     temperature: Float[Tensor, " lanes"]
@@ -154,15 +179,25 @@ class Variables(NamedTuple):
 
 
 class Stacked:
-    """K networks of one plan as one. Parameters are one [lanes, parameters] tensor, of which each layer sees its columns."""
+    """K networks of one plan as one. Parameters are one [lanes, parameters] tensor, of which each
+    layer sees its columns.
+    """
 
-    def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        source: Source,
+        how: Execution,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.source, self.how, self.dtype = source, how, dtype
         self.device = source.split.labels.device
         one, first = lanes[0], fresh(lanes[0], source.split)
         plan = _plan(first, source.split)
         assert plan is not None
-        self.form = Form(plan, how.lowering, dtype, torch.bfloat16 if how.precision == "bf16" else dtype)
+        self.form = Form(
+            plan, how.lowering, dtype, torch.bfloat16 if how.precision == "bf16" else dtype
+        )
         self.term, self.smoothing = one.term, one.training.label_smoothing
         self._losses = _compiled(_losses) if how.compiled else _losses
         self._masks = _compiled(_masks) if how.compiled else _masks
@@ -176,11 +211,16 @@ class Stacked:
             if "running" in name
         }
         self.live = Stack(_columns(self.parameters, shapes), running)
-        self.average = Average(one.training.ema, [self.parameters, *running.values()]) if one.training.ema else None
+        self.average = (
+            Average(one.training.ema, [self.parameters, *running.values()])
+            if one.training.ema
+            else None
+        )
         """Of the parameters and running statistics."""
         self.kept = self._averaged(shapes) if self.average else self.live
         """What is evaluated and handed out."""
-        self.hyper = torch.zeros(2, len(lanes), dtype=dtype, device=self.device)  # alpha, temperature
+        # alpha, temperature
+        self.hyper = torch.zeros(2, len(lanes), dtype=dtype, device=self.device)
         self.drop = torch.zeros(len(self.widths), len(lanes), dtype=dtype, device=self.device)
         self.keys = torch.zeros(len(lanes), dtype=torch.int64, device=self.device)
         decay = torch.zeros(len(lanes), dtype=dtype, device=self.device)
@@ -193,13 +233,18 @@ class Stacked:
         """A fresh network in a lane's slot."""
         module = fresh(lane, self.source.split)
         if _plan(module, self.source.split) != self.form.plan:
-            raise ModelError(f"{lane.network.architecture}: is built otherwise with another seed; let it draw weights only")
+            raise ModelError(
+                f"{lane.network.architecture}: is built otherwise with another seed; let it draw"
+                " weights only"
+            )
         for stack in (self.live, self.kept):
             for name, parameter in module.named_parameters():
                 stack.leaves[name].data[slot] = parameter.detach()
             for name in stack.running:
                 stack.running[name][slot] = module.get_buffer(name)
-        self.hyper[:, slot] = torch.tensor([lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype)
+        self.hyper[:, slot] = torch.tensor(
+            [lane.distillation.alpha, lane.distillation.temperature], dtype=self.dtype
+        )
         shares = [module.get_submodule(layer.name).p for layer in dropouts(self.form.plan)]
         self.drop[:, slot] = torch.tensor(shares, dtype=self.dtype)
         self.keys[slot] = seed_of(lane.training.seed, "dropout") % 2**32
@@ -217,7 +262,9 @@ class Stacked:
         self.steps[slot] = int(progress["batches"])
 
     def _progress(self, slot: int) -> dict[str, Tensor]:
-        optimizer = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(slot).items()}
+        optimizer = {
+            f"optimizer/{name}": tensor for name, tensor in self.optimizer.state(slot).items()
+        }
         running = {name: tensor[slot] for name, tensor in self.live.running.items()}
         average = enumerate(self.average.tensors if self.average else ())
         averages = {f"average/{number}": tensor[slot] for number, tensor in average}
@@ -226,23 +273,34 @@ class Stacked:
     def _averaged(self, shapes: Mapping[str, torch.Size]) -> Stack:
         assert self.average is not None
         parameters, *running = self.average.tensors
-        return Stack(_columns(parameters, shapes), dict(zip(self.live.running, running, strict=True)))
+        return Stack(
+            _columns(parameters, shapes), dict(zip(self.live.running, running, strict=True))
+        )
 
-    def step(self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]) -> Loss:
+    def step(
+        self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]
+    ) -> Loss:
         """One optimiser step of every lane on what is drawn for it. Returns each lane's loss.
 
-        `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different ones.
+        `steps` are the lanes' own step numbers; samples have a lanes axis where lanes see different
+        ones.
         """
-        # Masks are drawn by themselves: within the network, their integers keep its last block from being vectorised.
+        # Masks are drawn by themselves: within the network, their integers keep its last block from
+        # being vectorised.
         masks = self._masks(drawn.samples.shape[-1], self.widths, self.drop, self.keys, steps)
         (alpha, temperature), live = self.hyper.unbind(), self.live
         variables = Variables(alpha, temperature, masks)
         fixed = self.source, self.form, self.term, self.smoothing
         loss, running = self._losses(live.leaves, live.running, variables, drawn, *fixed)
-        astray = strayed(live.running, running) if self.how.compiled and running else torch.zeros(1, dtype=torch.bool)
+        astray = (
+            strayed(live.running, running)
+            if self.how.compiled and running
+            else torch.zeros(1, dtype=torch.bool)
+        )
         noticed = _noticed(astray)
         gradient = self._gradient(loss)
-        if noticed():  # one pass over a batch that is far from the running mean: see stacked.normalise
+        # one pass over a batch that is far from the running mean: see stacked.normalise
+        if noticed():
             careful, exact = _losses(live.leaves, live.running, variables, drawn, *fixed)
             gradient = _chosen(astray, self._gradient(careful), gradient)
             running = {name: _chosen(astray, exact[name], running[name]) for name in running}
@@ -250,17 +308,23 @@ class Stacked:
         live.running.update(running)
         self.optimizer.step(gradient, rates)
         if self.average:
-            self.average.update([self.parameters, *live.running.values()], self.optimizer.steps[:, 0])
+            self.average.update(
+                [self.parameters, *live.running.values()], self.optimizer.steps[:, 0]
+            )
         self.steps = [step + 1 for step in self.steps]
         return Loss(*(part.detach() for part in loss))
 
     def _gradient(self, loss: Loss) -> Float[Tensor, "lanes parameters"]:
         # The sum's gradient is one for every lane, also where a neighbour's loss is NaN.
-        parts = torch.autograd.grad(loss.total.sum(), list(self.live.leaves.values()), materialize_grads=True)
+        parts = torch.autograd.grad(
+            loss.total.sum(), list(self.live.leaves.values()), materialize_grads=True
+        )
         return torch.cat([part.flatten(1) for part in parts], 1)
 
     @torch.no_grad()
-    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
+    def logits(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "lanes batch classes"]:
         """Every lane's logits of the same images, as in evaluation."""
         return forward(self.kept, images.to(self.dtype), self.form, None)[0]
 
@@ -270,14 +334,22 @@ class Stacked:
         for name, running in self.kept.running.items():
             state[name] = running[slot]
             if name.endswith("running_var"):
-                state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(self.steps[slot])
+                state[name.replace("running_var", "num_batches_tracked")] = torch.tensor(
+                    self.steps[slot]
+                )
         return _copies(state)
 
 
 class Separate:
     """K modules of any kind, each with an optimiser of torch's, stepped one after another."""
 
-    def __init__(self, lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        source: Source,
+        how: Execution,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.source, self.dtype, self.bf16 = source, dtype, how.precision == "bf16"
         self.lanes = list(lanes)
         self.modules = [nn.Module() for _ in lanes]
@@ -292,14 +364,23 @@ class Separate:
         module.to(self.source.split.labels.device, self.dtype, memory_format=layout_of(module))  # type: ignore[call-overload]
         self.lanes[slot], self.modules[slot] = lane, module
         self.optimizers[slot] = _torch_optimizer(module, lane.training)
-        self.averages[slot] = Average(lane.training.ema, _floats(module)) if lane.training.ema else None
+        self.averages[slot] = (
+            Average(lane.training.ema, _floats(module)) if lane.training.ema else None
+        )
 
     def save(self, slot: int) -> dict[str, Tensor]:
         """All that a lane's training goes on from, on the CPU."""
         optimizer = self.optimizers[slot].state_dict()["state"]
-        flat = {f"optimizer/{index}/{name}": value for index, slots in optimizer.items() for name, value in slots.items()}
+        flat = {
+            f"optimizer/{index}/{name}": value
+            for index, slots in optimizer.items()
+            for name, value in slots.items()
+        }
         average = self.averages[slot]
-        averages = {f"average/{number}": tensor for number, tensor in enumerate(average.tensors if average else ())}
+        averages = {
+            f"average/{number}": tensor
+            for number, tensor in enumerate(average.tensors if average else ())
+        }
         module = self.modules[slot]
         state = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}
         return _copies(state | _unstored(module) | flat | averages)
@@ -307,7 +388,9 @@ class Separate:
     def load(self, slot: int, progress: Mapping[str, Tensor]) -> None:
         """Go on from what `save` gave; the lane is already in this slot."""
         module, optimizer = self.modules[slot], self.optimizers[slot]
-        module.load_state_dict({name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")})
+        module.load_state_dict(
+            {name[7:]: tensor for name, tensor in progress.items() if name.startswith("module/")}
+        )
         for name, buffer in _unstored(module).items():
             buffer.copy_(progress.get(name, buffer))  # which former versions did not save
         average = self.averages[slot]
@@ -318,15 +401,26 @@ class Separate:
             for name, value in progress.items():
                 if name.startswith(prefix):
                     # Laid out in memory like its parameter: fused optimisers rely on it.
-                    like = parameter.detach() if value.shape == parameter.shape else value.to(parameter.device)
-                    optimizer.state[parameter][name.removeprefix(prefix)] = torch.empty_like(like).copy_(value)
+                    like = (
+                        parameter.detach()
+                        if value.shape == parameter.shape
+                        else value.to(parameter.device)
+                    )
+                    optimizer.state[parameter][name.removeprefix(prefix)] = torch.empty_like(
+                        like
+                    ).copy_(value)
 
-    def step(self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]) -> Loss:
+    def step(
+        self, drawn: Drawn, rates: Float[Tensor, " slots"], steps: Int64[Tensor, " slots"]
+    ) -> Loss:
         """One optimiser step of every lane on what is drawn for it. Returns each lane's loss."""
         batch, losses = gather(self.source, drawn, self.dtype), []
         for slot, (step, rate) in enumerate(zip(steps.tolist(), rates.tolist(), strict=True)):
-            own = Batch(*(None if t is None else t[slot] if batch.images.ndim == 5 else t for t in batch))  # type: ignore[arg-type]
-            if slot + 1 < len(self.modules):  # a network may work in place, and the next one sees the same images
+            fused = batch.images.ndim == 5
+            parts = (part[slot] if fused and part is not None else part for part in batch)
+            own = Batch(*parts)  # type: ignore[arg-type]
+            # a network may work in place, and the next one sees the same images
+            if slot + 1 < len(self.modules):
                 own = own._replace(images=own.images.clone())
             seed = seed_of(self.lanes[slot].training.seed, "dropout", step)
             with drawing(seed, _cuda_devices(rates.device)):
@@ -337,13 +431,16 @@ class Separate:
         return Loss(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
 
     @torch.no_grad()
-    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "lanes batch classes"]:
+    def logits(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "lanes batch classes"]:
         """Every lane's logits of the same images, as in evaluation."""
         each = []
         for slot, module in enumerate(self.modules):
             module.eval()
             kept = self._kept(slot) if self.averages[slot] else {}
-            own = images.to(self.dtype, copy=slot + 1 < len(self.modules))  # a network may work in place
+            # a network may work in place
+            own = images.to(self.dtype, copy=slot + 1 < len(self.modules))
             each.append(torch.func.functional_call(module, kept, (own,), tie_weights=False))
             module.train()
         return torch.stack(each)
@@ -365,7 +462,9 @@ class Separate:
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = module(batch.images).to(self.dtype)
         how = lane.distillation
-        loss = _loss(logits, batch, how.alpha, how.temperature, lane.term, lane.training.label_smoothing)
+        loss = _loss(
+            logits, batch, how.alpha, how.temperature, lane.term, lane.training.label_smoothing
+        )
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -375,8 +474,12 @@ class Separate:
 Pack = Stacked | Separate
 
 
-def pack_of(lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32) -> Pack:
-    """The pack for these lanes: one stacked network of them where there is such a form, else side by side."""
+def pack_of(
+    lanes: Sequence[Lane], source: Source, how: Execution, dtype: torch.dtype = torch.float32
+) -> Pack:
+    """The pack for these lanes: one stacked network of them where there is such a form, else side
+    by side.
+    """
     kind = Separate if plan_for(lanes[0], source.split) is None else Stacked
     return kind(lanes, source, how, dtype)
 
@@ -414,7 +517,9 @@ def _losses(
     term: Term,
     smoothing: float,
 ) -> tuple[Loss, dict[str, Tensor]]:
-    """Each lane's loss, and the running statistics after it. A function of its arguments alone: compiled once a form."""
+    """Each lane's loss, and the running statistics after it. A function of its arguments alone:
+    compiled once a form.
+    """
     batch = gather(source, drawn, form.dtype)
     logits, after = forward(Stack(leaves, running), batch.images, form, variables.masks)
     return _loss(logits, batch, variables.alpha, variables.temperature, term, smoothing), after
@@ -436,7 +541,9 @@ def _loss(
 
 
 def _noticed(flags: Bool[Tensor, " lanes"]) -> Callable[[], bool]:
-    """Whether any is set; on a GPU, what is launched before one asks does not have to be waited for."""
+    """Whether any is set; on a GPU, what is launched before one asks does not have to be waited
+    for.
+    """
     found = flags.any().to("cpu", non_blocking=True)
     if flags.device.type != "cuda":
         return lambda: bool(found)
@@ -462,8 +569,12 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _columns(parameters: Float[Tensor, "lanes parameters"], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Each layer's columns of the pack's parameters, shaped as the layer wants them: leaves on the same memory."""
+def _columns(
+    parameters: Float[Tensor, "lanes parameters"], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Each layer's columns of the pack's parameters, shaped as the layer wants them: leaves on the
+    same memory.
+    """
     columns = parameters.split([shape.numel() for shape in shapes.values()], 1)
     return {
         name: block.unflatten(1, shape).detach().requires_grad_()
@@ -480,7 +591,9 @@ def fresh(lane: Lane, like: Split) -> nn.Module:
 def _unstored(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that are not in a module's state_dict."""
     stored = module.state_dict().keys()
-    return {f"buffer/{name}": buffer for name, buffer in module.named_buffers() if name not in stored}
+    return {
+        f"buffer/{name}": buffer for name, buffer in module.named_buffers() if name not in stored
+    }
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
@@ -489,14 +602,21 @@ def _floats(module: nn.Module) -> list[Tensor]:
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    return {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
 
 
 def _torch_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     extra = {"momentum": 0.9, "nesterov": True} if training.optimizer == "sgd" else {}
     return kinds[training.optimizer](
-        module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True, **extra
+        module.parameters(),
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        fused=True,
+        **extra,
     )
 
 

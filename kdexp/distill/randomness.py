@@ -1,6 +1,8 @@
-"""Randomness without state: what is drawn follows from a seed and a purpose, not from what was drawn before.
+"""Randomness without state: what is drawn follows from a seed and a purpose, not from what was
+drawn before.
 
-So a lane's masks depend neither on its neighbours nor on K, and any epoch can be entered without a saved state.
+So a lane's masks depend neither on its neighbours nor on K, and any epoch can be entered without a
+saved state.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _generator = threading.RLock()
 
 @contextmanager
 def drawing(seed: int | None = None, devices: Sequence[int] = ()) -> Iterator[None]:
-    """In here torch's one generator is this thread's own, seeded if asked; after it, as it was before.
+    """In here torch's one generator is this thread's own, seeded if asked; after it, as it was
+    before.
 
     A training draws from it beside a thread that builds networks to look at their size.
     """
@@ -37,7 +40,9 @@ def drawing(seed: int | None = None, devices: Sequence[int] = ()) -> Iterator[No
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, by SHA-256 (Python's own hash differs from process to process)."""
+    """A 63-bit seed for one purpose, by SHA-256 (Python's own hash differs from process to
+    process).
+    """
     text = repr((seed, *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
@@ -55,14 +60,17 @@ def dropout_mask(
     """
     stream = _mix(_wrapped(keys + draws * GOLDEN))[:, None]
     threshold = (probability.double() * 2**32 - 2**31).to(torch.int32)[:, None]
-    # Compiled, the positions are mixed on the way: cheaper than to read them, and a cache cannot be compiled.
+    # Compiled, the positions are mixed on the way: cheaper than to read them, and a cache cannot be
+    # compiled.
     positions = _positions if torch.compiler.is_compiling() else _cached_positions
     kept = uniform_bits(positions(batch * features, keys.device), stream) >= threshold
     return (kept.to(probability.dtype) / (1 - probability)[:, None]).unflatten(1, (batch, features))
 
 
 def uniform_bits(mixed: Int32[Tensor, ...], stream: Int32[Tensor, ...]) -> Int32[Tensor, ...]:
-    """32 random bits for each (mixed) position of a stream: an integer hash before and after the stream's key."""
+    """32 random bits for each (mixed) position of a stream: an integer hash before and after the
+    stream's key.
+    """
     return _mix(mixed ^ stream)
 
 
@@ -74,7 +82,9 @@ _cached_positions = cache(_positions)
 
 
 def _mix(x: Int32[Tensor, ...]) -> Int32[Tensor, ...]:
-    """A bijection of 32-bit numbers, in arithmetic that wraps around: eight at once where 64 bits would be slow."""
+    """A bijection of 32-bit numbers, in arithmetic that wraps around: eight at once where 64 bits
+    would be slow.
+    """
     x = ((x >> 16 & 0xFFFF) ^ x) * 0x45D9F3B
     x = ((x >> 16 & 0xFFFF) ^ x) * 0x45D9F3B
     return (x >> 16 & 0xFFFF) ^ x

@@ -1,9 +1,10 @@
-"""Training: a generator of per-epoch reports, one for each lane of a pack. One trial is a pack of one.
+"""Training: a generator of per-epoch reports, one for each lane of a pack. One trial is a pack of
+one.
 
-The caller logs, prunes, or stops by closing it; between two epochs it may send new lanes for slots that have
-become free. Everything random in epoch e of a lane (order of samples, views, dropout) is seeded by (the lane's
-seed, e) alone, so a lane's result depends neither on its neighbours nor on what ran before, and any epoch can
-be entered without a saved random state.
+The caller logs, prunes, or stops by closing it; between two epochs it may send new lanes for slots
+that have become free. Everything random in epoch e of a lane (order of samples, views, dropout) is
+seeded by (the lane's seed, e) alone, so a lane's result depends neither on its neighbours nor on
+what ran before, and any epoch can be entered without a saved random state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdexp.config import Data, Training
-from kdexp.distill.data import Split, Splits, pixels, rectangles, views
+from kdexp.distill.batches import pixels, rectangles, views
+from kdexp.distill.datasets import Split, Splits
 from kdexp.distill.evaluate import BATCH
 from kdexp.distill.guard import check_network, check_plan
 from kdexp.distill.packs import Drawn, Execution, Lane, Source, fresh, pack_of, plan_for
@@ -48,8 +50,8 @@ ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4
 class TeacherLogits:
     """The teacher's raw logits for the training samples.
 
-    Row v: the logits of every sample in view v. If the training has fewer epochs than there are views, row e: every
-    sample in the view that epoch e of this seed draws for it.
+    Row v: the logits of every sample in view v. If the training has fewer epochs than there are
+    views, row e: every sample in the view that epoch e of this seed draws for it.
     """
 
     logits: Float[Tensor, "rows samples classes"]
@@ -58,7 +60,9 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a lane stands after an epoch: all it needs to go on, bit for bit, in its slot of a pack of the same form."""
+    """Where a lane stands after an epoch: all it needs to go on, bit for bit, in its slot of a pack
+    of the same form.
+    """
 
     epoch: int
     best: int
@@ -67,7 +71,9 @@ class Snapshot:
 
 
 def metric() -> Any:
-    """A number of each epoch that is recorded under its own name; a run of an earlier version may lack it."""
+    """A number of each epoch that is recorded under its own name; a run of an earlier version may
+    lack it.
+    """
     return field(metadata={"metric": True})
 
 
@@ -122,10 +128,10 @@ def train(
 ) -> Generator[Reports, Mapping[int, Lane | None] | None, None]:
     """Train the lanes together; after each epoch yield their reports, in the order of their slots.
 
-    `teacher` None trains on the labels alone. Lanes must share their fuse key; None leaves a slot empty. A lane with
-    a snapshot in `resumed` goes on from there. What is sent back changes slots before the next epoch: a new lane
-    begins there at its epoch 1, None gives the slot up. Ends when no lane is left. `pulse` is called before
-    every step; what it raises ends the training.
+    `teacher` None trains on the labels alone. Lanes must share their fuse key; None leaves a slot
+    empty. A lane with a snapshot in `resumed` goes on from there. What is sent back changes slots
+    before the next epoch: a new lane begins there at its epoch 1, None gives the slot up. Ends when
+    no lane is left. `pulse` is called before every step; what it raises ends the training.
     """
     present = [lane for lane in lanes if lane]
     if len({lane.fuse_key for lane in present}) != 1:
@@ -146,16 +152,24 @@ def _check(lanes: Sequence[Lane], like: Split, how: Execution) -> None:
     network, plan = lanes[0].network, plan_for(lanes[0], like)
     check_network(network, like)
     if plan:
-        check_plan([fresh(lane, like) for lane in lanes], plan, how.lowering, like, network.architecture)
+        check_plan(
+            [fresh(lane, like) for lane in lanes], plan, how.lowering, like, network.architecture
+        )
 
 
-def draw(seed: int, epoch: int, samples: int, views: int) -> tuple[Int64[Tensor, " samples"], Int64[Tensor, " samples"]]:
+def draw(
+    seed: int, epoch: int, samples: int, views: int
+) -> tuple[Int64[Tensor, " samples"], Int64[Tensor, " samples"]]:
     """The order of the samples in an epoch, and the number of each one's view."""
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-    return torch.randperm(samples, generator=generator), torch.randint(views, (samples,), generator=generator)
+    return torch.randperm(samples, generator=generator), torch.randint(
+        views, (samples,), generator=generator
+    )
 
 
-def draw_erased(training: Training, epoch: int, samples: int, image_size: tuple[int, int]) -> Int64[Tensor, "samples 4"] | None:
+def draw_erased(
+    training: Training, epoch: int, samples: int, image_size: tuple[int, int]
+) -> Int64[Tensor, "samples 4"] | None:
     """What random erasing takes of each sample in an epoch; None without it."""
     if not training.random_erasing:
         return None
@@ -165,7 +179,9 @@ def draw_erased(training: Training, epoch: int, samples: int, image_size: tuple[
 
 @dataclass
 class _Slot:
-    """A lane in its slot: which epoch it is in, and its best so far. Without a lane its network idles along."""
+    """A lane in its slot: which epoch it is in, and its best so far. Without a lane its network
+    idles along.
+    """
 
     lane: Lane
     idle: bool = False
@@ -185,7 +201,8 @@ class _Lanes:
         how: Execution,
         dtype: torch.dtype,
     ) -> None:
-        anyone = next(lane for lane in lanes if lane)  # a network for an empty slot, that idles along
+        # a network for an empty slot, that idles along
+        anyone = next(lane for lane in lanes if lane)
         self.slots = [_Slot(lane or anyone, idle=lane is None) for lane in lanes]
         self.splits, self.teacher, self.how, self.dtype = splits, teacher, how, dtype
         self.pulse: Callable[[], object] = lambda: None
@@ -193,7 +210,9 @@ class _Lanes:
         if teacher and teacher.per == "epoch" and not how.shared:
             raise ValueError("teacher logits by epoch serve lanes that share their mini-batches")
         if teacher and teacher.per == "view" and anyone.training.random_erasing:
-            raise ValueError("what is erased differs from epoch to epoch: teacher logits must be by epoch")
+            raise ValueError(
+                "what is erased differs from epoch to epoch: teacher logits must be by epoch"
+            )
         logits = teacher.logits if teacher and teacher.per == "view" else None
         self.source = Source(splits.train, views.to(self.device), logits)
         self.pack = pack_of([slot.lane for slot in self.slots], self.source, how, dtype)
@@ -210,7 +229,9 @@ class _Lanes:
             if snapshot:
                 slot = self.slots[at]
                 self.pack.load(at, snapshot.tensors)
-                slot.epoch, slot.best, slot.idle = snapshot.epoch, snapshot.best, snapshot.epoch == self.epochs
+                slot.epoch = snapshot.epoch
+                slot.best = snapshot.best
+                slot.idle = snapshot.epoch == self.epochs
         together = len({slot.epoch for slot in self.slots if not slot.idle}) <= 1
         if not together and not whole_epochs(self.slots[0].lane.training, len(self.splits.train)):
             raise ValueError("with a last epoch cut short by max_steps, lanes are in one epoch")
@@ -242,7 +263,9 @@ class _Lanes:
             slot.epoch = min(slot.epoch + 1, self.epochs)  # an idle network repeats its last
         if self.teacher and self.teacher.per == "epoch":
             row = self.teacher.logits[self.slots[0].epoch - 1]
-            self.pack.source = replace(self.source, logits=row.expand(len(self.source.views), -1, -1))
+            self.pack.source = replace(
+                self.source, logits=row.expand(len(self.source.views), -1, -1)
+            )
         losses, rates, bad = self._steps(max(slot.epoch for slot in working))
         correct, val_losses = self._evaluate()
         seconds = time.perf_counter() - started
@@ -283,17 +306,24 @@ class _Lanes:
         )
 
     def _steps(self, latest: int) -> tuple[Float[Tensor, "3 lanes"], list[float], list[int | None]]:
-        """The epoch's optimiser steps: mean losses (total, distillation, student), last learning rates, first bad steps.
+        """The epoch's optimiser steps: mean losses (total, distillation, student), last learning
+        rates, first bad steps.
 
         `latest` of the epochs that lanes in training are in: the last one may be cut short.
         """
         training, samples = self.slots[0].lane.training, len(self.splits.train)
         size, total = min(training.batch_size, samples), steps_of(training, samples)
         first = [(slot.epoch - 1) * _steps_per_epoch(training, samples) for slot in self.slots]
-        count = min(_steps_per_epoch(training, samples), total - (latest - 1) * _steps_per_epoch(training, samples))
+        count = min(
+            _steps_per_epoch(training, samples),
+            total - (latest - 1) * _steps_per_epoch(training, samples),
+        )
         drawn = self._draw()
         rates = [
-            [learning_rate(slot.lane.training, start + step, total) for start, slot in zip(first, self.slots, strict=True)]
+            [
+                learning_rate(slot.lane.training, start + step, total)
+                for start, slot in zip(first, self.slots, strict=True)
+            ]
             for step in range(count)
         ]
         on_device = torch.tensor(rates, dtype=self.dtype, device=self.device)
@@ -303,19 +333,29 @@ class _Lanes:
             self.pulse()
             loss = self.pack.step(_batch(drawn, step * size, size), on_device[step], steps + step)
             torch.stack(loss, out=losses[step])  # on the device: no .item() in the loop
-        bad = [_first(column, at) for column, at in zip(~losses[:, 0].isfinite().T.cpu(), first, strict=True)]
+        bad = [
+            _first(column, at)
+            for column, at in zip(~losses[:, 0].isfinite().T.cpu(), first, strict=True)
+        ]
         return losses.double().mean(0), rates[-1], bad
 
     def _draw(self) -> Drawn:
-        """This epoch's order of the samples, and each one's view and erased part; once for all where lanes share them."""
+        """This epoch's order of the samples, and each one's view and erased part; once for all
+        where lanes share them.
+        """
         slots, train = self.slots[:1] if self.how.shared else self.slots, self.splits.train
         counts = len(train), len(self.source.views)
         each = [draw(slot.lane.training.seed, slot.epoch, *counts) for slot in slots]
         order, chosen = (torch.stack(parts).to(self.device) for parts in zip(*each, strict=True))
-        parts = [draw_erased(slot.lane.training, slot.epoch, len(train), train.image_size) for slot in slots]
+        parts = [
+            draw_erased(slot.lane.training, slot.epoch, len(train), train.image_size)
+            for slot in slots
+        ]
         erased = None if parts[0] is None else torch.stack(parts).to(self.device)  # type: ignore[arg-type]
         drawn = Drawn(order, chosen, erased)
-        return Drawn(*(None if part is None else part[0] for part in drawn)) if self.how.shared else drawn  # type: ignore[arg-type]
+        if not self.how.shared:
+            return drawn
+        return Drawn(*(None if part is None else part[0] for part in drawn))  # type: ignore[arg-type]
 
     def _evaluate(self) -> tuple[list[int], list[float]]:
         """Each lane's correct predictions and mean cross-entropy on validation."""
@@ -326,7 +366,9 @@ class _Lanes:
             labels = split.labels[samples].expand(len(self.slots), -1)
             logits = self.pack.logits(pixels(split, samples))
             correct += (logits.argmax(-1) == labels).sum(-1)
-            loss += F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(-1)
+            loss += (
+                F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(-1)
+            )
         return correct.tolist(), (loss / len(split)).tolist()
 
 
@@ -343,7 +385,8 @@ def whole_epochs(training: Training, samples: int) -> bool:
 def learning_rate(training: Training, step: int, steps: int) -> float:
     """The learning rate of step 0 ... steps - 1.
 
-    cosine: SGDR's annealing, arXiv:1608.03983 eq. 5, one period; one_cycle: arXiv:1708.07120 as in torch.
+    cosine: SGDR's annealing, arXiv:1608.03983 eq. 5, one period; one_cycle: arXiv:1708.07120 as in
+    torch.
     """
     peak, end = training.learning_rate, min(training.final_learning_rate, training.learning_rate)
     if training.schedule == "constant":
@@ -357,7 +400,9 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
 
 
 def _batch(drawn: Drawn, start: int, size: int) -> Drawn:
-    """So many samples of an epoch's order, from the place `start` on, with what is drawn for each of them."""
+    """So many samples of an epoch's order, from the place `start` on, with what is drawn for each
+    of them.
+    """
     samples = drawn.samples[..., start : start + size]
     erased = drawn.erased
     if erased is not None:

@@ -36,7 +36,13 @@ def page_text(chromium: str, url: str, profile: Path, until: str) -> str:
              f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", url],
             capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
-        text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.S)))
+        text = re.sub(
+            r"\s+",
+            " ",
+            re.sub(
+                r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.S)
+            ),
+        )
     return text
 
 
@@ -72,7 +78,12 @@ def test_a_study_can_be_browsed(kdexp_here, tiny_file, tmp_path, chromium) -> No
         assert "study tiny" in listed
         shown = page_text(chromium, study_page, tmp_path / "profile", "Selected: trial")
         assert "Selected: trial" in shown
-        run = page_text(chromium, study_page.rsplit("/", 1)[0] + f"/{selected}", tmp_path / "profile", "soft labels")
+        run = page_text(
+            chromium,
+            study_page.rsplit("/", 1)[0] + f"/{selected}",
+            tmp_path / "profile",
+            "soft labels",
+        )
         for text in (
             "Selected by study",
             "student",
@@ -85,7 +96,10 @@ def test_a_study_can_be_browsed(kdexp_here, tiny_file, tmp_path, chromium) -> No
             assert text in run
         busy = kdexp_here("ui", "--port", str(port))
         assert busy.returncode == 1
-        assert f"Port {port} of 127.0.0.1 is taken; choose another: kdexp ui --port {port + 1}" in busy.stderr
+        assert (
+            f"Port {port} of 127.0.0.1 is taken; choose another: kdexp ui --port {port + 1}"
+            in busy.stderr
+        )
     finally:
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=30)

@@ -1,6 +1,8 @@
-"""What people bring: a folder with a tiny sweep and real digits as image files, and kdexp run in it as they run it.
+"""What people bring: a folder with a tiny sweep and real digits as image files, and kdexp run in it
+as they run it.
 
-Each test makes its own inputs. Whatever a case prints, it prints no traceback, no "Unexpected" and no secret.
+Each test makes its own inputs. Whatever a case prints, it prints no traceback, no "Unexpected" and
+no secret.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from system.conftest import Kdexp, command, environment, kdexp_here, migrated  # noqa: F401 - fixtures
+
+# fixtures
+from system.conftest import Kdexp, command, environment, kdexp_here, migrated  # noqa: F401
 
 SECRETS = ("s3cr3t", "p@ss", "hunter2")
 """What the cases use as passwords and tokens."""
@@ -32,8 +36,8 @@ study: {trials: 3}
 selection: {accuracy_bar: 0.2}
 """
 OWN_DATA = (
-    "data: {dataset: image_folder, path: shots, image_size: 8, channels: 1, validation_fraction: 0.2, "
-    "augment: {flip: false, shift: 0}}"
+    "data: {dataset: image_folder, path: shots, image_size: 8, channels: 1, validation_fraction:"
+    " 0.2, augment: {flip: false, shift: 0}}"
 )
 
 
@@ -53,10 +57,14 @@ class Case:
 
     def own(self, name: str = "own.yaml", data: str = OWN_DATA) -> Path:
         """The tiny sweep on the image folder data/shots."""
-        text = re.sub("^data:.*$", data, re.sub("^name:.*$", "name: own", TINY, flags=re.M), flags=re.M)
+        text = re.sub(
+            "^data:.*$", data, re.sub("^name:.*$", "name: own", TINY, flags=re.M), flags=re.M
+        )
         return self.write(name, text)
 
-    def network(self, source: str, student: str, search: str = "student.options.width: {low: 4, high: 16}") -> None:
+    def network(
+        self, source: str, student: str, search: str = "student.options.width: {low: 4, high: 16}"
+    ) -> None:
         """A student of the user's own: nets.py, and tiny.yaml changed to search it."""
         self.write("nets.py", source)
         text = re.sub("^student:.*$", f"student: {student}", TINY, flags=re.M)
@@ -68,7 +76,9 @@ class Case:
         for label in (0, 1, 7):
             (root / f"digit {label}").mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(digits.images[digits.target == label][:count]):
-                picture = Image.fromarray((image * 255 / 16).round().astype(np.uint8)).resize((32, 32))
+                picture = Image.fromarray((image * 255 / 16).round().astype(np.uint8)).resize(
+                    (32, 32)
+                )
                 picture.save(root / f"digit {label}" / f"{number:03}.{suffix}")
         return root
 
@@ -84,7 +94,9 @@ class Case:
         wrapped: Sequence[str] = (),
         timeout: float = 300,
     ) -> subprocess.CompletedProcess:
-        """The real command in a process of its own: where the environment, the streams or the process are what is tried."""
+        """The real command in a process of its own: where the environment, the streams or the
+        process are what is tried.
+        """
         return self._saw(
             subprocess.run(
                 [*wrapped, *command(*arguments)],
@@ -105,7 +117,9 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path, kdexp_here: Kdexp, migrated: None) -> Case:  # noqa: F811 - the fixtures
-    """A user's folder with a migrated store; afterwards nothing of what was printed may look like a bug."""
+    """A user's folder with a migrated store; afterwards nothing of what was printed may look like a
+    bug.
+    """
     made = Case(tmp_path, kdexp_here)
     yield made
     for bad in ("Unexpected", "Traceback", *SECRETS):

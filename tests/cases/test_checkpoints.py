@@ -1,4 +1,6 @@
-"""Checkpoints as they lie around: whatever the script that saved them, the one dict of tensors that fits is found and named."""
+"""Checkpoints as they lie around: whatever the script that saved them, the one dict of tensors that
+fits is found and named.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from cases.conftest import Case, one_line
 from kdexp.config import load
-from kdexp.distill.data import load_splits
+from kdexp.distill.datasets import load_splits
 from kdexp.distill.models import build, weights_hash
 from kdexp.distill.weights import TeacherError, find_weights
 
@@ -27,7 +29,9 @@ State = dict[str, Tensor]
 
 def network(seed: int = 0, classes: int = 10) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, classes))
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, classes)
+    )
 
 
 def pre(prefix: str, state: State) -> State:
@@ -35,7 +39,10 @@ def pre(prefix: str, state: State) -> State:
 
 
 OTHER = {"0.weight": torch.ones(2, 1, 3, 3), "1.running_mean": torch.ones(2)}
-ADAM = {"state": {0: {"exp_avg": torch.zeros(2, 1, 3, 3), "step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+ADAM = {
+    "state": {0: {"exp_avg": torch.zeros(2, 1, 3, 3), "step": torch.tensor(3.0)}},
+    "param_groups": [{"lr": 0.1}],
+}
 
 
 class Attributes(dict):
@@ -118,16 +125,23 @@ def test_the_dict_that_fits_is_found_and_named(tmp_path: Path, name: str) -> Non
     module = network(1)
     found = find_weights(tmp_path / "t.pt", module)
     module.load_state_dict(found.state)
-    assert all(torch.allclose(tensor, state[n].to(tensor.dtype), atol=0.01) for n, tensor in module.state_dict().items())
+    assert all(
+        torch.allclose(tensor, state[n].to(tensor.dtype), atol=0.01)
+        for n, tensor in module.state_dict().items()
+    )
     if name not in ("half", "bf16"):
         assert weights_hash(module.state_dict()) == weights_hash(state)
     assert found.said.startswith(f"{tmp_path / 't.pt'}")
     assert says in found.said
 
 
-@pytest.mark.parametrize("name", ["t.bin", "t.pth.tar", "t.ckpt", "no-ending", "t.safetensors", "t.pt"])
+@pytest.mark.parametrize(
+    "name", ["t.bin", "t.pth.tar", "t.ckpt", "no-ending", "t.safetensors", "t.pt"]
+)
 @pytest.mark.parametrize("how", ["torch", "safetensors", "torch of old"])
-def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, name: str, how: str) -> None:
+def test_a_file_is_read_by_its_content_whatever_its_name(
+    tmp_path: Path, name: str, how: str
+) -> None:
     state, path = network().state_dict(), tmp_path / name
     if how == "safetensors":
         save_file(state, path)
@@ -137,21 +151,35 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, name: s
 
 
 def test_two_that_fit_and_differ_are_both_named(tmp_path: Path) -> None:
-    torch.save({"first": network(1).state_dict(), "second": network(2).state_dict()}, tmp_path / "t.pt")
-    with pytest.raises(TeacherError, match=r"several networks that fit and differ \(key 'first'; key 'second'\)"):
+    torch.save(
+        {"first": network(1).state_dict(), "second": network(2).state_dict()}, tmp_path / "t.pt"
+    )
+    with pytest.raises(
+        TeacherError, match=r"several networks that fit and differ \(key 'first'; key 'second'\)"
+    ):
         find_weights(tmp_path / "t.pt", network())
 
 
 def test_of_what_does_not_fit_every_shape_is_said(tmp_path: Path) -> None:
-    torch.save({"net": pre("module.", network(classes=100).state_dict()), "acc": 1.0}, tmp_path / "t.pt")
+    torch.save(
+        {"net": pre("module.", network(classes=100).state_dict()), "acc": 1.0}, tmp_path / "t.pt"
+    )
     with pytest.raises(TeacherError) as error:
         find_weights(tmp_path / "t.pt", network())
-    for part in ("key 'net', prefix 'module.'", "3.weight is (100, 72)", "needs (10, 72)", "3.bias is (100,)"):
+    for part in (
+        "key 'net', prefix 'module.'",
+        "3.weight is (100, 72)",
+        "needs (10, 72)",
+        "3.bias is (100,)",
+    ):
         assert part in str(error.value)
 
 
 def test_a_network_with_more_layers_is_another_one(tmp_path: Path) -> None:
-    torch.save({"state_dict": pre("model.", network().state_dict() | {"4.weight": torch.ones(3)})}, tmp_path / "t.pt")
+    torch.save(
+        {"state_dict": pre("model.", network().state_dict() | {"4.weight": torch.ones(3)})},
+        tmp_path / "t.pt",
+    )
     with pytest.raises(TeacherError, match="has 4.weight, which the network has not"):
         find_weights(tmp_path / "t.pt", network())
 
@@ -173,11 +201,15 @@ class Read:
 
 @pytest.mark.parametrize("kind", [Bomb, Popen, Read])
 @pytest.mark.parametrize("forced", ["0", "1"])
-def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch, kind: type, forced: str) -> None:
+def test_code_in_a_checkpoint_is_never_run(
+    tmp_path: Path, monkeypatch, kind: type, forced: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     for new in (True, False):
-        torch.save({"net": network().state_dict(), "x": kind()}, "t.pt", _use_new_zipfile_serialization=new)
+        torch.save(
+            {"net": network().state_dict(), "x": kind()}, "t.pt", _use_new_zipfile_serialization=new
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(TeacherError, match="never runs code"):
@@ -222,5 +254,7 @@ def test_the_key_that_was_taken_is_printed_and_what_does_not_fit_is_one_line(cas
     done = case.kd("teacher", "tiny.yaml", "--set", "teacher.weights=net.pth")
     assert done.returncode == 0, done.stderr
     assert "weights   net.pth; key 'net', prefix 'module.'" in done.stdout
-    wrong = case.kd("teacher", "tiny.yaml", "--set", "teacher.weights=net.pth", "--set", "teacher.hidden=17")
+    wrong = case.kd(
+        "teacher", "tiny.yaml", "--set", "teacher.weights=net.pth", "--set", "teacher.hidden=17"
+    )
     one_line(wrong, "net.pth", "key 'net'", "(16, ", "needs (17, ")

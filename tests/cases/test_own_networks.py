@@ -1,4 +1,6 @@
-"""Networks people bring: one that works alone works here; what cannot be trained is one line at the start, with their line."""
+"""Networks people bring: one that works alone works here; what cannot be trained is one line at the
+start, with their line.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from cases.conftest import Case, one_line
 from kdexp.config import Data, Distillation, Network, Recipe, Student, Teacher, Training
-from kdexp.distill.data import Split, Splits
+from kdexp.distill.datasets import Split, Splits
 from kdexp.distill.execution import choose
 from kdexp.distill.guard import check_network
 from kdexp.distill.models import ModelError, build, layout_of, measure, weights_hash
@@ -203,7 +205,9 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     for name in [
-        name for name in sys.modules if name in ("nets", "views", "helpers") or name.startswith(("kdexp_own", "pack"))
+        name
+        for name in sys.modules
+        if name in ("nets", "views", "helpers") or name.startswith(("kdexp_own", "pack"))
     ]:
         del sys.modules[name]
 
@@ -215,8 +219,14 @@ def student(name: str, place: str = "nets") -> Student:
 def trained(network: Network, digits: Splits) -> nn.Module:
     """A network after two steps of kdexp's training, with the weights that would be stored."""
     check_network(network, digits.train)
-    lane = Lane(network, Training(batch_size=64, epochs=1, max_steps=2, learning_rate=0.01), Distillation(alpha=0.0))
-    reports = train([lane], digits, Data(dataset="digits", channels=1), how=choose([lane], digits.train))
+    lane = Lane(
+        network,
+        Training(batch_size=64, epochs=1, max_steps=2, learning_rate=0.01),
+        Distillation(alpha=0.0),
+    )
+    reports = train(
+        [lane], digits, Data(dataset="digits", channels=1), how=choose([lane], digits.train)
+    )
     (report,) = next(iter(reports))
     module = build(network, digits.train)
     before = weights_hash(module.state_dict())
@@ -234,7 +244,9 @@ def test_a_network_that_works_alone_is_trained(nets: Path, digits: Splits, name:
     assert layout_of(trained(student(name), digits)) == torch.channels_last, "as it always was"
 
 
-def test_a_network_that_wants_images_in_the_plain_layout_gets_them(nets: Path, digits: Splits) -> None:
+def test_a_network_that_wants_images_in_the_plain_layout_gets_them(
+    nets: Path, digits: Splits
+) -> None:
     module = trained(student("small", "views"), digits)
     assert layout_of(module) == torch.contiguous_format
     alone = sys.modules["views"].Small(1, (8, 8), 10, 8)
@@ -262,7 +274,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_network_that_cannot_be_trained_is_one_line_before_any_training(nets: Path, digits: Splits, name: str) -> None:
+def test_a_network_that_cannot_be_trained_is_one_line_before_any_training(
+    nets: Path, digits: Splits, name: str
+) -> None:
     before = torch.get_rng_state()
     with pytest.raises(ModelError) as error:
         check_network(student(name), digits.train)
@@ -272,11 +286,24 @@ def test_a_network_that_cannot_be_trained_is_one_line_before_any_training(nets: 
 
 
 def test_googlenet_is_trained_without_its_auxiliary_outputs(digits: Splits) -> None:
-    like = Split(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), digits.train.labels[:2], digits.train.classes, 3, 0.5, 0.5)
+    like = Split(
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+        digits.train.labels[:2],
+        digits.train.classes,
+        3,
+        0.5,
+        0.5,
+    )
     check_network(Student(architecture="googlenet"), like)
-    assert not [name for name in build(Student(architecture="googlenet"), like).state_dict() if name.startswith("aux")]
+    assert not [
+        name
+        for name in build(Student(architecture="googlenet"), like).state_dict()
+        if name.startswith("aux")
+    ]
     given = build(Teacher(architecture="googlenet", weights="x.pt"), like)
-    assert [name for name in given.state_dict() if name.startswith("aux")], "a checkpoint may hold them"
+    assert [name for name in given.state_dict() if name.startswith("aux")], (
+        "a checkpoint may hold them"
+    )
 
 
 def test_inception_is_refused_for_images_that_are_too_small_for_it(digits: Splits) -> None:
@@ -329,7 +356,9 @@ def test_the_users_file_is_found_and_goes_before_pythons_module_of_that_name(
     (nets / file).parent.mkdir(parents=True, exist_ok=True)
     (nets / file).write_text(MLP)
     network = Student(architecture=f"{place.format(folder=nets)}:mlp", options={"width": 8})
-    assert measure(build(network, digits.train), digits.train).parameters == 64 * 8 + 8 + 8 * 10 + 10
+    assert (
+        measure(build(network, digits.train), digits.train).parameters == 64 * 8 + 8 + 8 * 10 + 10
+    )
     assert "student source" in record("cpu", Recipe(student=network), 1)
     assert hasattr(code, "InteractiveConsole"), "Python's own stays whole"
     assert sys.modules["token"] is token
@@ -346,13 +375,24 @@ def test_a_file_elsewhere_may_import_what_lies_beside_it(nets: Path, digits: Spl
 def test_a_library_s_module_is_imported_as_before(nets: Path, digits: Splits) -> None:
     with pytest.raises(ModelError, match="gives"):
         build(Student(architecture="torch.nn:Identity"), digits.train)
-    with pytest.raises(ModelError, match="cannot import 'no_such_place:mlp'.* looked for in the working folder and the sweep"):
+    with pytest.raises(
+        ModelError,
+        match="cannot import 'no_such_place:mlp'.* looked for in the working folder and the sweep",
+    ):
         build(Student(architecture="no_such_place:mlp"), digits.train)
 
 
-def test_a_view_of_its_own_goes_through_a_whole_study_from_another_folder(case: Case, tmp_path: Path) -> None:
-    """Two workers, the sweep file and its networks in a folder of their own, the file called code.py."""
-    case.network(VIEW, '{architecture: "code:small", options: {width: 8}}', "student.options.width: {low: 4, high: 16}")
+def test_a_view_of_its_own_goes_through_a_whole_study_from_another_folder(
+    case: Case, tmp_path: Path
+) -> None:
+    """Two workers, the sweep file and its networks in a folder of their own, the file called
+    code.py.
+    """
+    case.network(
+        VIEW,
+        '{architecture: "code:small", options: {width: 8}}',
+        "student.options.width: {low: 4, high: 16}",
+    )
     (tmp_path / "there").mkdir()
     for old, new in (("tiny.yaml", "there/tiny.yaml"), ("nets.py", "there/code.py")):
         (tmp_path / old).rename(tmp_path / new)
@@ -362,19 +402,33 @@ def test_a_view_of_its_own_goes_through_a_whole_study_from_another_folder(case: 
     assert "not registered" not in done.stdout
 
 
-def test_a_network_that_fails_in_training_is_said_before_the_teacher_is_trained(case: Case, tmp_path: Path) -> None:
+def test_a_network_that_fails_in_training_is_said_before_the_teacher_is_trained(
+    case: Case, tmp_path: Path
+) -> None:
     case.network(NETS, '{architecture: "nets:Raises", options: {width: 8}}')
-    line = one_line(case.kd("sweep", "tiny.yaml"), "nets:Raises: fails in training: it does not like training (nets.py, line")
+    line = one_line(
+        case.kd("sweep", "tiny.yaml"),
+        "nets:Raises: fails in training: it does not like training (nets.py, line",
+    )
     assert "correct it and start again" in line
     assert not list((tmp_path / "mlruns").glob("teachers/*/weights.safetensors"))
 
 
-def test_a_failure_that_all_trials_share_ends_the_study_at_its_first_and_costs_no_retry(case: Case, tmp_path: Path) -> None:
-    breaks = VIEW.replace("        x = F", "        assert not self.training or len(x) != 64, 'no batch of 64'\n        x = F")
+def test_a_failure_that_all_trials_share_ends_the_study_at_its_first_and_costs_no_retry(
+    case: Case, tmp_path: Path
+) -> None:
+    breaks = VIEW.replace(
+        "        x = F",
+        "        assert not self.training or len(x) != 64, 'no batch of 64'\n        x = F",
+    )
     case.network(breaks, '{architecture: "nets:small", options: {width: 8}}')
     for _ in range(2):
         done = case.kd("sweep", "tiny.yaml")
-        one_line(done, "Every trial would fail as this one: AssertionError: no batch of 64 (nets.py, line 13:", "same command")
+        one_line(
+            done,
+            "Every trial would fail as this one: AssertionError: no batch of 64 (nets.py, line 13:",
+            "same command",
+        )
         assert "failed:" not in done.stdout
     (tmp_path / "nets.py").write_text(VIEW)
     again = case.alone("sweep", "tiny.yaml")  # a process that has not read the file yet

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cases.conftest import Case, one_line
-from kdexp.distill.data import load_splits
-from kdexp.records import recipe_of
+from kdexp.distill.datasets import load_splits
+from kdexp.runs.records import recipe_of
+from kdexp.runs.tracking import Tracking
+from kdexp.select.verify import verify
 from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
-from kdexp.tracking import Tracking
-from kdexp.verify import verify
 
 NETS = """
 from torch import nn
@@ -46,11 +46,20 @@ def test_reproduce_says_what_identical_covers_and_which_number_was_changed(case:
     assert same.returncode == 0, same.stderr
     assert "identical: 6 metric values and the SHA-256 of the weights (" in same.stdout
     assert re.search(
-        r"as are +\d+ final metrics, \d+ params, 2 data sets, .*model_summary\.txt, weights\.safetensors", same.stdout
+        r"as are +\d+ final metrics, \d+ params, 2 data sets, .*model_summary\.txt,"
+        r" weights\.safetensors",
+        same.stdout,
     )
     assert "not recorded" not in same.stdout
-    changed(case, "update latest_metrics set value = 0.99 where run_uuid = ? and key = 'val_accuracy'", run)
-    says = "(val_accuracy of 287 images, val_accuracy_low (of val_accuracy), val_accuracy_high (of val_accuracy) and "
+    changed(
+        case,
+        "update latest_metrics set value = 0.99 where run_uuid = ? and key = 'val_accuracy'",
+        run,
+    )
+    says = (
+        "(val_accuracy of 287 images, val_accuracy_low (of val_accuracy), val_accuracy_high (of"
+        " val_accuracy) and "
+    )
     line = one_line(case.kd("reproduce", run), f"Run {run} is not reproduced", says)
     assert "the record was changed after the run" in line
 
@@ -65,10 +74,14 @@ def test_without_its_sha_nothing_is_claimed_of_the_weights(case: Case) -> None:
 
 @pytest.fixture
 def forgotten() -> object:
-    """Modules of the user's own are imported anew by the next command, as in a process of its own."""
+    """Modules of the user's own are imported anew by the next command, as in a process of its
+    own.
+    """
 
     def forget() -> None:
-        for name in [name for name in sys.modules if name in ("nets", "widths") or "kdexp_own" in name]:
+        for name in [
+            name for name in sys.modules if name in ("nets", "widths") or "kdexp_own" in name
+        ]:
             del sys.modules[name]
 
     forget()
@@ -88,7 +101,9 @@ def test_a_module_that_ones_own_network_imports_is_on_record(case: Case, forgott
     assert re.search(r"student imports widths +[0-9a-f]{16} +[0-9a-f]{16}", done.stdout)
 
 
-def test_what_is_asked_of_a_run_whose_own_network_was_edited_since_says_so(case: Case, forgotten, caplog) -> None:
+def test_what_is_asked_of_a_run_whose_own_network_was_edited_since_says_so(
+    case: Case, forgotten, caplog
+) -> None:
     case.write("widths.py", WIDTHS)
     case.network(NETS, '{architecture: "nets:mlp", options: {width: 8}}')
     run = run_id(case.kd("train", "tiny.yaml", "--set", "training.epochs=1").stdout)
@@ -97,4 +112,6 @@ def test_what_is_asked_of_a_run_whose_own_network_was_edited_since_says_so(case:
     record = tracking.read(run)
     recipe = recipe_of(record, tracking)
     verify(record, recipe, AS_TRAINED, load_splits(recipe.data), tracking, torch.device("cpu"))
-    assert f"run {run}: not what it was trained with any more: student imports widths" in caplog.text
+    assert (
+        f"run {run}: not what it was trained with any more: student imports widths" in caplog.text
+    )

@@ -21,11 +21,11 @@ from faults.servers import free_port
 from system.conftest import command, environment
 
 from cases.conftest import TINY, Case, one_line
-from kdexp import tracking
 from kdexp.config import load
-from kdexp.embedded import shown
+from kdexp.runs import tracking
+from kdexp.runs.embedded import shown
+from kdexp.runs.tracking import Tracking
 from kdexp.settings import Settings, checked
-from kdexp.tracking import Tracking
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     shutil.copy(empty_store, folder / "mlruns" / "mlflow.db")
     (folder / "tiny.yaml").write_text(TINY)
     done = subprocess.run(
-        command("sweep", "tiny.yaml"), cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        command("sweep", "tiny.yaml"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -54,8 +60,15 @@ def project(case: Case, swept: Path) -> Case:
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file by its SHA-256 (but the logs that SQLite keeps beside an open database)."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm", ".lock")))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(("-wal", "-shm", ".lock"))
+    )
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def sql(database: Path, statement: str, *values: object) -> list[tuple]:
@@ -68,8 +81,14 @@ def mlflow_db(case: Case) -> Path:
 
 
 def addresses(case: Case) -> list[str]:
-    found = sql(mlflow_db(case), "select artifact_uri from runs union select artifact_location from experiments")
-    found += sql(mlflow_db(case), "select storage_location from model_versions union select source from model_versions")
+    found = sql(
+        mlflow_db(case),
+        "select artifact_uri from runs union select artifact_location from experiments",
+    )
+    found += sql(
+        mlflow_db(case),
+        "select storage_location from model_versions union select source from model_versions",
+    )
     return [address for (address,) in found if address]
 
 
@@ -92,12 +111,17 @@ def client(case: Case):
 def test_a_copy_works_and_never_touches_the_original(project: Case, swept: Path) -> None:
     run = selected(project)
     assert "identical" in project.kd("reproduce", run).stdout
-    assert project.kd("sweep", "tiny.yaml", "--trials", "4", "--set", "study.seed=8787").returncode == 0
+    assert (
+        project.kd("sweep", "tiny.yaml", "--trials", "4", "--set", "study.seed=8787").returncode
+        == 0
+    )
     inside = (project.folder / "mlruns").as_uri()
     assert all(address.startswith(inside) for address in addresses(project))
 
 
-def test_a_moved_store_works_from_any_folder_when_the_original_is_gone(project: Case, tmp_path: Path) -> None:
+def test_a_moved_store_works_from_any_folder_when_the_original_is_gone(
+    project: Case, tmp_path: Path
+) -> None:
     run = selected(project)
     for name in ("a b#c", "why? 50%25 'Ä'"):
         elsewhere = tmp_path / name
@@ -111,13 +135,20 @@ def test_a_moved_store_works_from_any_folder_when_the_original_is_gone(project: 
     (call,) = re.findall(r"(mlflow.set_tracking_uri\(.*\))   in Python", done.stdout)
     code = f"import mlflow\n{call}\nprint('loaded')"
     loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd="/",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert loaded.stdout.endswith("loaded\n"), loaded.stderr
     assert not list(tmp_path.glob("*.db"))
 
 
-def test_while_a_ui_shows_the_store_its_addresses_stay_and_kdexp_needs_none_of_them(project: Case) -> None:
+def test_while_a_ui_shows_the_store_its_addresses_stay_and_kdexp_needs_none_of_them(
+    project: Case,
+) -> None:
     before = addresses(project)
     with shown(project.folder / "mlruns"):
         run = selected(project)
@@ -129,23 +160,37 @@ def test_while_a_ui_shows_the_store_its_addresses_stay_and_kdexp_needs_none_of_t
 
 
 def test_an_older_layout_of_the_experiment_default_is_found_below_the_store(case: Case) -> None:
-    sql(mlflow_db(case), "update experiments set artifact_location = '/gone/mlruns/0' where experiment_id = 0")
-    done = case.kd("train", "tiny.yaml", "--set", "name=Default", "--stores", str(case.folder / "mlruns"))
+    sql(
+        mlflow_db(case),
+        "update experiments set artifact_location = '/gone/mlruns/0' where experiment_id = 0",
+    )
+    done = case.kd(
+        "train", "tiny.yaml", "--set", "name=Default", "--stores", str(case.folder / "mlruns")
+    )
     assert done.returncode == 0, done.stderr
     run = re.findall(r"Run ID: +([0-9a-f]{32})", done.stdout)[0]
-    assert (case.folder / "mlruns" / "artifacts" / "0" / run / "artifacts" / "config.json").is_file()
+    assert (
+        case.folder / "mlruns" / "artifacts" / "0" / run / "artifacts" / "config.json"
+    ).is_file()
     shutil.move(case.folder / "mlruns" / "artifacts" / "0", case.folder / "mlruns" / "0")
-    sql(mlflow_db(case), f"update runs set artifact_uri = '/gone/mlruns/0/{run}/artifacts' where run_uuid = '{run}'")
+    sql(
+        mlflow_db(case),
+        f"update runs set artifact_uri = '/gone/mlruns/0/{run}/artifacts' where run_uuid = '{run}'",
+    )
     assert "identical" in case.kd("reproduce", run).stdout
 
 
-def test_with_stores_elsewhere_nothing_is_made_where_the_command_runs(case: Case, tmp_path: Path) -> None:
+def test_with_stores_elsewhere_nothing_is_made_where_the_command_runs(
+    case: Case, tmp_path: Path
+) -> None:
     here = case.folder / "here"
     here.mkdir()
     shutil.copy(case.folder / "tiny.yaml", here)
     os.chdir(here)
     for name in ("Default", "tiny"):
-        done = case.kd("train", "tiny.yaml", "--set", f"name={name}", "--stores", str(case.folder / "mlruns"))
+        done = case.kd(
+            "train", "tiny.yaml", "--set", f"name={name}", "--stores", str(case.folder / "mlruns")
+        )
         assert done.returncode == 0, done.stderr
     assert [path.name for path in here.iterdir()] == ["tiny.yaml"]
 
@@ -156,11 +201,22 @@ def test_with_stores_elsewhere_nothing_is_made_where_the_command_runs(case: Case
 def test_a_deleted_study_run_is_named_and_how_to_restore_it(project: Case) -> None:
     of = client(project)
     experiment = of.get_experiment_by_name("tiny").experiment_id
-    runs = [run.info.run_id for run in of.search_runs([experiment]) if run.data.tags["kdexp.kind"] in ("study", "trial")]
+    runs = [
+        run.info.run_id
+        for run in of.search_runs([experiment])
+        if run.data.tags["kdexp.kind"] in ("study", "trial")
+    ]
     for run in runs:
         of.delete_run(run)
-    for arguments in (["select", "tiny"], ["sweep", "tiny.yaml"], ["sweep", "tiny.yaml", "--trials", "5"], ["confirm", "tiny"]):
-        line = one_line(project.kd(*arguments), "deleted", "mlflow runs restore --run-id", "--set name=tiny-2")
+    for arguments in (
+        ["select", "tiny"],
+        ["sweep", "tiny.yaml"],
+        ["sweep", "tiny.yaml", "--trials", "5"],
+        ["confirm", "tiny"],
+    ):
+        line = one_line(
+            project.kd(*arguments), "deleted", "mlflow runs restore --run-id", "--set name=tiny-2"
+        )
         assert line.count("MLFLOW_TRACKING_URI=sqlite:////") == 1
     for run in runs:
         of.restore_run(run)
@@ -194,7 +250,9 @@ def test_a_renamed_experiment_keeps_its_study_together(project: Case) -> None:
 
 def test_a_trial_whose_run_is_deleted_while_it_is_under_way_begins_again(project: Case) -> None:
     storage = project.folder / "mlruns" / "optuna.db"
-    found = sql(storage, "select trial_id, value_json from trial_user_attributes where key = 'run_id'")
+    found = sql(
+        storage, "select trial_id, value_json from trial_user_attributes where key = 'run_id'"
+    )
     trial, run = found[0]
     client(project).delete_run(run.strip('"'))
     sql(storage, "update trials set state = 'RUNNING' where trial_id = ?", trial)
@@ -213,13 +271,20 @@ def test_a_study_without_an_ended_trial_goes_on_where_its_run_is_gone(case: Case
     assert "Selected: trial" in done.stdout
 
 
-def test_a_tracking_store_that_does_not_hold_the_study_is_named(project: Case, tmp_path: Path) -> None:
+def test_a_tracking_store_that_does_not_hold_the_study_is_named(
+    project: Case, tmp_path: Path
+) -> None:
     other = f"sqlite:///{tmp_path / 'other.db'}"
     shutil.copy(mlflow_db(project), tmp_path / "aside.db")
     sql(tmp_path / "aside.db", "delete from tags")
     sql(tmp_path / "aside.db", "delete from runs")
     shutil.copy(tmp_path / "aside.db", tmp_path / "other.db")
-    one_line(project.kd("sweep", "tiny.yaml", "--tracking-uri", other), "3 trials", "other.db", "--set name=tiny-2")
+    one_line(
+        project.kd("sweep", "tiny.yaml", "--tracking-uri", other),
+        "3 trials",
+        "other.db",
+        "--set name=tiny-2",
+    )
     mlflow_db(project).unlink()
     one_line(project.kd("select", "tiny"), "mlruns/mlflow.db is not there", "--stores")
 
@@ -227,14 +292,25 @@ def test_a_tracking_store_that_does_not_hold_the_study_is_named(project: Case, t
 def test_a_lost_optuna_database_is_named_before_anything_is_trained(project: Case) -> None:
     (project.folder / "mlruns" / "optuna.db").unlink()
     for _ in range(2):
-        one_line(project.kd("sweep", "tiny.yaml"), "3 trials", "optuna.db", "--storage", "--set name=tiny-2")
+        one_line(
+            project.kd("sweep", "tiny.yaml"),
+            "3 trials",
+            "optuna.db",
+            "--storage",
+            "--set name=tiny-2",
+        )
     assert selected(project)
 
 
 def test_lost_artifacts_are_named(project: Case) -> None:
     shutil.rmtree(project.folder / "mlruns" / "artifacts")
     for arguments in (["select", "tiny"], ["sweep", "tiny.yaml"]):
-        one_line(project.kd(*arguments), "holds no artifact", str(project.folder / "mlruns"), "--set name=")
+        one_line(
+            project.kd(*arguments),
+            "holds no artifact",
+            str(project.folder / "mlruns"),
+            "--set name=",
+        )
 
 
 def test_a_deleted_model_or_version_is_made_anew(project: Case) -> None:
@@ -244,7 +320,8 @@ def test_a_deleted_model_or_version_is_made_anew(project: Case) -> None:
     of.delete_model_version("tiny", of.get_model_version_by_alias("tiny", "smallest").version)
     assert selected(project) == of.get_model_version_by_alias("tiny", "smallest").run_id
     version = of.get_model_version_by_alias("tiny", "smallest").version
-    sql(mlflow_db(project), "update model_versions set run_id = ?", "0" * 32)  # made anew by somebody, of another run
+    # made anew by somebody, of another run
+    sql(mlflow_db(project), "update model_versions set run_id = ?", "0" * 32)
     assert selected(project)
     assert of.get_model_version_by_alias("tiny", "smallest").version != version
 
@@ -252,13 +329,25 @@ def test_a_deleted_model_or_version_is_made_anew(project: Case) -> None:
 def test_reading_commands_make_nothing(case: Case) -> None:
     shutil.rmtree(case.folder / "mlruns")
     run = "0" * 32
-    for arguments in (["select", "x"], ["confirm", "x"], ["reproduce", run], ["export", run], ["ui"]):
+    for arguments in (
+        ["select", "x"],
+        ["confirm", "x"],
+        ["reproduce", run],
+        ["export", run],
+        ["ui"],
+    ):
         one_line(case.kd(*arguments), "mlruns/mlflow.db is not there", str(case.folder), "--stores")
-        one_line(case.kd(*arguments, "--tracking-uri", "sqlite:///x.db"), "x.db is not there", "--tracking-uri")
+        one_line(
+            case.kd(*arguments, "--tracking-uri", "sqlite:///x.db"),
+            "x.db is not there",
+            "--tracking-uri",
+        )
     assert [path.name for path in case.folder.iterdir()] == ["tiny.yaml"]
 
 
-def test_a_full_disk_while_registering_is_not_called_torch_exports(project: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_registering_is_not_called_torch_exports(
+    project: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     import mlflow.pytorch
@@ -282,17 +371,25 @@ def test_a_full_disk_while_registering_is_not_called_torch_exports(project: Case
 
 
 @pytest.mark.parametrize("revision", ["acf3f17fdcc7", "ffffffffffff"])
-def test_a_database_of_another_mlflow_says_of_which_and_what_to_do(project: Case, revision: str) -> None:
+def test_a_database_of_another_mlflow_says_of_which_and_what_to_do(
+    project: Case, revision: str
+) -> None:
     before = sql(mlflow_db(project), "select name from sqlite_master")
     sql(mlflow_db(project), "update alembic_version set version_num = ?", revision)
     older = revision != "ffffffffffff"
-    says = ["older MLflow", "October 2023", "kdexp doctor --upgrade"] if older else ["newer MLflow", "install", "pip install"]
+    says = (
+        ["older MLflow", "October 2023", "kdexp doctor --upgrade"]
+        if older
+        else ["newer MLflow", "install", "pip install"]
+    )
     for arguments in (["select", "tiny"], ["sweep", "tiny.yaml"], ["train", "tiny.yaml"], ["ui"]):
         one_line(project.kd(*arguments), revision, *says)
     done = project.kd("doctor")
     assert done.returncode == 1
     assert says[0] in done.stdout
-    assert sql(mlflow_db(project), "select name from sqlite_master") == before, "nothing was changed"
+    assert sql(mlflow_db(project), "select name from sqlite_master") == before, (
+        "nothing was changed"
+    )
     if older:  # its tables are the new ones, so MLflow's own scripts fail: all is as it was
         failed = project.kd("doctor", "--upgrade")
         assert failed.returncode == 1
@@ -310,10 +407,16 @@ def test_the_newest_run_says_which_version_a_newer_database_needs(project: Case)
 
 
 @pytest.mark.parametrize("revision", ["v2.4.0.a", "v9.0.0.a"])
-def test_a_database_of_another_optuna_says_of_which_and_what_to_do(project: Case, revision: str) -> None:
+def test_a_database_of_another_optuna_says_of_which_and_what_to_do(
+    project: Case, revision: str
+) -> None:
     storage = project.folder / "mlruns" / "optuna.db"
     sql(storage, "update alembic_version set version_num = ?", revision)
-    says = ["older Optuna", "2.4.0", "kdexp doctor --upgrade"] if "v2" in revision else ["newer Optuna", "install"]
+    says = (
+        ["older Optuna", "2.4.0", "kdexp doctor --upgrade"]
+        if "v2" in revision
+        else ["newer Optuna", "install"]
+    )
     one_line(project.kd("sweep", "tiny.yaml", "--trials", "4"), revision, *says)
     assert says[0] in project.kd("doctor").stdout
 
@@ -335,9 +438,10 @@ def test_doctor_takes_a_database_of_an_older_mlflow_along_and_keeps_a_copy(case:
     one_line(case.kd("train", "tiny.yaml"), "older MLflow", "kdexp doctor --upgrade")
     done = case.kd("doctor", "--upgrade")
     assert done.returncode == 0, done.stdout
-    assert sql(case.folder / "mlruns" / "mlflow.db.before-acf3f17fdcc7", "select version_num from alembic_version") == [
-        ("acf3f17fdcc7",)
-    ]
+    assert sql(
+        case.folder / "mlruns" / "mlflow.db.before-acf3f17fdcc7",
+        "select version_num from alembic_version",
+    ) == [("acf3f17fdcc7",)]
     assert case.kd("doctor").returncode == 0
     assert case.kd("train", "tiny.yaml").returncode == 0
 
@@ -359,15 +463,27 @@ def test_a_study_is_found_among_a_thousand_newer_experiments(project: Case) -> N
         columns = [row[1] for row in database.execute("pragma table_info(experiments)")]
         (row,) = database.execute("select * from experiments where name = 'tiny'").fetchall()
         for number in range(2500):
-            new = dict(zip(columns, row, strict=True)) | {"experiment_id": 10**6 + number, "name": f"customer {number}"}
-            new["last_update_time"] = new["creation_time"] = row[columns.index("creation_time")] + 1000 + number
-            database.execute(f"insert into experiments values ({','.join('?' * len(new))})", list(new.values()))
+            new = dict(zip(columns, row, strict=True)) | {
+                "experiment_id": 10**6 + number,
+                "name": f"customer {number}",
+            }
+            new["last_update_time"] = new["creation_time"] = (
+                row[columns.index("creation_time")] + 1000 + number
+            )
+            database.execute(
+                f"insert into experiments values ({','.join('?' * len(new))})", list(new.values())
+            )
     run = selected(project)
     done = project.kd("sweep", "tiny.yaml")
     assert done.returncode == 0, done.stderr
-    assert "trial 0" not in done.stdout.split("trial  parameters")[0], "finished trials are not trained again"
+    assert "trial 0" not in done.stdout.split("trial  parameters")[0], (
+        "finished trials are not trained again"
+    )
     assert "identical" in project.kd("reproduce", run).stdout
-    runs = sql(mlflow_db(project), "select count(*) from tags where key = 'kdexp.kind' and value = 'teacher'")
+    runs = sql(
+        mlflow_db(project),
+        "select count(*) from tags where key = 'kdexp.kind' and value = 'teacher'",
+    )
     assert runs == [(1,)]
 
 
@@ -405,10 +521,15 @@ def web() -> Iterator[int]:
         ("mysql://me:hunter2@127.0.0.1:{closed}/x", ["mysql+pymysql://"]),
         ("sqlite:///nowhere/mlflow.db", ["nowhere is not there"]),
         ("http://me:p@ss@127.0.0.1:{closed}", ["No MLflow server answers"]),
-        ("http://127.0.0.1:{closed}/?access_token=s3cr3t&key=hunter2", ["No MLflow server answers"]),
+        (
+            "http://127.0.0.1:{closed}/?access_token=s3cr3t&key=hunter2",
+            ["No MLflow server answers"],
+        ),
     ],
 )
-def test_a_tracking_uri_that_cannot_be_meant_is_one_line(case: Case, web: int, uri: str, says: list[str]) -> None:
+def test_a_tracking_uri_that_cannot_be_meant_is_one_line(
+    case: Case, web: int, uri: str, says: list[str]
+) -> None:
     fill = {"port": web, "closed": free_port(), "folder": case.folder}
     done = case.kd("train", "tiny.yaml", "--tracking-uri", uri.format(**fill))
     one_line(done, *(word.format(**fill) for word in says))
@@ -441,22 +562,37 @@ def test_a_storage_that_cannot_be_meant_is_one_line(case: Case, url: str, says: 
         ("sqlite:///{folder}/all.db", "sqlite:///{folder}/all.db"),
         ("sqlite:///all.db", "sqlite:///{folder}/./all.db?timeout=5"),
         ("sqlite:///link/all.db", "sqlite:///{folder}/all.db"),
-        ("postgres://me:s3cr3t@127.0.0.1/x", "postgresql+psycopg://you:hunter2@localhost:5432/x?sslmode=disable"),
+        (
+            "postgres://me:s3cr3t@127.0.0.1/x",
+            "postgresql+psycopg://you:hunter2@localhost:5432/x?sslmode=disable",
+        ),
     ],
 )
-def test_one_database_for_both_is_refused_before_anything_is_written(case: Case, storage: str, tracking: str) -> None:
+def test_one_database_for_both_is_refused_before_anything_is_written(
+    case: Case, storage: str, tracking: str
+) -> None:
     (case.folder / "link").symlink_to(case.folder)
     before = contents(case.folder)
-    uris = ["--storage", storage.format(folder=case.folder), "--tracking-uri", tracking.format(folder=case.folder)]
+    uris = [
+        "--storage",
+        storage.format(folder=case.folder),
+        "--tracking-uri",
+        tracking.format(folder=case.folder),
+    ]
     one_line(case.kd("sweep", "tiny.yaml", *uris), "one database", "of its own")
     assert contents(case.folder) == before
 
 
 def test_a_foreign_database_is_named(case: Case, swept: Path) -> None:
     shutil.copy(swept / "mlruns" / "optuna.db", case.folder / "search.db")
-    one_line(case.kd("train", "tiny.yaml", "--tracking-uri", "sqlite:///search.db"), "is not MLflow's database")
+    one_line(
+        case.kd("train", "tiny.yaml", "--tracking-uri", "sqlite:///search.db"),
+        "is not MLflow's database",
+    )
     shutil.copy(swept / "mlruns" / "mlflow.db", case.folder / "runs.db")
-    one_line(case.kd("sweep", "tiny.yaml", "--storage", "sqlite:///runs.db"), "is not Optuna's database")
+    one_line(
+        case.kd("sweep", "tiny.yaml", "--storage", "sqlite:///runs.db"), "is not Optuna's database"
+    )
     case.write("text.db", "no database at all, but long enough to have a header of its own")
     one_line(case.kd("train", "tiny.yaml", "--tracking-uri", "sqlite:///text.db"), "not a database")
 
@@ -485,14 +621,22 @@ class Mlflow(BaseHTTPRequestHandler):
     ("login", "variables", "header"),
     [
         ("me:p@s/s?x#%&=' \"é@", {}, "Basic bWU6cEBzL3M/eCMlJj0nICLp"),
-        ("", {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "pass"}, "Basic bWU6cGFzcw=="),
+        (
+            "",
+            {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "pass"},
+            "Basic bWU6cGFzcw==",
+        ),
         ("", {"MLFLOW_TRACKING_TOKEN": "abcdef"}, "Bearer abcdef"),
     ],
 )
-def test_who_we_are_reaches_the_server_that_was_named(tmp_path: Path, monkeypatch, login, variables, header) -> None:
+def test_who_we_are_reaches_the_server_that_was_named(
+    tmp_path: Path, monkeypatch, login, variables, header
+) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Mlflow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in (variables | {"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}).items():
+    for name, value in (
+        variables | {"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
+    ).items():
         monkeypatch.setenv(name, value)
     Mlflow.seen.clear()
     monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.0)
@@ -522,7 +666,20 @@ def test_a_name_that_the_stores_allow_works_from_file_to_model(case: Case, name:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny (1)", "tiny copy", "tiny~", "(x)", "tiny.v2", "#1", "_x", "a&b=c", "Ärger", "№ 1", "🍐1"]
+    "name",
+    [
+        "tiny (1)",
+        "tiny copy",
+        "tiny~",
+        "(x)",
+        "tiny.v2",
+        "#1",
+        "_x",
+        "a&b=c",
+        "Ärger",
+        "№ 1",
+        "🍐1",
+    ],
 )
 def test_a_file_name_that_is_a_good_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.yaml").write_text(re.sub("^name:.*\n", "", TINY))
@@ -530,7 +687,21 @@ def test_a_file_name_that_is_a_good_name_is_taken_as_it_is(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "a:b", "it's", 'say "x"', "why?", ".yaml", "-x", "...", "a`b", "a\\\\b", "x" * 101, "a\tb"]
+    "name",
+    [
+        "a/b",
+        "a:b",
+        "it's",
+        'say "x"',
+        "why?",
+        ".yaml",
+        "-x",
+        "...",
+        "a`b",
+        "a\\\\b",
+        "x" * 101,
+        "a\tb",
+    ],
 )
 def test_a_name_that_the_stores_do_not_allow_is_refused_in_words(case: Case, name: str) -> None:
     case.write("tiny.yaml", TINY.replace("name: tiny", f"name: {json.dumps(name)}"))
@@ -548,13 +719,17 @@ def test_a_name_is_the_same_however_its_letters_are_composed(case: Case) -> None
         assert case.kd("select", typed).returncode == 0
     # as an earlier version recorded it
     sql(mlflow_db(case), "update tags set value = ? where key = 'kdexp.study'", "cafe\u0301")
-    sql(mlflow_db(case), "update experiments set name = ? where name = ?", "cafe\u0301", "caf\u00e9")
+    sql(
+        mlflow_db(case), "update experiments set name = ? where name = ?", "cafe\u0301", "caf\u00e9"
+    )
     sql(case.folder / "mlruns" / "optuna.db", "update studies set study_name = ?", "cafe\u0301")
     assert case.kd("select", "caf\u00e9").returncode == 0
     done = case.kd("sweep", "cafe\u0301.yaml", "--trials", "3")
     assert done.returncode == 0, done.stderr
     assert sql(case.folder / "mlruns" / "optuna.db", "select count(*) from studies") == [(1,)]
-    assert sql(mlflow_db(case), "select count(*) from tags where key = 'kdexp.kind' and value = 'study'") == [(1,)]
+    assert sql(
+        mlflow_db(case), "select count(*) from tags where key = 'kdexp.kind' and value = 'study'"
+    ) == [(1,)]
 
 
 # --- a shell set up for something else ---
@@ -578,24 +753,34 @@ FOREIGN = {
 }
 
 
-def test_variables_that_are_meant_for_another_use_of_mlflow_are_ignored_and_named_once(case: Case) -> None:
+def test_variables_that_are_meant_for_another_use_of_mlflow_are_ignored_and_named_once(
+    case: Case,
+) -> None:
     done = case.alone("sweep", "tiny.yaml", "--workers", "2", env=FOREIGN)
     assert done.returncode == 0, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "MLFLOW_" in line]
     named = set(re.findall(r"_?MLFLOW_\w+", said))
     assert named == {
-        name for name in FOREIGN if not name.startswith(("MLFLOW_TRACKING_USER", "MLFLOW_TRACKING_P", "MLFLOW_TRACKING_I"))
+        name
+        for name in FOREIGN
+        if not name.startswith(("MLFLOW_TRACKING_USER", "MLFLOW_TRACKING_P", "MLFLOW_TRACKING_I"))
     }
     assert sql(mlflow_db(case), "select count(*) from runs where status = 'FINISHED'") == [(5,)]
 
 
 @pytest.mark.slow
-def test_the_ui_answers_on_the_address_that_it_prints_whatever_the_shell_says(case: Case, tmp_path: Path) -> None:
+def test_the_ui_answers_on_the_address_that_it_prints_whatever_the_shell_says(
+    case: Case, tmp_path: Path
+) -> None:
     import urllib.request
 
     assert case.kd("train", "tiny.yaml").returncode == 0
     port = free_port()
-    foreign = {"MLFLOW_SERVER_ALLOWED_HOSTS": "ml.example.com", "HTTP_PROXY": "http://127.0.0.1:1", "UVICORN_PORT": "1"}
+    foreign = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "ml.example.com",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "UVICORN_PORT": "1",
+    }
     ui = subprocess.Popen(
         command("ui", "--port", str(port)), cwd=case.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=environment() | foreign | {"http_proxy": "http://127.0.0.1:1", "NO_PROXY": "example.com"},

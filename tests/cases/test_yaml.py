@@ -53,7 +53,9 @@ def refused(path: Path, *overrides: str) -> str:
     }.items(),
 )
 def test_a_number_is_read_as_people_mean_it(tmp_path: Path, override: str, value: Any) -> None:
-    found = flatten(load(written(tmp_path, TINY), ["search.student.hidden={low: 16, high: 32}", override]))
+    found = flatten(
+        load(written(tmp_path, TINY), ["search.student.hidden={low: 16, high: 32}", override])
+    )
     assert found[override.partition("=")[0]] == value
     assert type(found[override.partition("=")[0]]) is type(value)
 
@@ -85,13 +87,23 @@ def test_a_number_is_read_as_people_mean_it(tmp_path: Path, override: str, value
         "student={architecture: 'nets:mlp', options: {width: null}}": [
             "student.options.width: got null; allowed: text, a number, or true or false"
         ],
-        "student={architecture: 'nets:mlp', options: {dims: [1, 2]}}": ["student.options.dims: got [1, 2]; allowed: text"],
-        "search.student.hidden={choices: [8, 16], low: 3}": ["search.student.hidden: holds choices and low", "choices alone"],
+        "student={architecture: 'nets:mlp', options: {dims: [1, 2]}}": [
+            "student.options.dims: got [1, 2]; allowed: text"
+        ],
+        "search.student.hidden={choices: [8, 16], low: 3}": [
+            "search.student.hidden: holds choices and low",
+            "choices alone",
+        ],
         "search.distillation.alpha={choices: [[0.1]]}": [
             "search.distillation.alpha.choices.0: got [0.1]; allowed: text, a num"
         ],
-        "search.distillation.alpha={low: x, high: 1}": ['search.distillation.alpha.low: got "x"; allowed: a number'],
-        "search.student.channels={choices: [[4], {a: 1}]}": ["search.student.channels.choices.1", "got {"],
+        "search.distillation.alpha={low: x, high: 1}": [
+            'search.distillation.alpha.low: got "x"; allowed: a number'
+        ],
+        "search.student.channels={choices: [[4], {a: 1}]}": [
+            "search.student.channels.choices.1",
+            "got {",
+        ],
         "training={{ training }}": ["template's placeholder", "line 1"],
         'study={"seed\u00a0": 1}': ["no-break space (U+00A0)", "write seed"],
         "study={\u200bseed: 1}": ["zero width space (U+200B)", "write seed"],
@@ -110,15 +122,28 @@ def test_what_is_not_meant_is_one_line(tmp_path: Path, override: str, says: list
 
 def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        load(written(tmp_path, TINY), ["search.distillation.alpha={choices: [[0.1, 0.2], [0.3]]}", "training.epochs=x"])
+        load(
+            written(tmp_path, TINY),
+            ["search.distillation.alpha={choices: [[0.1, 0.2], [0.3]]}", "training.epochs=x"],
+        )
     assert len(str(error.value).splitlines()) == 3, "the two choices, and the epochs"
 
 
 def test_whole_numbers_in_a_search_may_be_written_with_an_exponent(tmp_path: Path) -> None:
-    sweep = load(written(tmp_path, TINY), ["search.student.hidden={low: 1e1, high: 1e2, step: 2.0}"])
-    assert [type(value) for value in (sweep.search["student.hidden"].low, sweep.search["student.hidden"].step)] == [int, int]  # type: ignore[union-attr]
+    sweep = load(
+        written(tmp_path, TINY), ["search.student.hidden={low: 1e1, high: 1e2, step: 2.0}"]
+    )
+    assert [
+        type(value)
+        for value in (sweep.search["student.hidden"].low, sweep.search["student.hidden"].step)
+    ] == [
+        int,
+        int,
+    ]  # type: ignore[union-attr]
     assert "1.5" in refused(written(tmp_path, TINY), "search.student.hidden={low: 1.5, high: 32}")
-    rates = load(written(tmp_path, TINY), ["search.distillation.temperature={low: 1.0, high: 1e1}"]).search
+    rates = load(
+        written(tmp_path, TINY), ["search.distillation.temperature={low: 1.0, high: 1e1}"]
+    ).search
     assert type(rates["distillation.temperature"].high) is float  # type: ignore[union-attr]
 
 
@@ -143,13 +168,17 @@ def test_a_file_of_another_program_is_read(tmp_path: Path, kind: str) -> None:
         "# f\udcfcr alle\n" + TINY: "line 1 is not UTF-8; save it as UTF-8",
         TINY + "# \udcff\n": "line 11 is not UTF-8",
         TINY + "teacher:\n\tx: 1\n": "line 12, column 1); indent by spaces, not by tabs",
-        TINY + "---\n" + TINY: "expected a single document in the stream but found another document (line 11",
+        TINY + "---\n" + TINY: (
+            "expected a single document in the stream but found another document (line 11"
+        ),
         TINY.replace(
             "epochs: 2}", "epochs: {{ epochs }}}", 1
         ): "{{ … }} is a template's placeholder; put the value in its place (line 5",
         TINY + "teacher: {epochs: 1}\n": 'key "teacher" stands twice (line 11, column 1)',
         TINY + 'x: {1: a, "1": b}\n': 'key 1 is not text; write "1" (line 11, column 5)',
-        TINY + 'x: {yes: a, "True": b}\n': 'key true (YAML reads yes so) is not text; write "yes" (line 11, column 5)',
+        TINY + 'x: {yes: a, "True": b}\n': (
+            'key true (YAML reads yes so) is not text; write "yes" (line 11, column 5)'
+        ),
         TINY + "x: {null: a}\n": "key null is not text",
         TINY + "x: {2026-01-01: a}\n": "is not text",
         TINY + "x: \0\n": "a character U+0000 in line 11",
@@ -158,7 +187,9 @@ def test_a_file_of_another_program_is_read(tmp_path: Path, kind: str) -> None:
         ): "as octal, 8; write 10 or 8, or quote it where text is meant (line 9, column 15)",
     }.items(),
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path, content: str, says: str) -> None:
+def test_what_is_wrong_in_a_file_is_said_with_its_line(
+    tmp_path: Path, content: str, says: str
+) -> None:
     line = refused(written(tmp_path, content.encode("utf-8", "surrogateescape")))
     assert says in line
 
@@ -179,6 +210,8 @@ def test_a_files_name_that_is_no_studys_is_refused_in_words(tmp_path: Path, name
     assert "name: … in the file, or --set name=" in line
 
 
-@pytest.mark.parametrize("name", ["tiny copy.yaml", "tiny – Kopie.yaml", "(x).yaml", "#1.yaml", "tiny.v2.yaml", "_x.yml"])
+@pytest.mark.parametrize(
+    "name", ["tiny copy.yaml", "tiny – Kopie.yaml", "(x).yaml", "#1.yaml", "tiny.v2.yaml", "_x.yml"]
+)
 def test_a_files_name_may_be_the_studys(tmp_path: Path, name: str) -> None:
     assert load(written(tmp_path, TINY.replace("name: tiny\n", ""), name)).name == Path(name).stem

@@ -1,4 +1,6 @@
-"""kdexp killed at will: each life is a process of its own, forked from one that has imported everything once."""
+"""kdexp killed at will: each life is a process of its own, forked from one that has imported
+everything once.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,16 @@ from typing import Any
 import pytest
 from conftest import tiny_sweep, until
 
+from kdexp.runs.tracking import Tracking
 from kdexp.settings import Settings
-from kdexp.tracking import Tracking
 
 Fault = Callable[[], None]
 SWEEP = ("sweep", "tiny.yaml", "--workers", "1", "--threads", "1")
 PRELOAD = (
-    "kdexp.preload",
+    "kdexp.workers.preload",
     "kdexp.cli",
-    "kdexp.sweep",
-    "kdexp.promote",
+    "kdexp.search.sweep",
+    "kdexp.select.promote",
     "mlflow.pytorch",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
@@ -56,7 +58,9 @@ class End:
 class Life:
     """One kdexp command under way."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], fault: Fault | None = None, name: str = "") -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], fault: Fault | None = None, name: str = ""
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self.folder, self.name = folder, name
@@ -76,7 +80,10 @@ class Life:
         """Wait for it."""
         self.process.join(timeout)
         assert not self.process.is_alive(), "it hangs"
-        texts = [(self.folder / name).read_text() for name in (f"{self.name}out.txt", f"{self.name}err.txt")]
+        texts = [
+            (self.folder / name).read_text()
+            for name in (f"{self.name}out.txt", f"{self.name}err.txt")
+        ]
         return End(self.process.exitcode, *texts)
 
     def kill(self) -> None:
@@ -93,10 +100,10 @@ def _live(folder: Path, arguments: Sequence[str], fault: Fault | None, prefix: s
     for name in [name for name in os.environ if name.startswith(("KDEXP_", "MLFLOW_TRACKING"))]:
         del os.environ[name]
     os.environ["COLUMNS"] = "200"
-    import kdexp.work
+    import kdexp.workers.work
     from kdexp.cli import main
 
-    kdexp.work.CHECKPOINT_SECONDS = 0.0  # the epochs here are that short
+    kdexp.workers.work.CHECKPOINT_SECONDS = 0.0  # the epochs here are that short
     if fault:
         fault()
     sys.argv = ["kdexp", *arguments]
@@ -153,7 +160,9 @@ class Sets:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a finished study holds: all that an interrupted one must have in common with an unbroken one."""
+    """What a finished study holds: all that an interrupted one must have in common with an unbroken
+    one.
+    """
 
     trials: Mapping[int, Any]
     """Optuna's state, value and parameters of each trial."""
@@ -166,17 +175,26 @@ def facts(folder: Path, mlflow_db: Path | None = None) -> Facts:
     """Read the embedded stores, or MLflow's of a server."""
     with sqlite3.connect(folder / "mlruns" / "optuna.db", timeout=60) as optuna:
         states = optuna.execute(
-            "select t.number, t.state, v.value from trials t left join trial_values v using (trial_id)"
+            "select t.number, t.state, v.value from trials t left join trial_values v using"
+            " (trial_id)"
         ).fetchall()
         values = optuna.execute(
             "select number, param_name, param_value from trials join trial_params using (trial_id)"
         ).fetchall()
     with sqlite3.connect(mlflow_db or folder / "mlruns" / "mlflow.db", timeout=60) as mlflow:
         tags = mlflow.execute("select run_uuid, key, value from tags").fetchall()
-        finished = {run for (run,) in mlflow.execute("select run_uuid from runs where status = 'FINISHED'")}
-        points = mlflow.execute("select run_uuid, key, step, value, is_nan from metrics where key like 'epoch/%'").fetchall()
+        finished = {
+            run for (run,) in mlflow.execute("select run_uuid from runs where status = 'FINISHED'")
+        }
+        points = mlflow.execute(
+            "select run_uuid, key, step, value, is_nan from metrics where key like 'epoch/%'"
+        ).fetchall()
     kinds = {run for run, key, value in tags if (key, value) == ("kdexp.kind", "trial")}
-    number = {run: int(value) for run, key, value in tags if key == "kdexp.trial" and run in kinds & finished}
+    number = {
+        run: int(value)
+        for run, key, value in tags
+        if key == "kdexp.trial" and run in kinds & finished
+    }
     assert len(set(number.values())) == len(number), "a trial has two finished runs"
     measured: dict[int, list[Any]] = {each: [] for each in number.values()}
     for run, key, step, value, nan in points:
@@ -186,9 +204,16 @@ def facts(folder: Path, mlflow_db: Path | None = None) -> Facts:
         if run in number and key == "epoch/seconds":
             measured[number[run]].append((key, step))
     return Facts(
-        trials={n: (state, repr(value), sorted((k, repr(v)) for m, k, v in values if m == n)) for n, state, value in states},
+        trials={
+            n: (state, repr(value), sorted((k, repr(v)) for m, k, v in values if m == n))
+            for n, state, value in states
+        },
         metrics={each: sorted(rows, key=repr) for each, rows in measured.items()},
-        weights={number[run]: value for run, key, value in tags if key == "kdexp.weights_sha256" and run in number},
+        weights={
+            number[run]: value
+            for run, key, value in tags
+            if key == "kdexp.weights_sha256" and run in number
+        },
     )
 
 
@@ -202,9 +227,15 @@ def statuses(folder: Path, mlflow_db: Path | None = None) -> Counter[tuple[str, 
 def no_run_is_left_open(folder: Path) -> bool:
     """Nothing is RUNNING, in MLflow or in Optuna, and no checkpoint is left."""
     with sqlite3.connect(folder / "mlruns" / "optuna.db", timeout=60) as optuna:
-        open_trials = optuna.execute("select count(*) from trials where state = 'RUNNING'").fetchone()[0]
+        open_trials = optuna.execute(
+            "select count(*) from trials where state = 'RUNNING'"
+        ).fetchone()[0]
     left = list((folder / "mlruns" / "checkpoints").glob("*/*"))
-    return not open_trials and not left and not any(status == "RUNNING" for _, status in statuses(folder))
+    return (
+        not open_trials
+        and not left
+        and not any(status == "RUNNING" for _, status in statuses(folder))
+    )
 
 
 @cache
@@ -247,4 +278,6 @@ def unbroken(folder: Path, arguments: Sequence[str] = SWEEP, **changes: Any) -> 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     """The study in `place`, unbroken."""
-    return unbroken(tmp_path_factory.mktemp("whole") / "place", training__epochs=4, study__retries=100)
+    return unbroken(
+        tmp_path_factory.mktemp("whole") / "place", training__epochs=4, study__retries=100
+    )

@@ -1,7 +1,8 @@
-"""Random networks as people build them: nn.Sequential of torch's layers, with whatever may be done to such a layer.
+"""Random networks as people build them: nn.Sequential of torch's layers, with whatever may be done
+to such a layer.
 
-`build` is what a sweep file would name (`faults.networks:build`): its structure follows from `number` alone, its weights
-from torch's generator, as with any network of a user's own.
+`build` is what a sweep file would name (`faults.networks:build`): its structure follows from
+`number` alone, its weights from torch's generator, as with any network of a user's own.
 """
 
 from __future__ import annotations
@@ -65,8 +66,12 @@ def build(channels: int, image_size: tuple[int, int], classes: int, number: int)
     return module
 
 
-def grow(layers: list[nn.Module], x: torch.Tensor, draw: random.Random, plain: bool) -> torch.Tensor:
-    """One layer more, new or one that is already there, if it fits what comes before; what it makes of x."""
+def grow(
+    layers: list[nn.Module], x: torch.Tensor, draw: random.Random, plain: bool
+) -> torch.Tensor:
+    """One layer more, new or one that is already there, if it fits what comes before; what it makes
+    of x.
+    """
     for _ in range(ATTEMPTS):
         again = layers and draw.random() < 0.15
         layer = draw.choice(layers) if again else new_layer(x, draw, plain)
@@ -103,7 +108,14 @@ def new_layer(x: torch.Tensor, draw: random.Random, plain: bool) -> nn.Module:
     out = draw.choice([2, 4, wide])
     some = [
         partial(nn.Conv2d, wide, out, 3, padding=1, bias=draw.random() < 0.5),
-        partial(nn.Conv2d, wide, out, draw.choice([1, 3, 5]), draw.choice([1, 2]), draw.choice([0, 1, 2])),
+        partial(
+            nn.Conv2d,
+            wide,
+            out,
+            draw.choice([1, 3, 5]),
+            draw.choice([1, 2]),
+            draw.choice([0, 1, 2]),
+        ),
         partial(nn.Conv2d, wide, wide, 3, padding=1, groups=wide),
         partial(nn.BatchNorm2d, wide),
         partial(nn.BatchNorm2d, wide),
@@ -114,15 +126,41 @@ def new_layer(x: torch.Tensor, draw: random.Random, plain: bool) -> nn.Module:
         partial(nn.Dropout, draw.choice([0.0, 0.0, 0.3])),
         nn.Identity,
         lambda: summed([nn.Conv2d(wide, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(True)]),
-        lambda: summed([nn.ReLU(), nn.Conv2d(wide, out, 1)], nn.Conv2d(wide, out, 1), nn.BatchNorm2d(out)),
+        lambda: summed(
+            [nn.ReLU(), nn.Conv2d(wide, out, 1)], nn.Conv2d(wide, out, 1), nn.BatchNorm2d(out)
+        ),
     ]
     more = [
-        partial(nn.Conv2d, wide, out, 3, padding=1, padding_mode=draw.choice(["reflect", "circular"])),
-        partial(nn.Conv2d, wide, out, 3, padding=draw.choice([1, 2, "same", (1, 2)]), dilation=draw.choice([1, 2])),
+        partial(
+            nn.Conv2d, wide, out, 3, padding=1, padding_mode=draw.choice(["reflect", "circular"])
+        ),
+        partial(
+            nn.Conv2d,
+            wide,
+            out,
+            3,
+            padding=draw.choice([1, 2, "same", (1, 2)]),
+            dilation=draw.choice([1, 2]),
+        ),
         partial(nn.Conv2d, wide, out, (3, 1), draw.choice([1, (2, 1)])),
-        partial(nn.BatchNorm2d, wide, eps=draw.choice([1e-5, 1e-2]), momentum=draw.choice([0.1, 0.3, None])),
-        partial(nn.BatchNorm2d, wide, affine=draw.random() < 0.5, track_running_stats=draw.random() < 0.5),
-        partial(nn.AvgPool2d, draw.choice([2, 3]), ceil_mode=draw.random() < 0.5, divisor_override=draw.choice([None, 3])),
+        partial(
+            nn.BatchNorm2d,
+            wide,
+            eps=draw.choice([1e-5, 1e-2]),
+            momentum=draw.choice([0.1, 0.3, None]),
+        ),
+        partial(
+            nn.BatchNorm2d,
+            wide,
+            affine=draw.random() < 0.5,
+            track_running_stats=draw.random() < 0.5,
+        ),
+        partial(
+            nn.AvgPool2d,
+            draw.choice([2, 3]),
+            ceil_mode=draw.random() < 0.5,
+            divisor_override=draw.choice([None, 3]),
+        ),
         partial(nn.AvgPool2d, 3, 1, 1, count_include_pad=draw.random() < 0.5),
         partial(nn.MaxPool2d, 2),
         partial(nn.AdaptiveAvgPool2d, 2),
@@ -149,7 +187,11 @@ def summed(body: list[nn.Module], *shortcut: nn.Module) -> Residual:
 
 def weighted(module: nn.Module) -> list[nn.Module]:
     """Its layers with a weight, as long as nothing was done to them."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and "weight" in layer._parameters]
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and "weight" in layer._parameters
+    ]
 
 
 def some_layer(module: nn.Module, draw: random.Random) -> nn.Module:
@@ -194,7 +236,9 @@ def parametrized(module: nn.Module, draw: random.Random) -> None:
             parametrizations.weight_norm,
             parametrizations.spectral_norm,
             weight_norm,
-            lambda layer: torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+            lambda layer: torch.nn.utils.parametrize.register_parametrization(
+                layer, "weight", Doubled()
+            ),
             lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
         ]
     )(draw.choice(weighted(module)))
@@ -208,7 +252,9 @@ def with_a_forward_of_its_own(module: nn.Module, draw: random.Random) -> None:
 
 def tied(module: nn.Module, draw: random.Random) -> None:
     layers = weighted(module)
-    pairs = [(a, b) for a in layers for b in layers if a is not b and a.weight.shape == b.weight.shape]
+    pairs = [
+        (a, b) for a in layers for b in layers if a is not b and a.weight.shape == b.weight.shape
+    ]
     if pairs:
         one, other = draw.choice(pairs)
         one.weight = other.weight
@@ -216,11 +262,23 @@ def tied(module: nn.Module, draw: random.Random) -> None:
 
 def replaced(module: nn.Module, draw: random.Random) -> None:
     """By a subclass that runs something else."""
-    module.__class__ = type("Quiet", (nn.Sequential,), {"forward": lambda self, x: 0.9 * nn.Sequential.forward(self, x)})
+    module.__class__ = type(
+        "Quiet", (nn.Sequential,), {"forward": lambda self, x: 0.9 * nn.Sequential.forward(self, x)}
+    )
 
 
 def with_a_buffer_more(module: nn.Module, draw: random.Random) -> None:
     some_layer(module, draw).register_buffer("more", torch.ones(1))
 
 
-CHANGES = (frozen, frozen, hooked, hooked, parametrized, with_a_forward_of_its_own, tied, replaced, with_a_buffer_more)
+CHANGES = (
+    frozen,
+    frozen,
+    hooked,
+    hooked,
+    parametrized,
+    with_a_forward_of_its_own,
+    tied,
+    replaced,
+    with_a_buffer_more,
+)

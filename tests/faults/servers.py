@@ -1,4 +1,6 @@
-"""Servers that can be killed and started again: MLflow's, PostgreSQL's, and one in between that answers badly."""
+"""Servers that can be killed and started again: MLflow's, PostgreSQL's, and one in between that
+answers badly.
+"""
 
 from __future__ import annotations
 
@@ -71,22 +73,47 @@ class Postgresql:
         self.url = f"postgresql://kdexp{secret}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        self._run("pg_ctl", "-D", self.folder, "-w", "-o", f"-p {self.port} -h 127.0.0.1 -k {self.folder}", "start", **QUIET)
+        self._run(
+            "pg_ctl",
+            "-D",
+            self.folder,
+            "-w",
+            "-o",
+            f"-p {self.port} -h 127.0.0.1 -k {self.folder}",
+            "start",
+            **QUIET,
+        )
 
     def kill(self) -> None:
         self._run("pg_ctl", "-D", self.folder, "-m", "immediate", "stop", **QUIET)
 
     def dump(self) -> str:
         """All it holds, as text."""
-        return self._run("pg_dump", "-h", "127.0.0.1", "-p", str(self.port), "-U", "kdexp", "postgres", capture_output=True)
+        return self._run(
+            "pg_dump",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+            "-U",
+            "kdexp",
+            "postgres",
+            capture_output=True,
+        )
 
     def remove(self) -> None:
-        subprocess.run([*self.as_user, self.bin / "pg_ctl", "-D", self.folder, "-m", "immediate", "stop"], check=False, **QUIET)
+        subprocess.run(
+            [*self.as_user, self.bin / "pg_ctl", "-D", self.folder, "-m", "immediate", "stop"],
+            check=False,
+            **QUIET,
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, program: str, *arguments: str | Path, **how: object) -> str:
         how = how or {"capture_output": True}
-        done = subprocess.run([*self.as_user, self.bin / program, *arguments], check=True, cwd="/tmp", **how)
+        done = subprocess.run(
+            [*self.as_user, self.bin / program, *arguments], check=True, cwd="/tmp", **how
+        )
         return (done.stdout or b"").decode()
 
 
@@ -118,15 +145,27 @@ class BadProxy:
                     return
                 self.send_response(status)
                 for name, value in headers:
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                    if name.lower() not in (
+                        "transfer-encoding",
+                        "content-length",
+                        "connection",
+                        "date",
+                        "server",
+                    ):
                         self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
             def forward(self, body: bytes | None) -> tuple[int, list[tuple[str, str]], bytes]:
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection", "accept-encoding")}
-                request = urllib.request.Request(server + self.path, body, headers, method=self.command)
+                headers = {
+                    k: v
+                    for k, v in self.headers.items()
+                    if k.lower() not in ("host", "connection", "accept-encoding")
+                }
+                request = urllib.request.Request(
+                    server + self.path, body, headers, method=self.command
+                )
                 try:
                     with urllib.request.urlopen(request, timeout=60) as answer:
                         return answer.status, answer.getheaders(), answer.read()

@@ -1,4 +1,6 @@
-"""kill -9 at each moment of a sweep at which something is half done: the same command then comes to the same study."""
+"""kill -9 at each moment of a sweep at which something is half done: the same command then comes to
+the same study.
+"""
 
 from __future__ import annotations
 
@@ -9,52 +11,76 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import SWEEP, Dies, Facts, Life, facts, no_run_is_left_open, statuses, unbroken, written
+from faults.conftest import (
+    SWEEP,
+    Dies,
+    Facts,
+    Life,
+    facts,
+    no_run_is_left_open,
+    statuses,
+    unbroken,
+    written,
+)
 
 pytestmark = pytest.mark.slow
 
 MOMENTS = {
     "in the middle of a step": Dies("kdexp.distill.packs:Stacked.step", call=60),
     "in the middle of the first step": Dies("kdexp.distill.packs:Stacked.step", call=55),
-    "between two epochs": Dies("kdexp.runs:Recording.take", call=6),
-    "between an epoch and its checkpoint": Dies("kdexp.work:_Training.keep", call=7),
+    "between two epochs": Dies("kdexp.runs.recording:Recording.take", call=6),
+    "between an epoch and its checkpoint": Dies("kdexp.workers.work:_Training.keep", call=7),
     "before a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6),
-    "after a checkpoint is written": Dies("kdexp.distill.checkpoints:Checkpoints.save", call=6, after=True),
+    "after a checkpoint is written": Dies(
+        "kdexp.distill.checkpoints:Checkpoints.save", call=6, after=True
+    ),
     "while a checkpoint is written": Dies("kdexp.files:os.fsync", call=13),
     "while the teacher's checkpoint is written": Dies("kdexp.files:os.fsync", call=1),
-    "between the former checkpoint and the new one": Dies("pathlib:Path.replace", call=2, after=True, only=".checkpoint"),
+    "between the former checkpoint and the new one": Dies(
+        "pathlib:Path.replace", call=2, after=True, only=".checkpoint"
+    ),
     "while the teacher is trained": Dies("kdexp.distill.packs:Stacked.step", call=15),
-    "before the teacher's weights are written": Dies("kdexp.distill.teacher:write_atomically", only="weights.safetensors"),
+    "before the teacher's weights are written": Dies(
+        "kdexp.distill.teacher:write_atomically", only="weights.safetensors"
+    ),
     "while the cache is filled": Dies("kdexp.distill.teacher:logits_of", call=2),
     "before the cache is in its place": Dies("pathlib:Path.replace", call=1, only="logits-"),
-    "before the teacher's run is closed": Dies("kdexp.tracking:Tracking.finish", call=1),
-    "before the study is set up": Dies("kdexp.study:_enqueue_controls", call=1),
+    "before the teacher's run is closed": Dies("kdexp.runs.tracking:Tracking.finish", call=1),
+    "before the study is set up": Dies("kdexp.search.study:_enqueue_controls", call=1),
     "between its controls": Dies("optuna.study:Study.enqueue_trial", call=1, after=True),
     "after Optuna is asked": Dies("optuna.study:Study.ask", call=3, after=True),
-    "before a trial is claimed": Dies("kdexp.claims:Claimant.take", call=3),
-    "after a trial is claimed": Dies("kdexp.claims:Claimant.take", call=3, after=True),
+    "before a trial is claimed": Dies("kdexp.search.claims:Claimant.take", call=3),
+    "after a trial is claimed": Dies("kdexp.search.claims:Claimant.take", call=3, after=True),
     "while a result is told": Dies("optuna.study:Study.tell", call=2),
-    "between two proposed values": Dies("kdexp.study:_suggest", call=10, after=True),
-    "before a run is made": Dies("kdexp.tracking:Tracking.start", call=4),
-    "after a run is made": Dies("kdexp.tracking:Tracking.start", call=4, after=True),
-    "before a run's record is written": Dies("kdexp.runs:_log_record", call=2),
-    "after a run's record is written": Dies("kdexp.runs:_log_record", call=2, after=True),
-    "while metrics are sent": Dies("kdexp.tracking:Tracking.log_epochs", call=3, after=True),
-    "before a run is concluded": Dies("kdexp.runs:_conclude", call=2),
-    "after a run is concluded, before it is closed": Dies("kdexp.runs:_conclude", call=2, after=True),
-    "after a run is closed, before Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2),
-    "after Optuna is told": Dies("kdexp.study:OpenStudy.tell", call=2, after=True),
-    "after the last trial": Dies("kdexp.sweep:leave", call=1),
-    "before the look at test": Dies("kdexp.promote:look_at_test", call=1),
-    "after the look at test": Dies("kdexp.promote:look_at_test", call=1, after=True),
-    "before the model is registered": Dies("kdexp.tracking:Tracking.register", call=1),
-    "after the model is registered": Dies("kdexp.tracking:Tracking.register", call=1, after=True),
+    "between two proposed values": Dies("kdexp.search.space:suggest", call=10, after=True),
+    "before a run is made": Dies("kdexp.runs.tracking:Tracking.start", call=4),
+    "after a run is made": Dies("kdexp.runs.tracking:Tracking.start", call=4, after=True),
+    "before a run's record is written": Dies("kdexp.runs.recording:_log_record", call=2),
+    "after a run's record is written": Dies("kdexp.runs.recording:_log_record", call=2, after=True),
+    "while metrics are sent": Dies("kdexp.runs.tracking:Tracking.log_epochs", call=3, after=True),
+    "before a run is concluded": Dies("kdexp.runs.recording:_conclude", call=2),
+    "after a run is concluded, before it is closed": Dies(
+        "kdexp.runs.recording:_conclude", call=2, after=True
+    ),
+    "after a run is closed, before Optuna is told": Dies(
+        "kdexp.search.study:OpenStudy.tell", call=2
+    ),
+    "after Optuna is told": Dies("kdexp.search.study:OpenStudy.tell", call=2, after=True),
+    "after the last trial": Dies("kdexp.search.sweep:leave", call=1),
+    "before the look at test": Dies("kdexp.select.promote:look_at_test", call=1),
+    "after the look at test": Dies("kdexp.select.promote:look_at_test", call=1, after=True),
+    "before the model is registered": Dies("kdexp.runs.tracking:Tracking.register", call=1),
+    "after the model is registered": Dies(
+        "kdexp.runs.tracking:Tracking.register", call=1, after=True
+    ),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(place: Path, whole: Facts, moment: str) -> None:
-    assert Life(place, SWEEP, MOMENTS[moment]).end().code == -signal.SIGKILL, "the moment never came"
+    assert Life(place, SWEEP, MOMENTS[moment]).end().code == -signal.SIGKILL, (
+        "the moment never came"
+    )
     again = Life(place, SWEEP).end()
     assert again.code == 0, again.err
     assert "Selected: trial" in again.out
@@ -73,7 +99,8 @@ def test_killed_while_the_store_is_made(place: Path, whole: Facts) -> None:
 
 def test_killed_at_every_step_of_the_way(tmp_path: Path, whole: Facts) -> None:
     """Twenty lives cut short at random moments of one study, until it is done."""
-    place, dice = written(tmp_path / "place", training__epochs=4, study__retries=100), random.Random(8787)
+    place = written(tmp_path / "place", training__epochs=4, study__retries=100)
+    dice = random.Random(8787)
     kills = 0
     while kills < 100:
         life = Life(place, SWEEP)
@@ -91,9 +118,20 @@ def test_killed_at_every_step_of_the_way(tmp_path: Path, whole: Facts) -> None:
 
 @pytest.mark.parametrize("kind", ["workers", "pack"])
 def test_twenty_kills_of_a_longer_sweep(tmp_path: Path, kind: str) -> None:
-    """By two workers, or fused: killed twenty times, the study equals an unbroken one, bit for bit."""
-    changes = {"training__epochs": 30, "study__sampler": "random", "study__trials": 8, "study__retries": 100}
-    extra = ["--workers", "2", "--pack", "1"] if kind == "workers" else ["--workers", "1", "--pack", "4"]
+    """By two workers, or fused: killed twenty times, the study equals an unbroken one, bit for
+    bit.
+    """
+    changes = {
+        "training__epochs": 30,
+        "study__sampler": "random",
+        "study__trials": 8,
+        "study__retries": 100,
+    }
+    extra = (
+        ["--workers", "2", "--pack", "1"]
+        if kind == "workers"
+        else ["--workers", "1", "--pack", "4"]
+    )
     arguments = ["sweep", "tiny.yaml", "--threads", "1", *extra]
     expected = unbroken(tmp_path / "unbroken", arguments, **changes)
     place, dice = written(tmp_path / "place", **changes), random.Random(1)

@@ -17,15 +17,18 @@ from safetensors.torch import save
 from kdexp import KdexpError
 from kdexp.config import ConfigError, load
 from kdexp.distill.checkpoints import Checkpoint, Kept
-from kdexp.distill.data import DataError, _read_idx
-from kdexp.distill.teacher import TeacherError, _open, read_weights
+from kdexp.distill.datasets import DataError, _read_idx
+from kdexp.distill.logits import _open
+from kdexp.distill.teacher import TeacherError, read_weights
 from kdexp.distill.train import Snapshot
 
 EXAMPLES = 10_000 if os.environ.get("CI") == "true" else 300
 ROOT = Path(__file__).parents[2]
 edits = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "number"]), st.integers(0, 1 << 20), st.binary(max_size=12)
+        st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "number"]),
+        st.integers(0, 1 << 20),
+        st.binary(max_size=12),
     ),
     min_size=1,
     max_size=6,
@@ -52,11 +55,17 @@ def edited(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
     return content
 
 
-def fuzz(content: list[bytes], read: Callable[[Path], object], allowed: type[Exception], folder: Path) -> None:
-    """Let `read` see so many damaged files; it succeeds, or raises what is allowed, with a message."""
+def fuzz(
+    content: list[bytes], read: Callable[[Path], object], allowed: type[Exception], folder: Path
+) -> None:
+    """Let `read` see so many damaged files; it succeeds, or raises what is allowed, with a
+    message.
+    """
     path = folder / "input"
 
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.sampled_from(content), edits)
     def once(original: bytes, changes: list[tuple[str, int, bytes]]) -> None:
         path.write_bytes(edited(original, changes))
@@ -101,7 +110,9 @@ def test_teacher_files(tmp_path: Path, suffix: str) -> None:
     torch.save({"model_state_dict": module.state_dict()}, buffer)
     old = io.BytesIO()
     torch.save(module.state_dict(), old, _use_new_zipfile_serialization=False)
-    contents = [buffer.getvalue(), old.getvalue()] if suffix == ".pt" else [save(module.state_dict())]
+    contents = (
+        [buffer.getvalue(), old.getvalue()] if suffix == ".pt" else [save(module.state_dict())]
+    )
     folder = tmp_path / "files"
     folder.mkdir()
 
@@ -118,7 +129,9 @@ def test_teacher_files(tmp_path: Path, suffix: str) -> None:
 
 def test_cached_logits(tmp_path: Path) -> None:
     facts = {"parameters": "1", "val_correct": "1", "val_samples": "2"}
-    fuzz([save({"logits": torch.zeros(2, 5, 3).half()}, metadata=facts)], _open, KdexpError, tmp_path)
+    fuzz(
+        [save({"logits": torch.zeros(2, 5, 3).half()}, metadata=facts)], _open, KdexpError, tmp_path
+    )
 
 
 def test_idx_files(tmp_path: Path) -> None:

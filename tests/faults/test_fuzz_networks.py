@@ -1,5 +1,6 @@
-"""A thousand random networks through the real training: what is recorded is what the stored module does, and the weights are
-those that torch's own autograd and optimizer give."""
+"""A thousand random networks through the real training: what is recorded is what the stored module
+does, and the weights are those that torch's own autograd and optimizer give.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 
 from kdexp.config import Augment, Data, Distillation, Student, Training
 from kdexp.distill import stacked, train
-from kdexp.distill.data import Splits, pixels
+from kdexp.distill.batches import pixels
+from kdexp.distill.datasets import Splits
 from kdexp.distill.guard import stored_correct
 from kdexp.distill.models import ModelError, outline
 from kdexp.distill.packs import Execution, Lane, fresh, plan_for
@@ -28,21 +30,37 @@ DATA = Data(dataset="digits", channels=1, augment=Augment(flip=False, shift=0))
 @pytest.fixture(scope="module")
 def few(digits: Splits) -> Splits:
     """Two batches to train on, some to judge by."""
-    return Splits(digits.train.take(torch.arange(STEPS * BATCH)), digits.validation.take(torch.arange(60)))
+    return Splits(
+        digits.train.take(torch.arange(STEPS * BATCH)), digits.validation.take(torch.arange(60))
+    )
 
 
 def lane_of(number: int) -> Lane:
     optimizer = ("adam", "adamw", "sgd")[number % 3]
-    training = Training(batch_size=BATCH, epochs=1, optimizer=optimizer, learning_rate=0.01, weight_decay=1e-3, seed=number)
-    return Lane(Student(architecture="faults.networks:build", options={"number": number}), training, Distillation())
+    training = Training(
+        batch_size=BATCH,
+        epochs=1,
+        optimizer=optimizer,
+        learning_rate=0.01,
+        weight_decay=1e-3,
+        seed=number,
+    )
+    return Lane(
+        Student(architecture="faults.networks:build", options={"number": number}),
+        training,
+        Distillation(),
+    )
 
 
 def by_torch_alone(lane: Lane, splits: Splits) -> dict[str, torch.Tensor]:
     """The state after the same steps of the module itself under torch's own optimizer."""
-    module, how = fresh(lane, splits.train).to(torch.float64, memory_format=torch.channels_last), lane.training
+    module = fresh(lane, splits.train).to(torch.float64, memory_format=torch.channels_last)
+    how = lane.training
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     extra = {"momentum": 0.9, "nesterov": True} if how.optimizer == "sgd" else {}
-    optimizer = kinds[how.optimizer](module.parameters(), lr=0.0, weight_decay=how.weight_decay, **extra)
+    optimizer = kinds[how.optimizer](
+        module.parameters(), lr=0.0, weight_decay=how.weight_decay, **extra
+    )
     order, _ = draw(how.seed, 1, len(splits.train), 1)
     for step, samples in enumerate(order.split(BATCH)):
         optimizer.param_groups[0]["lr"] = learning_rate(how, step, STEPS)
@@ -66,13 +84,23 @@ def faults_of(lane: Lane, splits: Splits, stacks: bool) -> Iterator[str]:
     module = outline(lane.network, splits.train).double()
     module.load_state_dict(report.weights)
     like = splits.validation
-    correct = int((module.eval()(pixels(like, torch.arange(len(like))).double()).argmax(1) == like.labels).sum())
+    correct = int(
+        (
+            module.eval()(pixels(like, torch.arange(len(like))).double()).argmax(1) == like.labels
+        ).sum()
+    )
     if correct != report.val_correct:
         yield f"{report.val_correct} recorded, {correct} by the stored module"
     stored_correct(lane.network, report.weights, report.val_correct, like)  # raises
     if not (stacks and drops(module)):
         for name, expected in by_torch_alone(lane, splits).items():
-            if not torch.allclose(report.weights[name].double(), expected.double(), rtol=1e-6, atol=CLOSE, equal_nan=True):
+            if not torch.allclose(
+                report.weights[name].double(),
+                expected.double(),
+                rtol=1e-6,
+                atol=CLOSE,
+                equal_nan=True,
+            ):
                 yield f"{name} is not what torch makes of it"
 
 
@@ -87,11 +115,14 @@ def check(numbers: range, splits: Splits) -> Counter[str]:
             faults = list(faults_of(lane, splits, stacks))
         except ModelError as error:
             faults, kind = [str(error)], "refused"
-            with suppress(RuntimeError):  # torch itself cannot train all of them: a gradient needs what was overwritten
+            # torch itself cannot train all of them: a gradient needs what was overwritten
+            with suppress(RuntimeError):
                 by_torch_alone(lane, splits)
                 kind = "wrongly refused"
         counts[kind] += 1
-        assert kind == "refused" or not faults, f"{number}, {kind}: {faults[0]}\n{outline(lane.network, splits.train)}"
+        assert kind == "refused" or not faults, (
+            f"{number}, {kind}: {faults[0]}\n{outline(lane.network, splits.train)}"
+        )
     return counts
 
 
@@ -100,7 +131,9 @@ def test_random_networks_train_as_torch_trains_them_and_store_what_they_record(f
     assert min(counts["stacked"], counts["stepped"]) >= 15, counts
 
 
-def test_the_fault_that_this_was_written_for_is_noticed_by_the_guard_and_without_it_by_the_fuzz(few, monkeypatch) -> None:
+def test_the_fault_that_this_was_written_for_is_noticed_by_the_guard_and_without_it_by_the_fuzz(
+    few, monkeypatch
+) -> None:
     """A plan that leaves out what stands twice, and asks no layer what else it is."""
     once = [number for number in range(60) if is_changed(number, few)]
     monkeypatch.setattr(stacked, "_prove", lambda module, owned: None)
@@ -114,7 +147,10 @@ def test_the_fault_that_this_was_written_for_is_noticed_by_the_guard_and_without
 def is_changed(number: int, splits: Splits) -> bool:
     """Whether it steps, though all its layers are of kinds that can be stacked."""
     module = outline(lane_of(number).network, splits.train)
-    known = all(type(layer) in (*stacked.LIFTED, torch.nn.Sequential, torch.nn.Identity) for layer in module.modules())
+    known = all(
+        type(layer) in (*stacked.LIFTED, torch.nn.Sequential, torch.nn.Identity)
+        for layer in module.modules()
+    )
     return known and plan_for(lane_of(number), splits.train) is None
 
 
@@ -134,6 +170,8 @@ def noticed(number: int, splits: Splits) -> bool:
 
 
 @pytest.mark.slow
-def test_a_thousand_random_networks_train_as_torch_trains_them_and_store_what_they_record(few) -> None:
+def test_a_thousand_random_networks_train_as_torch_trains_them_and_store_what_they_record(
+    few,
+) -> None:
     counts = check(range(60, 1060), few)
     assert min(counts["stacked"], counts["stepped"]) >= 250, counts

@@ -1,4 +1,6 @@
-"""Passwords and tokens, in URLs and in the environment, are found nowhere: not in stores, artifacts, logs or messages."""
+"""Passwords and tokens, in URLs and in the environment, are found nowhere: not in stores,
+artifacts, logs or messages.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ class Environment:
     """Secrets in the variables of the process."""
 
     def __call__(self) -> None:
-        for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN_OF_SOMEBODY", "DATABASE_URL", "MY_TOKEN"):
+        for name in (
+            "AWS_SECRET_ACCESS_KEY",
+            "MLFLOW_TRACKING_TOKEN_OF_SOMEBODY",
+            "DATABASE_URL",
+            "MY_TOKEN",
+        ):
             os.environ[name] = ELSEWHERE
 
 
@@ -57,7 +64,9 @@ def holding(folder: Path) -> list[str]:
     return found
 
 
-def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, server: MlflowServer) -> None:
+def test_secrets_are_found_nowhere(
+    tmp_path: Path, postgresql: Postgresql, server: MlflowServer
+) -> None:
     place = written(tmp_path / "place")
     tracking = server.url.replace("http://", f"http://me:{ODD}@")  # raw
     quoted = server.url.replace("http://", f"http://me:{quote(ODD, safe='')}@")
@@ -74,18 +83,48 @@ def test_secrets_are_found_nowhere(tmp_path: Path, postgresql: Postgresql, serve
     run(["reproduce", run_id, "--tracking-uri", tracking], 0)
     run(["select", "tiny", "--bar", "1.0", "--tracking-uri", tracking], 1)
     run(["reproduce", "0" * 32, "--tracking-uri", quoted], 1)
-    run([*SWEEP, "--storage", postgresql.url.replace("/postgres", "/nowhere"), "--tracking-uri", tracking], 1)
+    run(
+        [
+            *SWEEP,
+            "--storage",
+            postgresql.url.replace("/postgres", "/nowhere"),
+            "--tracking-uri",
+            tracking,
+        ],
+        1,
+    )
     run([*SWEEP, "--storage", f"postgresql://me:{PLAIN}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"mysql://me:{PLAIN}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"{PLAIN}://me"], 1)
-    run(["train", "tiny.yaml", "--tracking-uri", f"http://me:{quote(ODD, safe='')}@127.0.0.1:{free_port()}"], 1)
+    run(
+        [
+            "train",
+            "tiny.yaml",
+            "--tracking-uri",
+            f"http://me:{quote(ODD, safe='')}@127.0.0.1:{free_port()}",
+        ],
+        1,
+    )
     run(["train", "tiny.yaml", "--tracking-uri", f"http://me:{ODD}@127.0.0.1:{free_port()}"], 1)
-    run(["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?token={PLAIN}"], 1)
-    run(["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?access_token={ODD}"], 1)
+    run(
+        ["train", "tiny.yaml", "--tracking-uri", f"http://127.0.0.1:{free_port()}/?token={PLAIN}"],
+        1,
+    )
+    run(
+        [
+            "train",
+            "tiny.yaml",
+            "--tracking-uri",
+            f"http://127.0.0.1:{free_port()}/?access_token={ODD}",
+        ],
+        1,
+    )
     run([*SWEEP, "--storage", f"postgresql://me:{ODD}@127.0.0.1:{free_port()}/x"], 1)
     run([*SWEEP, "--storage", f"postgresql://127.0.0.1:{free_port()}/x?user=me&password={ODD}"], 1)
     print("\n=====\n".join(texts))
-    assert not [text for text in texts if any(trace in text.replace(f"{PLAIN}://…", "") for trace in TRACES)]
+    assert not [
+        text for text in texts if any(trace in text.replace(f"{PLAIN}://…", "") for trace in TRACES)
+    ]
     assert not any(trace in postgresql.dump() for trace in TRACES)
     assert holding(tmp_path) == []
     (tmp_path / "place" / "planted").write_text(PLAIN)

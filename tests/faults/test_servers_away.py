@@ -1,4 +1,6 @@
-"""Servers that are killed, restarted, overloaded, or gone: what was measured arrives, each value once."""
+"""Servers that are killed, restarted, overloaded, or gone: what was measured arrives, each value
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,14 @@ from faults.servers import BadProxy, MlflowServer, Postgresql
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
 
-LONG = {"training__epochs": 40, "study__trials": 6, "study__sampler": "random", "study__retries": 100}
-GRACE = {"kdexp.claims:GRACE_SECONDS": 3.0, "kdexp.claims:KEEP_SECONDS": 0.3}
-OFTEN = {"kdexp.runs:DELIVER_SECONDS": 0.3}
+LONG = {
+    "training__epochs": 40,
+    "study__trials": 6,
+    "study__sampler": "random",
+    "study__retries": 100,
+}
+GRACE = {"kdexp.search.claims:GRACE_SECONDS": 3.0, "kdexp.search.claims:KEEP_SECONDS": 0.3}
+OFTEN = {"kdexp.runs.recording:DELIVER_SECONDS": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,9 @@ def of_study(server: MlflowServer, folder: Path, name: str) -> Facts:
     return found
 
 
-def test_a_server_killed_and_restarted_three_times(tmp_path: Path, server: MlflowServer, long: Facts) -> None:
+def test_a_server_killed_and_restarted_three_times(
+    tmp_path: Path, server: MlflowServer, long: Facts
+) -> None:
     place, dice = renamed(tmp_path / "place", "thrice"), random.Random(3)
     life = Life(place, [*SWEEP, "--tracking-uri", server.url], Sets(OFTEN))
     life.trains()
@@ -84,7 +93,7 @@ def test_a_server_that_is_gone_for_good_costs_nothing_that_was_measured(
 ) -> None:
     place = renamed(tmp_path / "place", "gone")
     command = [*SWEEP, "--tracking-uri", server.url]
-    life = Life(place, command, Sets({**OFTEN, "kdexp.tracking:PATIENCE": 3.0}))
+    life = Life(place, command, Sets({**OFTEN, "kdexp.runs.tracking:PATIENCE": 3.0}))
     life.trains()
     server.kill()
     end = life.end()
@@ -123,7 +132,9 @@ def postgresql() -> Iterator[Postgresql]:
 
 
 @pytest.mark.parametrize("ends_early", [{"study__pruner": "median"}, {"study__early_stop": True}])
-def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: Postgresql, ends_early: dict) -> None:
+def test_a_database_that_is_restarted_is_waited_for(
+    tmp_path: Path, postgresql: Postgresql, ends_early: dict
+) -> None:
     place = written(tmp_path / "place", **LONG, **ends_early)
     life = Life(place, [*SWEEP, "--storage", postgresql.url])
     life.trains()
@@ -139,7 +150,9 @@ def test_a_database_that_is_restarted_is_waited_for(tmp_path: Path, postgresql: 
     assert sum(statuses(place).values()) == 8
 
 
-def of_two(tmp_path: Path, storage: str, tracking: str, **changes: object) -> tuple[Path, Path, list[str]]:
+def of_two(
+    tmp_path: Path, storage: str, tracking: str, **changes: object
+) -> tuple[Path, Path, list[str]]:
     """Two machines: folders of their own, the same servers."""
     one, two = written(tmp_path / "one", **changes), written(tmp_path / "two", **changes)
     return one, two, [*SWEEP, "--storage", storage, "--tracking-uri", tracking]
@@ -148,8 +161,9 @@ def of_two(tmp_path: Path, storage: str, tracking: str, **changes: object) -> tu
 def runs_of(server: MlflowServer, study: str) -> Counter[tuple[str, str]]:
     """How many runs of a study there are by (kind, status)."""
     query = (
-        "select kind.value, runs.status from runs join tags kind using (run_uuid) join tags study using (run_uuid) "
-        "where kind.key = 'kdexp.kind' and study.key = 'kdexp.study' and study.value = ? and kind.value in ('trial', 'study')"
+        "select kind.value, runs.status from runs join tags kind using (run_uuid) join tags study"
+        " using (run_uuid) where kind.key = 'kdexp.kind' and study.key = 'kdexp.study' and"
+        " study.value = ? and kind.value in ('trial', 'study')"
     )
     with closing(sqlite3.connect(server.database, timeout=60)) as mlflow:
         return Counter(mlflow.execute(query, (study,)).fetchall())
@@ -169,16 +183,24 @@ def accepted(server: Postgresql) -> list[tuple[int, str]]:
     """Number and state of the trials in Optuna, as often as they are there."""
     engine = sqlalchemy.create_engine(server.url)
     with engine.connect() as connection:
-        rows = connection.execute(sqlalchemy.text("select number, state::text from trials order by number")).all()
+        rows = connection.execute(
+            sqlalchemy.text("select number, state::text from trials order by number")
+        ).all()
     engine.dispose()
     return [(number, state) for number, state in rows]
 
 
-def test_a_command_of_another_machine_that_is_gone_is_noticed(tmp_path: Path, postgresql: Postgresql) -> None:
-    """The second machine takes over the trial, after the grace, and neither lets a run stay open that it can reach."""
+def test_a_command_of_another_machine_that_is_gone_is_noticed(
+    tmp_path: Path, postgresql: Postgresql
+) -> None:
+    """The second machine takes over the trial, after the grace, and neither lets a run stay open
+    that it can reach.
+    """
     stores = tmp_path / "mlflow.db"
-    one, two, command = of_two(tmp_path, postgresql.url, f"sqlite:///{stores}", training__epochs=6, study__trials=3)
-    dies = Dies("kdexp.runs:Recording.take", call=8)
+    one, two, command = of_two(
+        tmp_path, postgresql.url, f"sqlite:///{stores}", training__epochs=6, study__trials=3
+    )
+    dies = Dies("kdexp.runs.recording:Recording.take", call=8)
     assert Life(one, command, Sets(GRACE, dies)).end().code == -signal.SIGKILL
     started = time.monotonic()
     end = Life(two, command, Sets(GRACE)).end()
@@ -215,7 +237,8 @@ def test_who_is_cut_off_for_longer_than_the_grace_loses_the_trial_and_not_the_co
 ) -> None:
     """Its process stands still, and its connection ends, as where a machine is suspended."""
     name = "suspended"
-    changes = {**LONG, "name": name, "study__trials": 2, "training__epochs": 80}  # none ends before it is stopped
+    # none ends before it is stopped
+    changes = {**LONG, "name": name, "study__trials": 2, "training__epochs": 80}
     one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
     first = Life(one, command, Sets(GRACE))
     first.trains()
@@ -223,7 +246,9 @@ def test_who_is_cut_off_for_longer_than_the_grace_loses_the_trial_and_not_the_co
     os.kill(first.process.pid, signal.SIGSTOP)
     engine = sqlalchemy.create_engine(postgresql.url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        everybody = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+        everybody = (
+            "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+        )
         connection.execute(sqlalchemy.text(everybody))
     engine.dispose()
     second = Life(two, command, Sets(GRACE)).end()
@@ -246,14 +271,19 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
     one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
     first = Life(one, [*command, "--pack", "3"], Sets(GRACE))
     first.trains()
-    until(lambda: [state for _, state in accepted(postgresql)] == ["RUNNING"] * 3, "three trials are under way")
+    until(
+        lambda: [state for _, state in accepted(postgresql)] == ["RUNNING"] * 3,
+        "three trials are under way",
+    )
     first.kill()
     assert first.end().code == -signal.SIGKILL
     waiters = [Life(two, command, Sets(GRACE), f"{number}") for number in range(8)]
     ends = [waiter.end(500) for waiter in waiters]
     assert [end.code for end in ends] == [0] * 8, "".join(end.err for end in ends)
     assert accepted(postgresql) == [(number, "COMPLETE") for number in range(3)]
-    assert runs_of(server, name) == Counter({("trial", "FINISHED"): 3, ("trial", "KILLED"): 3, ("study", "FINISHED"): 1})
+    assert runs_of(server, name) == Counter(
+        {("trial", "FINISHED"): 3, ("trial", "KILLED"): 3, ("study", "FINISHED"): 1}
+    )
     assert [token for token, _ in claimed(postgresql)] == [2, 2, 2]
     assert len({claimant for _, claimant in claimed(postgresql)}) == 3
     assert any("Selected: trial" in end.out for end in ends)
@@ -262,13 +292,22 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
 OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "20"))
 
 
-@pytest.mark.skipif("KDEXP_TEST_OUTAGE" not in os.environ, reason="takes minutes: set KDEXP_TEST_OUTAGE to seconds")
+@pytest.mark.skipif(
+    "KDEXP_TEST_OUTAGE" not in os.environ, reason="takes minutes: set KDEXP_TEST_OUTAGE to seconds"
+)
 def test_epochs_go_on_at_their_pace_while_both_servers_are_away(
     tmp_path: Path, server: MlflowServer, postgresql: Postgresql
 ) -> None:
-    """Trials that may be ended early: their workers wait for no verdict, nothing is lost, nothing comes twice."""
+    """Trials that may be ended early: their workers wait for no verdict, nothing is lost, nothing
+    comes twice.
+    """
     epochs = round(1.5 * OUTAGE / 0.25)  # of a quarter of a second at least
-    changes = {"study__trials": 4, "study__early_stop": True, "training__epochs": epochs, "training__batch_size": 4}
+    changes = {
+        "study__trials": 4,
+        "study__early_stop": True,
+        "training__epochs": epochs,
+        "training__batch_size": 4,
+    }
     place = renamed(tmp_path / "place", "away", selection__accuracy_bar=0.9999, **changes)
     command = [*SWEEP, "--tracking-uri", server.url, "--storage", postgresql.url, "--workers", "2"]
     life = Life(place, command, Sets(OFTEN))
@@ -296,7 +335,11 @@ def test_epochs_go_on_at_their_pace_while_both_servers_are_away(
         gaps = [after - before for before, after in itertools.pairwise(times)]
         inside = [gap for gap, at in zip(gaps, times[1:], strict=True) if began < at < ended]
         assert len(inside) > OUTAGE / 2 / statistics.median(gaps), "it trained in the outage"
-        assert max(inside) <= 2 * statistics.median(gaps), (number, max(inside), statistics.median(gaps))
+        assert max(inside) <= 2 * statistics.median(gaps), (
+            number,
+            max(inside),
+            statistics.median(gaps),
+        )
 
 
 def has_trials(server: Postgresql) -> bool:
@@ -310,9 +353,9 @@ def has_trials(server: Postgresql) -> bool:
 def times_of_epochs(server: MlflowServer, study: str) -> dict[int, dict[int, float]]:
     """By trial and epoch, when each was measured, in seconds."""
     query = (
-        "select trial.value, metrics.step, metrics.timestamp from metrics join tags trial using (run_uuid) "
-        "join tags study using (run_uuid) where metrics.key = 'epoch/val_accuracy' and trial.key = 'kdexp.trial' "
-        "and study.key = 'kdexp.study' and study.value = ?"
+        "select trial.value, metrics.step, metrics.timestamp from metrics join tags trial using"
+        " (run_uuid) join tags study using (run_uuid) where metrics.key = 'epoch/val_accuracy' and"
+        " trial.key = 'kdexp.trial' and study.key = 'kdexp.study' and study.value = ?"
     )
     found: dict[int, dict[int, float]] = {}
     with closing(sqlite3.connect(server.database, timeout=60)) as mlflow:

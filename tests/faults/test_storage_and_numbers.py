@@ -1,4 +1,6 @@
-"""Disks that are full, files that are damaged, losses that are no numbers: one clear line, nothing lost, the study goes on."""
+"""Disks that are full, files that are damaged, losses that are no numbers: one clear line, nothing
+lost, the study goes on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import SWEEP, Dies, Facts, Life, facts, no_run_is_left_open, statuses, unbroken, written
+from faults.conftest import (
+    SWEEP,
+    Dies,
+    Facts,
+    Life,
+    facts,
+    no_run_is_left_open,
+    statuses,
+    unbroken,
+    written,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +37,8 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """From the n-th call of a function on, no file may grow beyond 8 kB: room for what is printed, and for nothing else.
+    """From the n-th call of a function on, no file may grow beyond 8 kB: room for what is printed,
+    and for nothing else.
 
     Python ignores SIGXFSZ, so that a write fails with an error as on a full disk.
     """
@@ -56,11 +69,11 @@ class FullDisk:
     ("moment", "fault"),
     {
         "at a checkpoint": FullDisk("kdexp.distill.checkpoints:Checkpoints.save", 6),
-        "at the teacher's cache": FullDisk("kdexp.distill.teacher:_fill", 1),
+        "at the teacher's cache": FullDisk("kdexp.distill.logits:_fill", 1),
         "at the teacher's weights": FullDisk("kdexp.distill.packs:Stacked.step", 10),
-        "at a run's record": FullDisk("kdexp.runs:_log_record", 2),
-        "at a run's weights": FullDisk("kdexp.runs:_conclude", 2),
-        "at Optuna's database": FullDisk("kdexp.study:OpenStudy.tell", 2),
+        "at a run's record": FullDisk("kdexp.runs.recording:_log_record", 2),
+        "at a run's weights": FullDisk("kdexp.runs.recording:_conclude", 2),
+        "at Optuna's database": FullDisk("kdexp.search.study:OpenStudy.tell", 2),
     }.items(),
 )
 def test_a_full_disk(place: Path, whole: Facts, moment: str, fault: FullDisk) -> None:
@@ -78,14 +91,19 @@ def test_a_full_disk(place: Path, whole: Facts, moment: str, fault: FullDisk) ->
 @pytest.mark.parametrize("damaged", ["the last one", "both"])
 @pytest.mark.parametrize("damage", ["one bit", "torn", "empty"])
 def test_a_damaged_checkpoint(place: Path, whole: Facts, damage: str, damaged: str) -> None:
-    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
+    assert (
+        Life(place, SWEEP, Dies("kdexp.runs.recording:Recording.take", call=8)).end().code
+        == -signal.SIGKILL
+    )
     files = sorted((place / "mlruns" / "checkpoints").glob("*/*"))
     assert {path.suffix for path in files} == {".checkpoint", ".former"}
     for path in files:
         if damaged == "both" or path.suffix == ".checkpoint":
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 4
-            path.write_bytes({"one bit": bytes(content), "torn": bytes(content[:50]), "empty": b""}[damage])
+            path.write_bytes(
+                {"one bit": bytes(content), "torn": bytes(content[:50]), "empty": b""}[damage]
+            )
     again = Life(place, SWEEP).end()
     assert again.code == 0, again.err
     assert ("(again)" if damaged == "both" else "from epoch") in again.out
@@ -94,7 +112,10 @@ def test_a_damaged_checkpoint(place: Path, whole: Facts, damage: str, damaged: s
 
 
 def test_a_checkpoint_of_other_code_is_not_gone_on_from(place: Path) -> None:
-    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
+    assert (
+        Life(place, SWEEP, Dies("kdexp.runs.recording:Recording.take", call=8)).end().code
+        == -signal.SIGKILL
+    )
     again = Life(place, SWEEP, OtherCode("_core")).end()
     assert again.code == 0, again.err
     assert "(again)" in again.out
@@ -103,7 +124,10 @@ def test_a_checkpoint_of_other_code_is_not_gone_on_from(place: Path) -> None:
 
 
 def test_a_checkpoint_outlives_edits_outside_of_the_core(place: Path, whole: Facts) -> None:
-    assert Life(place, SWEEP, Dies("kdexp.runs:Recording.take", call=8)).end().code == -signal.SIGKILL
+    assert (
+        Life(place, SWEEP, Dies("kdexp.runs.recording:Recording.take", call=8)).end().code
+        == -signal.SIGKILL
+    )
     again = Life(place, SWEEP, OtherCode("_source")).end()
     assert again.code == 0, again.err
     assert "from epoch" in again.out
@@ -163,7 +187,10 @@ def test_a_loss_that_is_no_number_ends_its_trial_and_the_study_goes_on(tmp_path:
         "training__epochs": 3,
         "study__trials": 8,
         "study__sampler": "random",
-        "search": {"training.learning_rate": {"choices": [0.01, 1e12]}, "distillation.alpha": {"low": 0.0, "high": 1.0}},
+        "search": {
+            "training.learning_rate": {"choices": [0.01, 1e12]},
+            "distillation.alpha": {"low": 0.0, "high": 1.0},
+        },
         "selection__accuracy_bar": 0.05,
     }
     for pack in ("1", "4"):
@@ -199,17 +226,25 @@ class Fragile(nn.Module):
         return self.two(torch.relu(self.one(x.flatten(1))))
 """
 FAILURES = {
-    "an error of its own": ('raise RuntimeError("thirteen brings bad luck")', "thirteen brings bad luck"),
+    "an error of its own": (
+        'raise RuntimeError("thirteen brings bad luck")',
+        "thirteen brings bad luck",
+    ),
     "no memory": ("torch.empty(10**15)", "can't allocate memory"),
 }
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_trial_that_breaks_is_given_up_after_its_retries_and_the_study_goes_on(tmp_path: Path, failure: str) -> None:
+def test_a_trial_that_breaks_is_given_up_after_its_retries_and_the_study_goes_on(
+    tmp_path: Path, failure: str
+) -> None:
     code, message = FAILURES[failure]
     changes = {
         "student": {"architecture": "nets:fragile", "options": {"width": 8}},
-        "search": {"student.options.width": {"choices": [8, 13, 21]}, "distillation.alpha": {"low": 0.0, "high": 1.0}},
+        "search": {
+            "student.options.width": {"choices": [8, 13, 21]},
+            "distillation.alpha": {"low": 0.0, "high": 1.0},
+        },
         "study__sampler": "random",
         "study__trials": 8,
         "study__retries": 2,
@@ -227,7 +262,9 @@ def test_a_trial_that_breaks_is_given_up_after_its_retries_and_the_study_goes_on
         states = [state for (state,) in optuna.execute("select state from trials order by number")]
     assert states.count("FAIL") >= 1
     assert states.count("FAIL") + states.count("COMPLETE") == 8
-    assert statuses(place)["trial", "FAILED"] == 3 * states.count("FAIL"), "each try has its run, with its reason"
+    assert statuses(place)["trial", "FAILED"] == 3 * states.count("FAIL"), (
+        "each try has its run, with its reason"
+    )
     assert no_run_is_left_open(place)
 
 
@@ -269,7 +306,10 @@ def test_two_sweeps_that_start_at_the_same_moment_train_every_trial_once(tmp_pat
     place = written(tmp_path / "place", **changes)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tiny.yaml").write_text((place / "tiny.yaml").read_text())
-    lives = [Life(place, SWEEP), Life(tmp_path / "other", [*SWEEP, "--stores", str(place / "mlruns")])]
+    lives = [
+        Life(place, SWEEP),
+        Life(tmp_path / "other", [*SWEEP, "--stores", str(place / "mlruns")]),
+    ]
     ends = [life.end() for life in lives]
     assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
     assert facts(place) == expected

@@ -23,7 +23,9 @@ Kdexp = Callable[..., subprocess.CompletedProcess]
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KDEXP_", "MLFLOW_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("KDEXP_", "MLFLOW_"))
+    }
     return kept | {"KDEXP_THREADS": "1", "KDEXP_WORKERS": "1", "COLUMNS": "200"}
 
 
@@ -66,7 +68,13 @@ def kdexp(tmp_path: Path) -> Kdexp:
 
     def run(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command(*arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run
@@ -81,8 +89,12 @@ def tiny_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kdexp_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kdexp:
-    """The same main() in this process, where a process per call would only cost the seconds of its imports."""
+def kdexp_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Kdexp:
+    """The same main() in this process, where a process per call would only cost the seconds of its
+    imports.
+    """
     from kdexp.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -108,7 +120,10 @@ def kdexp_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def runs(folder: Path, kind: str) -> Counter:
     """How many runs of a kind the embedded store holds, by status."""
-    query = "select status from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and tags.value = ?"
+    query = (
+        "select status from runs join tags using (run_uuid) where tags.key = 'kdexp.kind' and"
+        " tags.value = ?"
+    )
     with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as database:
         return Counter(status for (status,) in database.execute(query, (kind,)))
 
@@ -116,8 +131,9 @@ def runs(folder: Path, kind: str) -> Counter:
 def trials(folder: Path) -> Counter:
     """How many finished MLflow runs each trial number has."""
     query = (
-        "select value from tags join runs using (run_uuid) where tags.key = 'kdexp.trial' and status = 'FINISHED' "
-        "and run_uuid in (select run_uuid from tags where key = 'kdexp.kind' and value = 'trial')"
+        "select value from tags join runs using (run_uuid) where tags.key = 'kdexp.trial' and"
+        " status = 'FINISHED' and run_uuid in (select run_uuid from tags where key = 'kdexp.kind'"
+        " and value = 'trial')"
     )
     with sqlite3.connect(folder / "mlruns" / "mlflow.db", timeout=60) as database:
         return Counter(int(number) for (number,) in database.execute(query))

@@ -1,4 +1,6 @@
-"""A sweep that is stopped or killed and started again: nothing repeated, nothing lost, no run left RUNNING."""
+"""A sweep that is stopped or killed and started again: nothing repeated, nothing lost, no run left
+RUNNING.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from system.conftest import runs, started, trials, wait_for_trial
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_sweep_continues(kdexp, tiny_file: Path, tmp_path: Path, kind: signal.Signals) -> None:
+def test_a_stopped_sweep_continues(
+    kdexp, tiny_file: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
     process = started(tmp_path)
     wait_for_trial(process, 1)
     time.sleep(0.7)  # into trial 2
@@ -38,7 +42,9 @@ def test_a_stopped_sweep_continues(kdexp, tiny_file: Path, tmp_path: Path, kind:
     assert runs(tmp_path, "teacher") == {"FINISHED": 1}
 
 
-def test_two_processes_share_a_study_and_the_last_one_selects(tiny_file: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_study_and_the_last_one_selects(
+    tiny_file: Path, tmp_path: Path
+) -> None:
     both = [started(tmp_path, "--trials", "6") for _ in range(2)]
     outputs = [process.communicate(timeout=180) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -55,7 +61,9 @@ def test_two_processes_share_a_study_and_the_last_one_selects(tiny_file: Path, t
     assert sorted(int(number) for number in trained if number.isdigit()) == list(range(6))
 
 
-def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(
+    kdexp, tiny_file: Path, tmp_path: Path
+) -> None:
     first, second = (started(tmp_path, "--trials", "6") for _ in range(2))
     wait_for_trial(first)
     first.kill()
@@ -70,7 +78,11 @@ def test_when_one_of_two_processes_is_killed_the_other_takes_its_trial(kdexp, ti
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_a_stop_while_libraries_are_loaded_is_said_too(tiny_file: Path, tmp_path: Path) -> None:
     process = started(tmp_path)
-    until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch is being imported", 60)
+    until(
+        lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(),
+        "torch is being imported",
+        60,
+    )
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

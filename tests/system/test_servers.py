@@ -35,9 +35,24 @@ def postgresql(tmp_path_factory) -> Iterator[str]:
     needs(bool(bins), "PostgreSQL's server programs")
     folder, port = Path(f"/tmp/kdexp-postgresql-{os.getpid()}"), free_port()
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    subprocess.run([*as_user, bins[-1], "-D", folder, "-A", "trust", "-U", "kdexp"], check=True, capture_output=True)
+    subprocess.run(
+        [*as_user, bins[-1], "-D", folder, "-A", "trust", "-U", "kdexp"],
+        check=True,
+        capture_output=True,
+    )
     server = subprocess.Popen(
-        [*as_user, bins[-1].with_name("postgres"), "-D", folder, "-p", str(port), "-h", "127.0.0.1", "-k", folder],
+        [
+            *as_user,
+            bins[-1].with_name("postgres"),
+            "-D",
+            folder,
+            "-p",
+            str(port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            folder,
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -78,12 +93,24 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def test_two_machines_share_a_study(postgresql: str, mlflow_server: str, tiny_file: Path, tmp_path: Path) -> None:
+def test_two_machines_share_a_study(
+    postgresql: str, mlflow_server: str, tiny_file: Path, tmp_path: Path
+) -> None:
     machines = []
-    for name in ("one", "two"):  # each with a folder of its own: they share nothing but the two servers
+    # each with a folder of its own: they share nothing but the two servers
+    for name in ("one", "two"):
         (tmp_path / name).mkdir()
         shutil.copy(tiny_file, tmp_path / name)
-        arguments = ["sweep", "tiny.yaml", "--trials", "6", "--storage", postgresql, "--tracking-uri", mlflow_server]
+        arguments = [
+            "sweep",
+            "tiny.yaml",
+            "--trials",
+            "6",
+            "--storage",
+            postgresql,
+            "--tracking-uri",
+            mlflow_server,
+        ]
         machines.append(
             subprocess.Popen(
                 command(*arguments),
@@ -95,7 +122,9 @@ def test_two_machines_share_a_study(postgresql: str, mlflow_server: str, tiny_fi
             )
         )
     outputs = [machine.communicate(timeout=400) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(errors for _, errors in outputs)
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(
+        errors for _, errors in outputs
+    )
     study = optuna.load_study(study_name="tiny", storage=postgresql)
     assert [trial.state.name for trial in study.trials[:6]] == ["COMPLETE"] * 6
     assert study.trials[0].user_attrs["control"] == "documented defaults"
@@ -110,4 +139,6 @@ def test_two_machines_share_a_study(postgresql: str, mlflow_server: str, tiny_fi
     selected = client.get_model_version_by_alias("tiny", "smallest")
     assert client.get_run(selected.run_id).data.metrics["test_accuracy"] > 0
     assert len(client.search_model_versions("name = 'tiny'")) == 1, "one of them registers"
-    assert len(client.get_metric_history(selected.run_id, "test_accuracy")) == 1, "one of them looks at test"
+    assert len(client.get_metric_history(selected.run_id, "test_accuracy")) == 1, (
+        "one of them looks at test"
+    )

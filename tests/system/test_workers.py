@@ -1,4 +1,6 @@
-"""One command with several workers: they share the work, outlive one another, and stop with the one that started them."""
+"""One command with several workers: they share the work, outlive one another, and stop with the one
+that started them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ RESUMED = re.compile(r"\(again\)|\(from epoch \d+\)")
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [
+        int(child)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -39,7 +45,11 @@ def gone(pid: int) -> bool:
 
 def both_train(process: subprocess.Popen, folder: Path) -> list[int]:
     """Wait until two workers have a trial each; their process ids."""
-    until(lambda: runs(folder, "trial")["RUNNING"] == 2 or process.poll() is not None, "two trials under way", 120)
+    until(
+        lambda: runs(folder, "trial")["RUNNING"] == 2 or process.poll() is not None,
+        "two trials under way",
+        120,
+    )
     assert process.poll() is None, process.communicate()
     workers = workers_of(process)
     assert len(workers) == 2
@@ -53,12 +63,22 @@ def run_names(folder: Path) -> dict[str, str]:
         return dict(database.execute(query).fetchall())
 
 
-def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(tiny_file: Path, tmp_path: Path) -> None:
-    own_choice = {key: value for key, value in environment().items() if not key.startswith("KDEXP_")}
+def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    own_choice = {
+        key: value for key, value in environment().items() if not key.startswith("KDEXP_")
+    }
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
-            command(*arguments), cwd=tmp_path, env=own_choice, capture_output=True, text=True, timeout=300, check=False
+            command(*arguments),
+            cwd=tmp_path,
+            env=own_choice,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -68,7 +88,9 @@ def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(t
     out = run("sweep", "tiny.yaml", "--trials", "6", "--workers", "2")
     assert "2 workers, 1 thread each" in out
     assert "Selected: trial" in out
-    assert sorted(int(number) for number in re.findall(r"^trial (\d+) .* parameters ", out, re.MULTILINE)) == list(range(6))
+    assert sorted(
+        int(number) for number in re.findall(r"^trial (\d+) .* parameters ", out, re.MULTILINE)
+    ) == list(range(6))
     assert trials(tmp_path) == dict.fromkeys(range(6), 1)
     assert {kind: runs(tmp_path, kind) for kind in ("study", "teacher", "trial")} == {
         "study": {"FINISHED": 1},
@@ -83,15 +105,29 @@ def test_two_workers_finish_a_study_together_and_a_run_of_theirs_is_reproduced(t
 
 
 @pytest.mark.slow
-def test_four_workers_do_not_lock_one_another_out_of_the_databases(kdexp, tiny_file: Path, tmp_path: Path) -> None:
-    done = kdexp("sweep", "tiny.yaml", "--workers", "4", "--trials", "16", "--set", "training.epochs=1", timeout=400)
+def test_four_workers_do_not_lock_one_another_out_of_the_databases(
+    kdexp, tiny_file: Path, tmp_path: Path
+) -> None:
+    done = kdexp(
+        "sweep",
+        "tiny.yaml",
+        "--workers",
+        "4",
+        "--trials",
+        "16",
+        "--set",
+        "training.epochs=1",
+        timeout=400,
+    )
     assert "4 workers" in done.stdout, done.stderr
     assert "ended" not in done.stdout
     assert trials(tmp_path) == dict.fromkeys(range(16), 1)
     assert runs(tmp_path, "trial") == {"FINISHED": 16}
 
 
-def test_when_a_worker_is_killed_the_other_takes_its_trial_even_the_last(tiny_file: Path, tmp_path: Path) -> None:
+def test_when_a_worker_is_killed_the_other_takes_its_trial_even_the_last(
+    tiny_file: Path, tmp_path: Path
+) -> None:
     process = started(tmp_path, "--trials", "2", "--workers", "2")
     victim, _ = both_train(process, tmp_path)
     os.kill(victim, signal.SIGKILL)
@@ -107,7 +143,9 @@ def test_when_a_worker_is_killed_the_other_takes_its_trial_even_the_last(tiny_fi
 
 
 @pytest.mark.slow
-def test_when_all_workers_are_killed_the_command_says_so_and_continues_later(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+def test_when_all_workers_are_killed_the_command_says_so_and_continues_later(
+    kdexp, tiny_file: Path, tmp_path: Path
+) -> None:
     process = started(tmp_path, "--trials", "3", "--workers", "2")
     for worker in both_train(process, tmp_path):
         os.kill(worker, signal.SIGKILL)
@@ -124,13 +162,17 @@ def test_when_all_workers_are_killed_the_command_says_so_and_continues_later(kde
     assert runs(tmp_path, "trial")["RUNNING"] == 0
 
 
-def test_workers_stop_by_themselves_when_their_parent_is_killed(kdexp, tiny_file: Path, tmp_path: Path) -> None:
+def test_workers_stop_by_themselves_when_their_parent_is_killed(
+    kdexp, tiny_file: Path, tmp_path: Path
+) -> None:
     process = started(tmp_path, "--trials", "6", "--workers", "2")
     workers = both_train(process, tmp_path)
     process.kill()
     process.communicate()
     until(lambda: all(gone(worker) for worker in workers), "workers without a parent stop", 30)
-    again = kdexp("sweep", "tiny.yaml", "--set", "training.epochs=40", "--trials", "6", "--workers", "2")
+    again = kdexp(
+        "sweep", "tiny.yaml", "--set", "training.epochs=40", "--trials", "6", "--workers", "2"
+    )
     assert again.returncode == 0, again.stderr
     assert len(RESUMED.findall(again.stdout)) == 2
     assert trials(tmp_path) == dict.fromkeys(range(6), 1)
@@ -142,10 +184,15 @@ def test_workers_stop_by_themselves_when_their_parent_is_killed(kdexp, tiny_file
     "how",
     [
         "Ctrl-C in the terminal",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT to the command", "SIGTERM to all")),
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in ("SIGINT to the command", "SIGTERM to all")
+        ),
     ],
 )
-def test_stopping_the_command_stops_its_workers(kdexp, tiny_file: Path, tmp_path: Path, how: str) -> None:
+def test_stopping_the_command_stops_its_workers(
+    kdexp, tiny_file: Path, tmp_path: Path, how: str
+) -> None:
     process = started(tmp_path, "--trials", "6", "--workers", "2")
     workers = both_train(process, tmp_path)
     {
@@ -162,7 +209,9 @@ def test_stopping_the_command_stops_its_workers(kdexp, tiny_file: Path, tmp_path
     assert runs(tmp_path, "trial")["RUNNING"] == 0
     assert runs(tmp_path, "study") == {"KILLED": 1}
     if how == "Ctrl-C in the terminal":
-        again = kdexp("sweep", "tiny.yaml", "--set", "training.epochs=40", "--trials", "6", "--workers", "2")
+        again = kdexp(
+            "sweep", "tiny.yaml", "--set", "training.epochs=40", "--trials", "6", "--workers", "2"
+        )
         assert again.returncode == 0, again.stderr
         assert len(RESUMED.findall(again.stdout)) == 2
         assert trials(tmp_path) == dict.fromkeys(range(6), 1)
@@ -240,7 +289,9 @@ ONCE = """try:
 
 
 @pytest.mark.parametrize("times", ["once", pytest.param("always", marks=pytest.mark.slow)])
-def test_a_worker_that_fails_is_named_with_its_reason(kdexp, tiny_file: Path, tmp_path: Path, times: str) -> None:
+def test_a_worker_that_fails_is_named_with_its_reason(
+    kdexp, tiny_file: Path, tmp_path: Path, times: str
+) -> None:
     always = "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
     (tmp_path / "nets.py").write_text(FAILS % (ONCE if times == "once" else always))
     network = [
@@ -248,7 +299,9 @@ def test_a_worker_that_fails_is_named_with_its_reason(kdexp, tiny_file: Path, tm
         "--set", "search={student.options.width: {choices: [4, 8]}, distillation.alpha: {low: 0.0, high: 1.0}}",
     ]  # fmt: skip
     done = kdexp("sweep", "tiny.yaml", *network, "--workers", "2", "--trials", "4")
-    assert re.search(r"worker [12] ended in trial \d: .*No space left on device", done.stdout), done.stderr
+    assert re.search(r"worker [12] ended in trial \d: .*No space left on device", done.stdout), (
+        done.stderr
+    )
     assert "Traceback" not in done.stdout + done.stderr
     if times == "once":
         assert done.returncode == 0, done.stderr
@@ -257,5 +310,9 @@ def test_a_worker_that_fails_is_named_with_its_reason(kdexp, tiny_file: Path, tm
     else:
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
-        assert re.search(r"4 trials of study 'tiny' are not finished: worker \d ended in trial \d: .*No space left", line)
+        assert re.search(
+            r"4 trials of study 'tiny' are not finished: worker \d ended in trial \d: .*No space"
+            r" left",
+            line,
+        )
         assert line.count("No space left on device") == 2

@@ -1,11 +1,13 @@
 """Runs that a version of kdexp recorded, to be reproduced by every later one.
 
-    python tests/witness/make.py KDEXP_PYTHON FOLDER && tar cJf tests/witness/VERSION.tar.xz -C FOLDER .
+    python tests/witness/make.py KDEXP_PYTHON FOLDER && tar cJf tests/witness/VERSION.tar.xz -C
+    FOLDER .
 
-KDEXP_PYTHON is the python of an environment (or git worktree) with that version. Every kind of training that can have
-bits of its own is there once, on scikit-learn's digits and as small as it can be: the families, networks of the user's
-own (stacked and stepped), EMA, every loss, random erasing, an ensemble as teacher, a pack of three, bf16, a training
-resumed after kill -9, a confirmation's, a student trained on all images. `runs.json` names them; the store lies in mlruns/.
+KDEXP_PYTHON is the python of an environment (or git worktree) with that version. Every kind of
+training that can have bits of its own is there once, on scikit-learn's digits and as small as it
+can be: the families, networks of the user's own (stacked and stepped), EMA, every loss, random
+erasing, an ensemble as teacher, a pack of three, bf16, a training resumed after kill -9, a
+confirmation's, a student trained on all images. `runs.json` names them; the store lies in mlruns/.
 """
 
 from __future__ import annotations
@@ -87,7 +89,10 @@ FASHION = [
     "data={dataset: fashion_mnist, channels: 1, augment: {flip: true, shift: 0}}",
     "teacher={architecture: cnn, channels: [4, 8], hidden: 16, epochs: 1, learning_rate: 1.0e-2}",
     "student={architecture: cnn}",
-    "training={batch_size: 128, epochs: 2, max_steps: 700, learning_rate: 3.0e-3, precision: PRECISION}",
+    (
+        "training={batch_size: 128, epochs: 2, max_steps: 700, learning_rate: 3.0e-3, precision:"
+        " PRECISION}"
+    ),
 ]
 """Long enough to be compiled."""
 
@@ -99,7 +104,13 @@ def main(python: str, folder: Path) -> None:
     (folder / "nets.py").write_text(NETS)
 
     def kdexp(*arguments: str) -> str:
-        done = subprocess.run([python, "-m", "kdexp", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-m", "kdexp", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             sys.exit(f"kdexp {' '.join(arguments)}: {done.stderr}")
         return done.stdout
@@ -107,20 +118,42 @@ def main(python: str, folder: Path) -> None:
     environment = os.environ | {"KDEXP_THREADS": "1", "KDEXP_WORKERS": "1", "COLUMNS": "200"}
     runs: dict[str, str] = {}
     for name, values in TRAININGS.items():
-        out = kdexp("train", "witness.yaml", *(part for value in values for part in ("--set", value)))
-        runs[name] = next(line.split()[-1] for line in out.splitlines() if line.startswith("Run ID"))
+        out = kdexp(
+            "train", "witness.yaml", *(part for value in values for part in ("--set", value))
+        )
+        runs[name] = next(
+            line.split()[-1] for line in out.splitlines() if line.startswith("Run ID")
+        )
         print(name, runs[name], flush=True)
 
     for precision in ("fp32", "bf16"):
         values = [value.replace("PRECISION", precision) for value in FASHION]
-        out = kdexp("train", "witness.yaml", *(part for value in values for part in ("--set", value)))
-        runs[f"compiled, {precision}"] = next(line.split()[-1] for line in out.splitlines() if line.startswith("Run ID"))
+        out = kdexp(
+            "train", "witness.yaml", *(part for value in values for part in ("--set", value))
+        )
+        runs[f"compiled, {precision}"] = next(
+            line.split()[-1] for line in out.splitlines() if line.startswith("Run ID")
+        )
 
     kdexp("sweep", "witness.yaml", "--set", "name=packed", "--pack", "3")
-    runs |= {f"lane {number} of a pack of three": run for number, run in _trials(folder, "packed").items()}
+    runs |= {
+        f"lane {number} of a pack of three": run
+        for number, run in _trials(folder, "packed").items()
+    }
 
-    killed = ("sweep", "witness.yaml", "--set", "name=killed", "--set", "training.epochs=60", "--trials", "1")
-    process = subprocess.Popen([python, "-m", "kdexp", *killed], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    killed = (
+        "sweep",
+        "witness.yaml",
+        "--set",
+        "name=killed",
+        "--set",
+        "training.epochs=60",
+        "--trials",
+        "1",
+    )
+    process = subprocess.Popen(
+        [python, "-m", "kdexp", *killed], cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    )
     while not list(folder.glob("mlruns/checkpoints/*/trial-0*")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -128,9 +161,20 @@ def main(python: str, folder: Path) -> None:
     kdexp(*killed)
     runs["resumed after kill -9"] = _trials(folder, "killed")[0]
 
-    kdexp("sweep", "witness.yaml", "--set", "name=confirmed", "--set", "training.keep=last", "--trials", "2")
+    kdexp(
+        "sweep",
+        "witness.yaml",
+        "--set",
+        "name=confirmed",
+        "--set",
+        "training.keep=last",
+        "--trials",
+        "2",
+    )
     kdexp("confirm", "confirmed", "--seeds", "2", "--train-and-validation")
-    confirmed = _query(folder, "select run_uuid from tags where key = 'kdexp.kind' and value = 'confirmation'")
+    confirmed = _query(
+        folder, "select run_uuid from tags where key = 'kdexp.kind' and value = 'confirmation'"
+    )
     runs |= {f"confirmation {number}": run for number, (run,) in enumerate(confirmed)}
     (folder / "runs.json").write_text(json.dumps(runs, indent=1))
     for database in ("mlflow.db", "optuna.db"):
@@ -144,10 +188,11 @@ def main(python: str, folder: Path) -> None:
 def _trials(folder: Path, study: str) -> dict[int, str]:
     found = _query(
         folder,
-        "select number.value, runs.run_uuid from runs join tags number on number.run_uuid = runs.run_uuid "
-        "join tags study on study.run_uuid = runs.run_uuid join tags kind on kind.run_uuid = runs.run_uuid "
-        "where number.key = 'kdexp.trial' and study.key = 'kdexp.study' and study.value = ? and runs.status = 'FINISHED' "
-        "and kind.key = 'kdexp.kind' and kind.value = 'trial'",
+        "select number.value, runs.run_uuid from runs join tags number on number.run_uuid ="
+        " runs.run_uuid join tags study on study.run_uuid = runs.run_uuid join tags kind on"
+        " kind.run_uuid = runs.run_uuid where number.key = 'kdexp.trial' and study.key ="
+        " 'kdexp.study' and study.value = ? and runs.status = 'FINISHED' and kind.key ="
+        " 'kdexp.kind' and kind.value = 'trial'",
         study,
     )
     return {int(number): run for number, run in found}

@@ -1,7 +1,8 @@
-"""Runs recorded by an earlier version, in a store that has moved since: each can be read and reproduced, bit for bit.
+"""Runs recorded by an earlier version, in a store that has moved since: each can be read and
+reproduced, bit for bit.
 
-`c3d1cbb.tar.xz` was made by make.py with the kdexp of that commit. On another kind of processor, or with another torch,
-last bits differ: there the metrics must agree within a tolerance.
+`c3d1cbb.tar.xz` was made by make.py with the kdexp of that commit. On another kind of processor, or
+with another torch, last bits differ: there the metrics must agree within a tolerance.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kdexp_alone(*arguments: str) -> subprocess.CompletedProcess:
     """The real command, in a process of its own."""
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,10 @@ def kdexp_alone(*arguments: str) -> subprocess.CompletedProcess:
     [
         pytest.param(
             name,
-            marks=[*([] if name in FAST else [pytest.mark.slow]), *([pytest.mark.fashion] if "compiled" in name else [])],
+            marks=[
+                *([] if name in FAST else [pytest.mark.slow]),
+                *([pytest.mark.fashion] if "compiled" in name else []),
+            ],
         )
         for name in RUNS
     ],
@@ -63,8 +74,13 @@ def test_a_run_of_an_earlier_version_is_reproduced(
         request.getfixturevalue("fashion")
     monkeypatch.chdir(unpacked)
     here = record("cpu", Recipe(), 1)
-    recorded = json.loads(next(unpacked.glob(f"mlruns/artifacts/*/{RUNS[name]}/artifacts/environment.json")).read_text())
-    run = kdexp_alone if "compiled" in name else kdexp_here  # shapes checked at run time cannot be compiled
+    recorded = json.loads(
+        next(
+            unpacked.glob(f"mlruns/artifacts/*/{RUNS[name]}/artifacts/environment.json")
+        ).read_text()
+    )
+    # shapes checked at run time cannot be compiled
+    run = kdexp_alone if "compiled" in name else kdexp_here
     done = run("reproduce", RUNS[name], "--tolerance", str(TOLERANCE))
     assert done.returncode == 0, done.stderr
     if all(recorded[what] == here[what] for what in ("cpu", "cpu_capability", "torch", "numpy")):

@@ -1,0 +1,128 @@
+"""Data and teacher of a recipe, ready for its trainings, with the teacher on record."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from kdexp import KdexpError
+from kdexp.config import Distillation, Recipe, Student, Training, flatten
+from kdexp.distill.datasets import Inspection, Splits, load_splits
+from kdexp.distill.guard import check_network
+from kdexp.distill.logits import CacheProgress
+from kdexp.distill.models import outline
+from kdexp.distill.teacher import CachedTeacher, WeightsRead, prepare_teacher
+from kdexp.distill.train import EpochReport
+from kdexp.runs import describe
+from kdexp.runs.bench import Bench
+from kdexp.runs.recording import closed, log_datasets
+from kdexp.runs.records import seal
+from kdexp.runs.tracking import EpochMetrics
+from kdexp.workers.work import Prepared
+
+__all__ = ["TeacherProgress", "prepare"]
+
+TeacherProgress = Inspection | EpochReport | CacheProgress | WeightsRead
+
+
+def prepare(
+    recipe: Recipe,
+    bench: Bench,
+    weights: Path | None = None,
+    training: Training | None = None,
+    students: Sequence[Student] = (),
+    check: Callable[[Splits], object] | None = None,
+    losses: Sequence[str] = (),
+) -> Generator[TeacherProgress, None, Prepared]:
+    """Yields what was read, and progress while the teacher is made.
+
+    Give `training` where all trials share its seed and epochs: the teacher's cache may then be
+    smaller. Before the teacher is trained, this finds out that the recipe's student and these
+    `students` can be built, that its loss and these `losses` can teach so many classes, and
+    whatever `check` raises of the data.
+    """
+    splits = load_splits(recipe.data, bench.settings.data_dir, bench.device)
+    if splits.inspection:
+        yield splits.inspection
+    if check:
+        check(splits)
+    _check_loss([recipe.distillation.loss, *losses], recipe.distillation, splits.train.classes)
+    check_network(recipe.student, splits.train)
+    for student in students:  # of which one may fail in training, and its trials alone
+        outline(student, splits.train)
+    if recipe.data.train_on_validation and weights is None:  # the teacher never sees validation
+        data = recipe.data.model_copy(update={"train_on_validation": False})
+        held_out = yield from prepare(recipe.model_copy(update={"data": data}), bench)
+        weights = held_out.teacher.weights
+    folder = bench.settings.teachers
+    teacher = yield from prepare_teacher(
+        recipe.teacher, recipe.data, splits, folder, weights, training
+    )
+    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, bench))
+
+
+def _check_loss(losses: Sequence[str], how: Distillation, classes: Sequence[str]) -> None:
+    """That a loss can teach so many classes. Runs of former versions (`population`) train again."""
+    two = len(classes) == 2 and how.standard_deviation == "sample"
+    if "standardized" in losses and two:
+        raise KdexpError(
+            f"distillation.loss: standardized teaches nothing of 2 classes ({', '.join(classes)}): "
+            "two standardised logits are always the same two numbers; allowed here: kl, "
+            "decoupled, correlation"
+        )
+
+
+def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: Bench) -> str:
+    """The teacher's own run in this store: its accuracy, curves and weights, recorded once."""
+    tracking = bench.tracking
+    # commands that start together record it once
+    with FileLock(bench.settings.teachers / "run.lock"):
+        for run in tracking.find("teacher", {"kdexp.weights_sha256": teacher.sha256}):
+            if run.status == "FINISHED":
+                return run.run_id
+            if run.status == "RUNNING":  # we hold the lock: whoever began it is gone
+                tracking.finish(run.run_id, "KILLED")
+        return _record_teacher(recipe, teacher, splits, bench)
+
+
+def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: Bench) -> str:
+    tracking, (low, high) = bench.tracking, teacher.val_interval
+    own = {
+        key: value
+        for key, value in flatten(recipe).items()
+        if key.startswith(("data.", "teacher."))
+    }
+    run_id = tracking.start(
+        bench.experiment_id,
+        "teacher",
+        f"teacher · {describe.named(recipe.teacher)}",
+        params=own,
+        tags={
+            "kdexp.weights_sha256": teacher.sha256,
+            "mlflow.note.content": describe.of_teacher(recipe, teacher),
+        },
+    )
+    with closed(run_id, tracking), tempfile.TemporaryDirectory() as temporary:
+        now = time.time_ns() // 1_000_000
+        epochs = [
+            EpochMetrics(
+                int(row["epoch"]),
+                now,
+                {f"epoch/{name}": row[name] for name in row if name != "epoch"},
+            )
+            for row in teacher.history
+        ]
+        tracking.log_epochs(run_id, epochs)
+        accuracy = teacher.val_accuracy
+        measured = {"val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
+        tracking.log_metrics(run_id, {"parameters": teacher.parameters, **measured})
+        folder = Path(temporary)
+        (folder / "config.json").write_text(recipe.model_dump_json(indent=2), "utf-8")
+        (folder / "weights.safetensors").symlink_to(teacher.weights.resolve())
+        seal(run_id, tracking.log_files(run_id, folder), tracking)
+        log_datasets(run_id, recipe.data, splits, tracking)
+    return run_id

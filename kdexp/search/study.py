@@ -1,0 +1,788 @@
+"""Optuna: the only file that knows it. A study on a storage, its controls, its trials, its
+verdicts.
+
+Trial 0 is the recipe's own values, trial 1 the same with alpha = 0: every study holds its baseline
+and its labels-only control. Optuna chooses what no trial has yet; who trains it is settled by
+kdexp.search.claims, so that any number of commands may run the same study, and what was interrupted
+keeps its trial number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import FrozenTrial, TrialState
+
+from kdexp.config import (
+    CONTROLS,
+    Objective,
+    Recipe,
+    Selection,
+    Sweep,
+    differences,
+    recorded,
+)
+from kdexp.distill.checkpoints import Checkpoints, State
+from kdexp.distill.models import Size
+from kdexp.distill.randomness import seed_of
+from kdexp.distill.train import EpochReport
+from kdexp.files import write_ahead
+from kdexp.runs.outcome import Outcome
+from kdexp.search.claims import Claimant, ClaimLost, HandedBack, Held, Standing
+from kdexp.search.objective import (
+    DIRECTIONS,
+    Passing,
+    compared,
+    constraints,
+    dominated,
+    values,
+    worst,
+)
+from kdexp.search.space import (
+    learns_alike,
+    nearly_alike,
+    recipe_value,
+    stored_value,
+    suggest,
+)
+from kdexp.search.stopping import futile
+from kdexp.search.storage import AWAY, StudyError, answered, open_storage, stored_name
+from kdexp.selection import size_of
+from kdexp.settings import Settings
+
+__all__ = []
+
+# trials before the Gaussian process takes over, the controls among them: with 10, half of a small
+# budget is random
+STARTUP = 5
+# proposals in a row that were not worth training: from then on they are drawn at random ...
+STUBBORN = 3
+# in vain: what is nearly a repeat is then trained, the space may hold nothing else
+NARROW = STUBBORN + 20
+# ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
+IN_VAIN = STUBBORN + 100
+SET_UP_SECONDS = 30.0
+log = logging.getLogger("kdexp")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What Optuna holds of a trial that has ended: what steers the search. Verdicts rest on the
+    trial's own run.
+    """
+
+    values: tuple[float, ...]
+    limits: Mapping[str, float]
+    recipe: Recipe | None
+    curve: Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A study that Optuna's storage knows."""
+
+    parent_run: str
+    """Its MLflow run."""
+    done: int
+    """How many of its trials have ended."""
+    facts: Mapping[str, Any]
+    """What its trials share, by name: the hashes of data and teacher."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that this process is to train: Optuna's choice as a recipe."""
+
+    number: int
+    recipe: Recipe
+    control: str
+    """'documented defaults', 'labels only', or nothing."""
+    retried: bool
+    begun: bool
+    """Retried, and its training had begun: it had a run."""
+    broken: bool
+    """Retried because its worker died, or because it failed: not because it was stopped."""
+    _aim: Objective
+    _prunes: bool
+    _trial: optuna.Trial
+    _reported: frozenset[int]
+
+    def link(self, run_id: str) -> None:
+        """Let Optuna know the trial's MLflow run."""
+        answered(lambda: self._trial.set_user_attr("run_id", run_id))
+
+    def remember(self, curve: Sequence[float]) -> None:
+        """Let the study's other trials learn from this one, which went to its end."""
+        answered(lambda: self._trial.set_user_attr("outcome", {"curve": list(curve)}))
+
+    def tries(self, epoch: int) -> int:
+        """How often it has broken without getting beyond this epoch, now included."""
+        before = self._trial.user_attrs.get("broken", {"times": 0, "epoch": epoch})
+        times = before["times"] + 1 if before["epoch"] == epoch else 1
+        answered(lambda: self._trial.set_user_attr("broken", {"times": times, "epoch": epoch}))
+        return times
+
+    def report(self, report: EpochReport) -> bool:
+        """Tell Optuna an epoch's validation accuracy, if it is to prune; whether it does so now."""
+        if not self._prunes or not _heard(report.epoch, report.epochs):
+            return False
+        try:
+            if report.finite and report.epoch not in self._reported:
+                self._trial.report(compared(self._aim, report.val_accuracy), report.epoch)
+            # Optuna judges by the last epoch it knows: wait until a retried trial is there again.
+            known = report.epoch >= max(self._reported, default=0)
+            return (
+                known
+                and self.number >= CONTROLS
+                and report.epoch < report.epochs
+                and self._trial.should_prune()
+            )
+        except AWAY:  # training does not wait; the next epoch that Optuna hears of decides
+            return False
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    """A trial's claim, and whose it is in this process."""
+
+    claimant: Claimant
+    held: Held
+
+
+class OpenStudy:
+    """A handle to one study, for one sweep file."""
+
+    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
+        self._study, self.sweep = study, sweep
+        self._aim = sweep.study.objective
+        self._claims: dict[int, _Claimed] = {}
+        """Of trials that this process has taken, by number."""
+        self._recipes: dict[int, Recipe] = {}
+        """Of trials, by number."""
+
+    @property
+    def parent_run(self) -> str:
+        """The id of the study's MLflow run."""
+        return str(self._study.user_attrs["mlflow_run_id"])
+
+    def checkpoints(self, settings: Settings) -> Checkpoints:
+        """Where this study's trials under way are kept."""
+        return Checkpoints(settings.stores / "checkpoints" / self.parent_run)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials may be ended early."""
+        return self.sweep.study.pruner != "none" or self.sweep.study.early_stop
+
+    @property
+    def smallest(self) -> Passing | None:
+        """The smallest that passes, where that is what is searched for."""
+        return self._smallest(answered(self._trained))
+
+    @property
+    def done(self) -> int:
+        """How many trials have ended."""
+        return sum(trial.state.is_finished() for trial in answered(self._trained))
+
+    @property
+    def left(self) -> int:
+        """How many trials are still to end."""
+        return (answered(self._begun) if self.exhausted else self.sweep.study.trials) - self.done
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many proposals in a row were not worth training that no more are made."""
+        return answered(self._untrained) >= IN_VAIN
+
+    def next_trial(
+        self, claimant: Claimant, ended: Callable[[int], Outcome | None]
+    ) -> Trial | None:
+        """The next trial to train: one whose claimant is gone, else a new one; None where the
+        budget is used up.
+
+        `ended` says of a trial whose claimant is gone how it ended, if it did (and cleans up after
+        it if not).
+        """
+        while True:
+            trial = answered(lambda: self._next(claimant))
+            if trial is None:
+                if not self._in_doubt(claimant):
+                    return None
+                time.sleep(1)
+            elif not trial.retried or not self._has_ended(trial, ended):
+                return trial
+
+    def _has_ended(self, trial: Trial, ended: Callable[[int], Outcome | None]) -> bool:
+        """Whether a trial that was taken over had come to its end: then it only remains to be
+        told.
+        """
+        try:
+            verdict = ended(trial.number)
+        except BaseException:
+            self.hand_back(trial, "released")
+            raise
+        if verdict:
+            with suppress(ClaimLost):  # whoever has it now finds the same
+                self.tell(trial.number, verdict)
+        return verdict is not None
+
+    def _next(self, claimant: Claimant) -> Trial | None:
+        with claimant.turn:
+            for frozen, standing in self._under_way(claimant):
+                if standing.state == "free" and self._take_over(frozen, standing, claimant):
+                    left = _left(frozen, standing)
+                    # Optuna documents ask() only. To go on with an interrupted trial under its old
+                    # number, the Trial is built from its id.
+                    self._study.sampler = _sampler(
+                        self.sweep, frozen.number, self._untrained(frozen.number)
+                    )
+                    return self._chosen(optuna.Trial(self._study, frozen._trial_id), frozen, left)
+            return self._ask(claimant)
+
+    def _ask(self, claimant: Claimant) -> Trial | None:
+        """A new trial, where the budget has one left."""
+        untrained = self._untrained()
+        if self._begun() >= self.sweep.study.trials or untrained >= IN_VAIN:
+            return None
+        self._study.sampler = _sampler(self.sweep, self._next_number(), untrained)
+        trial = self._study.ask()
+        # Another machine, which the turn does not hold back, may have asked at the same moment.
+        if self._begun(before=trial.number) >= self.sweep.study.trials:
+            trial.set_user_attr("over_budget", True)
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        standing = claimant.look([name := _claim_of(trial._trial_id)])[name]
+        held = claimant.take(name, standing.claim) if standing.state != "held" else None
+        # this process stood still for so long after it asked that the trial was thought abandoned
+        if held is None:
+            return self._ask(claimant)
+        self._claims[trial.number] = _Claimed(claimant, held)
+        return self._chosen(trial, None, None)
+
+    def _take_over(self, frozen: FrozenTrial, standing: Standing, claimant: Claimant) -> bool:
+        """Whether an abandoned trial is this claimant's now, and still to be trained."""
+        held = claimant.take(_claim_of(frozen._trial_id), standing.claim)
+        if held is None:
+            return False
+        if self._study.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING:
+            return False  # its former claimant had told it and gone meanwhile
+        self._claims[frozen.number] = _Claimed(claimant, held)
+        return True
+
+    def _under_way(self, claimant: Claimant) -> list[tuple[FrozenTrial, Standing]]:
+        """The trials that have begun and not ended, and how their claims stand."""
+        running = [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
+        standings = claimant.look([_claim_of(trial._trial_id) for trial in running])
+        return [(trial, standings[_claim_of(trial._trial_id)]) for trial in running]
+
+    def _in_doubt(self, claimant: Claimant) -> bool:
+        """Whether some trial's claimant may be gone: a little more patience will tell."""
+        return any(
+            standing.state != "held" for _, standing in answered(lambda: self._under_way(claimant))
+        )
+
+    def dominated(self, size: Size) -> str:
+        """Why a student of this size need not be trained, or nothing."""
+        return self._dominated(size, answered(self._trained))
+
+    def futile(self, size: Size, curve: Sequence[float], epochs: int, samples: int) -> bool:
+        """Whether a trial under way can no longer be selected, by its validation accuracies so far
+        (on so many images).
+
+        Asked between two epochs: training does not wait for a database that is away, the next epoch
+        asks again.
+        """
+        try:
+            trials = self._trained()
+        except AWAY:
+            return False
+        return bool(self._dominated(size, trials)) or futile(
+            curve, self.sweep.selection, _curves(trials), epochs, samples
+        )
+
+    def _dominated(self, size: Size, trials: Sequence[FrozenTrial]) -> str:
+        rule = self.sweep.selection
+        return dominated(self._aim, size_of(size, rule.size), rule, self._smallest(trials))
+
+    def _smallest(self, trials: Sequence[FrozenTrial]) -> Passing | None:
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        passing = [
+            trial
+            for trial in complete
+            if trial.constraints and max(trial.constraints.values()) <= 0
+        ]
+        sizes = [Passing(trial.number, int(trial.values[0])) for trial in passing]
+        return min(sizes, key=lambda other: (other.size, other.trial), default=None)
+
+    def repeated(self, trial: Trial) -> int | None:
+        """The number of an earlier trial that learns just what this one would; None where it is
+        new.
+        """
+        earlier = (
+            (other.number, self._recipe(other))
+            for other in answered(self._trained)
+            if other.number < trial.number
+        )
+        return next(
+            (number for number, recipe in earlier if recipe and learns_alike(recipe, trial.recipe)),
+            None,
+        )
+
+    def like(self, trial: Trial) -> dict[int, Recipe]:
+        """The earlier trials that this one would nearly repeat, by number. After many proposals in
+        vain such are welcome.
+        """
+        if answered(lambda: self._untrained(trial.number)) >= NARROW:
+            return {}
+        earlier = {
+            other.number: self._recipe(other)
+            for other in answered(self._trained)
+            if other.number < trial.number
+        }
+        return {
+            n: recipe
+            for n, recipe in earlier.items()
+            if recipe and nearly_alike(recipe, trial.recipe, self.sweep.search)
+        }
+
+    def skip(self, trial: Trial, why: str) -> None:
+        """A trial is not trained. No sampler learns from it: told that it is bad, TPE found larger
+        students in the end.
+        """
+        answered(lambda: trial._trial.set_user_attr("skipped", why))
+        self._tell(trial.number, None, TrialState.FAIL)
+
+    def give_up(self, trial: Trial, why: str) -> None:
+        """A trial broke too often."""
+        answered(lambda: trial._trial.set_user_attr("given_up", why))
+        self._tell(trial.number, None, TrialState.FAIL)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any trial has begun and not ended, whoever is at it."""
+        return any(trial.state == TrialState.RUNNING for trial in answered(self._trials))
+
+    def hand_back(self, trial: Trial, how: HandedBack) -> None:
+        """Leave a trial, if it is still this process's, to whoever looks for one next."""
+        if claimed := self._claims.pop(trial.number, None):
+            with suppress(*AWAY):  # then it is found without its claimant
+                claimed.claimant.hand_back(claimed.held, how)
+
+    def tell(self, number: int, ended: Outcome) -> None:
+        """A trial has ended: Optuna is told what is known of it, so that its sampler learns from
+        every one.
+
+        A Gaussian process reads COMPLETE trials alone. Told that nothing came of those that were
+        ended, it proposes the same point for ever. So one that was ended early is told with what it
+        had reached, which is below the bar where `early_stop` ended it; one that diverged as the
+        worst; and, where size is minimised, one that has met the bar as what it is, however it
+        ended: the selector takes it too. The attribute 'ended' says that it was not whole.
+        """
+        rule = self.sweep.selection
+        size = size_of(ended.size, self.sweep.selection.size)
+        accuracy = ended.val_accuracy
+        limits = constraints(self._aim, size, accuracy, rule, ended.val_samples)
+        if ended.state == "complete" or (limits and max(limits.values()) <= 0):
+            self._tell(
+                number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
+            )
+        elif ended.state == "diverged":
+            told = worst(
+                self._aim,
+                size,
+                [trial.values for trial in answered(self._trained) if trial.values],
+            )
+            limits = constraints(self._aim, size, 0.0, rule, ended.val_samples)
+            self._tell(number, told, TrialState.COMPLETE, limits, ended.state)
+        elif self.sweep.study.early_stop and self.dominated(ended.size):
+            # Ended because one no larger has met the bar meanwhile: that says nothing against it.
+            self._tell(number, None, TrialState.PRUNED, {}, ended.state)
+        elif self.sweep.study.pruner != "none" and self.sweep.study.sampler != "gp":
+            # Others read PRUNED trials by what they had reported, and pruners leave them out of
+            # what they compare with.
+            self._tell(number, None, TrialState.PRUNED, limits, ended.state)
+        else:
+            self._tell(
+                number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
+            )
+
+    def owns(self, trial: Trial) -> bool:
+        """Whether a trial is still this process's: one that was cut off from the storage for long
+        may have lost it.
+        """
+        claimed = self._claims.get(trial.number)
+        return claimed is not None and answered(lambda: claimed.claimant.owns(claimed.held))
+
+    def _tell(
+        self,
+        number: int,
+        told: Sequence[float] | None,
+        state: TrialState,
+        limits: Mapping[str, float] | None = None,
+        ended: State = "complete",
+    ) -> None:
+        claimed = self._claims.get(number)
+        if claimed is None:
+            raise ClaimLost(f"Trial {number} is not this process's")
+
+        def tell() -> None:
+            with claimed.claimant.fenced(claimed.held):
+                frozen = self._study.get_trials(deepcopy=False)[number]
+                if not frozen.state.is_finished():  # or told just before it went away
+                    self._note(frozen, limits or {}, ended)
+                    self._study.tell(number, told, state=state)
+
+        answered(tell)
+        claimed.claimant.settled(claimed.held)
+        del self._claims[number]
+
+    def _note(self, frozen: FrozenTrial, limits: Mapping[str, float], ended: State) -> None:
+        """What a trial's values do not say, while it can still be written."""
+        missing = [name for name in limits if name not in frozen.constraints]
+        if missing or ended != "complete":
+            # a Trial asks its sampler for values as it is made
+            self._study.sampler = optuna.samplers.RandomSampler()
+            trial = optuna.Trial(self._study, frozen._trial_id)
+            for name in missing:
+                trial.set_constraint(name, limits[name])
+            if ended != "complete":
+                trial.set_user_attr("ended", ended)
+
+    def others(self, claimant: Claimant, patient: bool = True) -> int:
+        """How many trials other, living claimants have under way."""
+        found = (
+            answered(lambda: self._under_way(claimant)) if patient else self._under_way(claimant)
+        )
+        return sum(
+            standing.state != "free"
+            for trial, standing in found
+            if trial.number not in self._claims
+        )
+
+    def bind(self, facts: Mapping[str, str]) -> None:
+        """All trials of a study share data and teacher: remember their hashes, or compare. Raises
+        StudyError.
+        """
+        known = self._study.user_attrs
+        check_facts(self.sweep, known, facts)
+        for name, value in facts.items():
+            if name not in known:
+                self._study.set_user_attr(name, value)
+
+    def told(self) -> dict[int, Told]:
+        """What Optuna was told of each trial that has ended with values, by number."""
+        ended = [trial for trial in answered(self._trained) if trial.state == TrialState.COMPLETE]
+        curves = {
+            trial.number: (trial.user_attrs.get("outcome") or {}).get("curve") for trial in ended
+        }
+        return {
+            t.number: Told(tuple(t.values), dict(t.constraints), self._recipe(t), curves[t.number])
+            for t in ended
+        }
+
+    def _chosen(self, trial: optuna.Trial, former: FrozenTrial | None, left: str | None) -> Trial:
+        """A claimed trial; `former` is what is known of it where somebody else had begun it, `left`
+        how that ended.
+        """
+        chosen, untrained = {}, self._untrained(trial.number)
+        # each from a sampler of its own: an ask may have been cut short between two values
+        for path in self.sweep.search:
+            self._study.sampler = _sampler(self.sweep, trial.number, untrained, path)
+            chosen[path] = suggest(trial, self.sweep, path)
+        return Trial(
+            number=trial.number,
+            recipe=self.sweep.recipe.replace(chosen | trial.user_attrs.get("overrides", {})),
+            control=trial.user_attrs.get("control", ""),
+            retried=former is not None,
+            begun=former is not None and "run_id" in former.user_attrs,
+            broken=left not in (None, "released"),
+            _aim=self._aim,
+            _prunes=self.sweep.study.pruner != "none",
+            _trial=trial,
+            _reported=frozenset(former.intermediate_values if former else ()),
+        )
+
+    def _recipe(self, frozen: FrozenTrial) -> Recipe | None:
+        """Of a trial that has been asked for; None while another worker is at it."""
+        if frozen.params.keys() != self.sweep.search.keys():
+            return None
+        if frozen.number not in self._recipes:
+            chosen = {
+                path: recipe_value(self.sweep, path, stored)
+                for path, stored in frozen.params.items()
+            }
+            self._recipes[frozen.number] = self.sweep.recipe.replace(
+                chosen | frozen.user_attrs.get("overrides", {})
+            )
+        return self._recipes[frozen.number]
+
+    def _trials(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if "over_budget" not in trial.user_attrs]
+
+    def _trained(self) -> list[FrozenTrial]:
+        """Without the proposals that were not worth it."""
+        return [trial for trial in self._trials() if "skipped" not in trial.user_attrs]
+
+    def _begun(self, before: int | None = None) -> int:
+        """How many trials (of a lower number) have begun."""
+        begun = (trial for trial in self._trained() if trial.state != TrialState.WAITING)
+        return sum(before is None or trial.number < before for trial in begun)
+
+    def _untrained(self, before: int | None = None) -> int:
+        """How many proposals in a row, the last ones (before this number), were not worth
+        training.
+        """
+        trials = [trial for trial in self._trials() if before is None or trial.number < before]
+        # Skip proposals that another command is still deciding about.
+        earlier = (
+            trial
+            for trial in reversed(trials)
+            if trial.state.is_finished() or "run_id" in trial.user_attrs
+        )
+        return sum(
+            1 for _ in itertools.takewhile(lambda trial: "skipped" in trial.user_attrs, earlier)
+        )
+
+    def _next_number(self) -> int:
+        """The number of the trial that will be asked for: a control that waits, or a new one."""
+        trials = self._study.get_trials(deepcopy=False)
+        return next(
+            (trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials)
+        )
+
+
+def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
+    """Before any work: that there is something to search, and that a study of this name is this
+    one. Raises StudyError.
+
+    Returns what is known of the study, if it has been set up.
+    """
+    if not sweep.search:
+        raise StudyError(
+            f"search of '{sweep.name}' is empty: there is nothing to search over. Add a range or"
+            " choices, for example distillation.alpha: {low: 0.0, high: 1.0}; or use kdexp train"
+            " for a single run."
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # the latter: 'greenlet' would make proposals faster
+    for talkative in ("alembic", "optuna._gp.batched_lbfgsb"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    settings.stores.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.stores / ".optuna.lock"):
+        storage = open_storage(settings)
+        if settings.storage is None:
+            write_ahead(settings.stores / "optuna.db")
+    try:
+        study = optuna.load_study(storage=storage, study_name=stored_name(storage, sweep.name))
+        if "sweep" in study.user_attrs:
+            _check_same(study, sweep)
+            done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+            return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs)
+    except KeyError:  # there is none yet
+        pass
+    finally:
+        storage.engine.dispose()  # its connections: a server has few
+    return None
+
+
+def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """That data or teacher are those which a study has on record, if it has. Raises StudyError."""
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise StudyError(
+                f"Study '{sweep.name}' has trials with another {name} (SHA-256 {known[name][:12]}…,"
+                f" here {value[:12]}…): they would not compare. Put the former {name} back, or"
+                f" rename the sweep (--set name={sweep.name}-2)."
+            )
+
+
+def open_study(
+    sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = ""
+) -> OpenStudy:
+    """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for
+    one that is `gone`.
+
+    It is given a mark of the study's own, by which a run that was made and then not told to Optuna
+    is found again. Raises StudyError.
+    """
+    # on one machine, one at a time makes stores and studies
+    with FileLock(settings.stores / ".optuna.lock"):
+        storage = open_storage(settings)
+        name = stored_name(storage, sweep.name)
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=DIRECTIONS[sweep.study.objective]
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=name)
+            if settings.storage:  # on one machine the lock says that nobody is at it
+                _wait_for_set_up(study)
+        study.pruner = _pruner(sweep)
+        if "sweep" not in study.user_attrs:
+            _check_directions(study, sweep)
+            if "mlflow_run_id" not in study.user_attrs:
+                study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
+            _enqueue_controls(study, sweep)
+            if sweep.study.sampler == "grid":
+                _enqueue_grid(study, sweep)
+            study.set_user_attr("sweep", sweep.model_dump_json())  # last: from now on it is set up
+        elif gone and study.user_attrs["mlflow_run_id"] == gone:
+            study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
+    _check_same(study, sweep)
+    return OpenStudy(study, sweep)
+
+
+def _mark(study: optuna.Study) -> str:
+    """What tells a study from one of the same name in another storage."""
+    if "mark" not in study.user_attrs:
+        study.set_user_attr("mark", uuid.uuid4().hex)
+    return str(study.user_attrs["mark"])
+
+
+def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
+    """The validation accuracies of each epoch of trials that went to their end."""
+    known = (trial.user_attrs.get("outcome") for trial in trials if trial.state.is_finished())
+    return [outcome["curve"] for outcome in known if outcome]
+
+
+def _claim_of(trial_id: int) -> str:
+    return f"trial {trial_id}"
+
+
+def _left(frozen: FrozenTrial, standing: Standing) -> str | None:
+    """How a trial was left: handed back, or by whom; nothing where nobody had come to claim it."""
+    if standing.claim:
+        return standing.claim.handed_back or standing.claim.claimant
+    return frozen.user_attrs.get("worker")  # as earlier versions had it
+
+
+def _wait_for_set_up(study: optuna.Study) -> None:
+    """Another machine may have made the study a moment ago; if it died over that, this one finishes
+    the job.
+    """
+    deadline = time.monotonic() + SET_UP_SECONDS
+    while "sweep" not in study.user_attrs and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _check_same(study: optuna.Study, sweep: Sweep) -> None:
+    """A study can only be continued with the sweep that it began with. Its budget may change, and
+    those parts of the selection rule that no trial has been judged by.
+    """
+    begun = recorded(
+        study.user_attrs["sweep"], f"study '{sweep.name}', made by another version of kdexp"
+    )
+    told = {"smallest": Selection.model_fields.keys(), "accuracy": set[str](), "pareto": {"size"}}[
+        begun.study.objective
+    ]
+    if begun.study.early_stop:  # trials were ended by the bar
+        told = told | {"accuracy_bar", "confidence"}
+    rule = sweep.selection.model_copy(update={key: getattr(begun.selection, key) for key in told})
+    budget = {"trials": sweep.study.trials, "retries": sweep.study.retries}
+    free = {"study": begun.study.model_copy(update=budget), "selection": rule}
+    changed = differences(begun.model_copy(update=free), sweep)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        select = (
+            "; to select by another rule, kdexp select"
+            if changed[0].startswith("selection.")
+            else ""
+        )
+        raise StudyError(
+            f"Study '{sweep.name}' exists with another content: {changed[0]}{more}. Trials would"
+            f" not compare: give the sweep another name (--set name={sweep.name}-2), or set it"
+            f" back{select}."
+        )
+
+
+def _check_directions(study: optuna.Study, sweep: Sweep) -> None:
+    """One whose making was interrupted holds nothing but its directions."""
+    if (
+        tuple(direction.name.lower() for direction in study.directions)
+        != DIRECTIONS[sweep.study.objective]
+    ):
+        raise StudyError(
+            f"Study '{sweep.name}' was begun with another study.objective than"
+            f" {sweep.study.objective}, and interrupted: set it back, or give the sweep another"
+            f" name (--set name={sweep.name}-2)."
+        )
+
+
+def _enqueue_controls(study: optuna.Study, sweep: Sweep) -> None:
+    """Trials 0 and 1, each once, also where another process died in the middle of this."""
+    own = {path: stored_value(sweep, path, sweep.recipe.value(path)) for path in sweep.search}
+    path, labels_only = "distillation.alpha", dict(own)
+    if path in sweep.search:
+        # Where the search space has no alpha = 0, Optuna is told the nearest there is; what is
+        # trained is 0.
+        labels_only[path] = stored_value(sweep, path, min(sweep.search[path].ends(), key=abs))
+    there = {trial.user_attrs.get("control") for trial in study.get_trials(deepcopy=False)}
+    for control, start, overrides in (
+        ("documented defaults", own, {}),
+        ("labels only", labels_only, {path: 0.0}),
+    ):
+        if control not in there:
+            study.enqueue_trial(start, user_attrs={"control": control, "overrides": overrides})
+
+
+def _enqueue_grid(study: optuna.Study, sweep: Sweep) -> None:
+    """Every other point of the grid once, also where another process died in the middle of this."""
+    there = len(study.get_trials(deepcopy=False)) - CONTROLS
+    for point in sweep.beyond_controls[there:]:
+        study.enqueue_trial(
+            {path: stored_value(sweep, path, value) for path, value in point.items()}
+        )
+
+
+def _heard(epoch: int, epochs: int) -> bool:
+    """Whether Optuna hears of this epoch: 1, 2, 3, 4, 6, 8, 11, 16, 23, … (powers of √2), and the
+    last.
+
+    A report and its verdict take 10 ms. The rungs of pruners are geometric too, and early epochs
+    tell the most.
+    """
+    return epoch == epochs or epoch == round(2 ** (round(2 * math.log2(epoch)) / 2))
+
+
+def _sampler(
+    sweep: Sweep, number: int, untrained: int, path: str = ""
+) -> optuna.samplers.BaseSampler:
+    """A sampler seeded by study, trial and value: proposals do not depend on when a study was
+    interrupted.
+
+    After so many proposals in a row that were not worth training, a sampler that chooses would
+    choose the like again.
+    """
+    seed = seed_of(sweep.study.seed, f"sampler {path}", number) % 2**32
+    # of a grid every trial is enqueued
+    if sweep.study.sampler in ("random", "grid") or untrained >= STUBBORN:
+        return optuna.samplers.RandomSampler(seed=seed)
+    if sweep.study.sampler == "gp":
+        return optuna.samplers.GPSampler(
+            seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False
+        )
+    # liar: other workers' trials count as bad
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    return {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    }[sweep.study.pruner]()

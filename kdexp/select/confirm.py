@@ -1,0 +1,280 @@
+"""Is the selected model over the bar, or was it the luckiest of many? Its recipe trained again with
+fresh seeds.
+
+    kdexp confirm STUDY
+
+The best of many noisy trials overstates itself; seeds that took part in no choice do not. The first
+recipe, in the rule's order, whose fresh seeds meet the bar, none of them diverging, is confirmed;
+it alone is looked at on test, each of its models once. Every seed follows from the study's and the
+trial: the same command finds what is trained and trains what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kdexp.config import Selection
+from kdexp.runs.records import recipe_of
+from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.search.claims import Claimant
+from kdexp.select.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
+from kdexp.select.promote import (
+    candidates,
+    look_at_test,
+    looks,
+    register,
+    say_where,
+    sweep_of,
+    tell,
+    test_of,
+)
+from kdexp.selection import (
+    Candidate,
+    FreshSeeds,
+    NothingPasses,
+    confirms,
+    requirement,
+    select,
+)
+from kdexp.settings import Settings
+
+__all__ = ["Confirmation", "Verdict", "confirm"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What fresh seeds say of a candidate."""
+
+    candidate: Candidate
+    seeds: FreshSeeds
+    rule: Selection
+    diverged: str = ""
+    """Which seeds diverged, in which runs; nothing where none did."""
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether they confirm it. A recipe that diverges with some seed does not hold, whatever
+        its mean.
+        """
+        return not self.diverged and confirms(self.seeds, self.rule)
+
+    def __str__(self) -> str:
+        low = (
+            f", lower end {100 * self.seeds.held_against(self.rule):.2f} %"
+            if self.rule.confidence
+            else ""
+        )
+        return f"{self.seeds}{low}" + (f"; {self.diverged}" if self.diverged else "")
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The confirmed recipe, and the one look at test of each of its models."""
+
+    verdict: Verdict
+    tried: tuple[Verdict, ...]
+    """Those before it that were not confirmed."""
+    runs: tuple[RunRecord, ...]
+    """Of the models that were looked at, the registered one first."""
+    images: str
+    test: FreshSeeds
+    tta: FreshSeeds | None
+    """The same with flip test-time augmentation; None where the recipe does not flip."""
+    looks: int
+    """How many models of the study have been looked at on test, here and before."""
+    model: str
+    """Where MLflow loads the first of the models from; empty where the network cannot be
+    exported.
+    """
+
+
+def confirm(
+    study: RunRecord,
+    rule: Selection,
+    seeds: int,
+    train_and_validation: bool,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+) -> Generator[SeedEvent | Verdict, None, Confirmation]:
+    """Find the first trial, in the order of `rule`, that fresh seeds confirm, and look at it on
+    test.
+
+    With `train_and_validation` its models are trained once more, with the same seeds, on all images
+    but test's, and these are looked at. Close the generator to stop cleanly. Raises NothingPasses
+    where no trial is confirmed.
+    """
+    say_where(study, settings)
+    with Claimant(settings) as claimant:
+        work = Retrainer(study, sweep_of(study, tracking), settings, tracking, device, claimant)
+        return (yield from _confirm(work, rule, seeds, train_and_validation))
+
+
+def _confirm(
+    work: Retrainer, rule: Selection, seeds: int, train_and_validation: bool
+) -> Generator[SeedEvent | Verdict, None, Confirmation]:
+    study, tracking = work.study, work.tracking
+    left, tried = candidates(study, tracking), list[Verdict]()
+    images = TRAIN_AND_VALIDATION if train_and_validation else TRAIN_ONLY
+    while True:
+        chosen = _next(left, rule, tried, work.sweep.name)
+        work.check_trial(tracking.read(chosen.run_id))
+        runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
+        verdict = Verdict(
+            chosen,
+            _measured(runs, "val_accuracy", "val_samples"),
+            rule,
+            _diverged(runs, TRAIN_ONLY),
+        )
+        yield _said(verdict, tracking)
+        if verdict.confirmed and train_and_validation:
+            runs = yield from work.train(chosen, seeds, images)
+            if broken := _diverged(runs, images):
+                yield _said(verdict := replace(verdict, diverged=broken), tracking)
+        if verdict.confirmed:
+            break
+        tried.append(verdict)
+        left.remove(chosen)
+    done = _look(verdict, tried, runs, images, work)
+    _report(done, work)
+    return done
+
+
+def _said(verdict: Verdict, tracking: Tracking) -> Verdict:
+    """The verdict, once its trial's run says so too."""
+    said = "yes" if verdict.confirmed else "no"
+    text = f"{said}: {verdict}, required {requirement(verdict.rule)}"
+    tracking.tag(verdict.candidate.run_id, {"kdexp.confirmed": text})
+    return verdict
+
+
+def _diverged(runs: Sequence[RunRecord], images: str) -> str:
+    """Which of the fresh seeds diverged on these images, or nothing."""
+    found = [
+        (number, run)
+        for number, run in enumerate(runs, start=1)
+        if run.tags.get("kdexp.state") == "diverged"
+    ]
+    on = "" if images == TRAIN_ONLY else f" on {images}"
+    return ", ".join(
+        f"fresh seed {number} diverged{on} (run {run.run_id})" for number, run in found
+    )
+
+
+def _next(
+    left: Sequence[Candidate], rule: Selection, tried: Sequence[Verdict], study: str
+) -> Candidate:
+    """The next candidate in the rule's order. Raises NothingPasses."""
+    try:
+        return select(left, rule, study)
+    except NothingPasses:
+        if not tried:
+            raise
+    nearest = max(
+        tried, key=lambda verdict: (not verdict.diverged, verdict.seeds.held_against(rule))
+    )
+    raise NothingPasses(
+        f"No student of study '{study}' is confirmed: {len(tried)} passed as trained in it, none"
+        f" with fresh seeds ({requirement(rule)}). Nearest: {nearest} (trial"
+        f" {nearest.candidate.trial}, {nearest.candidate.parameters:,} parameters)."
+        f" {_advice(tried)}"
+    )
+
+
+def _advice(tried: Sequence[Verdict]) -> str:
+    if all(verdict.diverged for verdict in tried):
+        return (
+            "Search with lower learning rates (search.training.learning_rate): a recipe that"
+            " diverges by chance holds nowhere."
+        )
+    return (
+        "Lower the bar (--bar), train longer (training.epochs), or add larger students to 'search'."
+    )
+
+
+def _measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSeeds:
+    count = int(runs[0].metrics[samples])
+    return FreshSeeds(tuple(round(run.metrics[accuracy] * count) for run in runs), count)
+
+
+# --- test, once ---
+
+
+def _look(
+    verdict: Verdict,
+    tried: Sequence[Verdict],
+    runs: Sequence[RunRecord],
+    images: str,
+    work: Retrainer,
+) -> Confirmation:
+    """Look at the confirmed recipe's models on test, where that has not been done, and register the
+    first.
+    """
+    tracking, name, trial = work.tracking, work.sweep.name, verdict.candidate.trial
+    recipe = recipe_of(runs[0], tracking)
+    with work.claimant.lock(test_of(work.study)):
+        for number, run in enumerate(runs, start=1):
+            if "test_accuracy" not in (known := tracking.read(run.run_id)).metrics:
+                work.check(known)
+                why = (
+                    f"**Confirms** trial {trial} of study *{name}*: fresh seed {number} of"
+                    f" {len(runs)}."
+                )
+                look_at_test(known, recipe, why, work.settings, tracking, work.device)
+        found = tuple(tracking.read(run.run_id) for run in runs)
+        test = _measured(found, "test_accuracy", "test_samples")
+        text = (
+            f"Fresh seed 1 of trial {trial}: validation accuracy {verdict.seeds}; test accuracy"
+            f" {test}"
+        )
+        model = register(found[0], recipe, name, "confirmed", text, work.settings, tracking)
+    tta = (
+        _measured(found, "test_accuracy_tta", "test_samples") if recipe.data.augment.flip else None
+    )
+    return Confirmation(
+        verdict, tuple(tried), found, images, test, tta, looks(work.study, tracking), model
+    )
+
+
+def _report(done: Confirmation, work: Retrainer) -> None:
+    """Tags, metrics and description of the study's run."""
+    chosen, tracking, study = done.verdict.candidate, work.tracking, work.study
+    failed = "; ".join(
+        f"trial {v.candidate.trial} ({v.candidate.parameters:,} parameters): {v}"
+        for v in done.tried
+    )
+    text = (
+        f"**Confirmed: trial {chosen.trial}**, run `{chosen.run_id}`: {chosen.parameters:,}"
+        f" parameters, validation accuracy **{done.verdict}** (required:"
+        f" {requirement(done.verdict.rule)}), test accuracy **{done.test}**"
+        + (f", with flip test-time augmentation {done.tta}" if done.tta else "")
+        + f", trained on {done.images}. "
+        + (
+            f'The first of them: `mlflow.pytorch.load_model("{done.model}")`. '
+            if done.model
+            else ""
+        )
+        + f"Train it again: `kdexp reproduce {done.runs[0].run_id}`."
+        + (f"\n\nNot confirmed: {failed}." if failed else "")
+    )
+    tell(study, "confirmed", text, tracking)
+    tracking.tag(
+        study.run_id, {"kdexp.confirmed_run": chosen.run_id, "kdexp.confirmed": str(done.verdict)}
+    )
+    tracking.log_metrics(
+        study.run_id,
+        {
+            "confirm_val_mean": done.verdict.seeds.mean,
+            "confirm_val_sd": done.verdict.seeds.sd,
+            "confirm_test_mean": done.test.mean,
+            "confirm_test_sd": done.test.sd,
+            **(
+                {"confirm_test_tta_mean": done.tta.mean, "confirm_test_tta_sd": done.tta.sd}
+                if done.tta
+                else {}
+            ),
+        },
+    )

@@ -1,0 +1,113 @@
+"""A run's student as a file to deploy: one ONNX file, measured on validation by running it. The
+test split is not touched.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdexp import KdexpError
+from kdexp.config import Precision
+from kdexp.distill.compact import as_stored
+from kdexp.distill.deploy import Deployed
+from kdexp.distill.evaluate import Evaluation, evaluate
+from kdexp.distill.models import Size
+from kdexp.files import write_atomically
+from kdexp.runs.records import load_student, recipe_of
+from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.select.variants import file_of, made, metrics_of, splits_of
+from kdexp.select.verify import verify
+from kdexp.selection import AS_TRAINED
+from kdexp.settings import Settings
+
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, what it takes, and how good it is beside the run that it comes from."""
+
+    file: Path
+    shape: tuple[int, int, int]
+    """Of an image: channels, height, width."""
+    size: Size
+    """Its bytes are those of the weights alone."""
+    file_bytes: int
+    validation: Evaluation
+    trained_accuracy: float
+    """The same of the student as it was trained."""
+    held_out: bool
+    """Whether validation images were; else accuracy on them says only what rounding did."""
+
+
+def export(
+    run_id: str, precision: Precision, output: Path | None, settings: Settings, tracking: Tracking
+) -> Exported:
+    """Write a run's student, folded and in this precision, as `output` (RUN_ID-PRECISION.onnx),
+    whole or not at all.
+
+    Raises KdexpError.
+    """
+    run, file = tracking.read(run_id), output or Path(f"{run_id}-{precision}.onnx")
+    _check(run, file, tracking)
+    recipe = recipe_of(run, tracking)
+    splits = splits_of(run, recipe, settings)
+    held_out = not recipe.data.train_on_validation
+    cpu = torch.device("cpu")
+    verify(run, recipe, AS_TRAINED, splits, tracking, cpu)
+    run = made(run, recipe, precision, splits, tracking)
+    verify(run, recipe, precision, splits, tracking, cpu)
+    with tempfile.TemporaryDirectory() as temporary:
+        _write(file_of(run, precision, Path(temporary), tracking).read_bytes(), file)
+    found, validation = metrics_of(run, precision), splits.validation
+    trained = (
+        None
+        if held_out
+        else evaluate(load_student(run, recipe, validation, tracking), validation).accuracy
+    )
+    return Exported(
+        file=file,
+        shape=(as_stored(validation).channels, *validation.image_size),
+        size=Size(*(int(found[name]) for name in ("parameters", "multiply_adds", "model_bytes"))),
+        file_bytes=file.stat().st_size,
+        validation=evaluate(Deployed(file.read_bytes(), validation), validation),
+        trained_accuracy=run.metrics["val_accuracy"] if trained is None else trained,
+        held_out=held_out,
+    )
+
+
+def _write(content: bytes, file: Path) -> None:
+    try:
+        write_atomically(file, lambda path: path.write_bytes(content))
+    except OSError as error:
+        raise KdexpError(
+            f"--output {file}: cannot be written: {error.strerror}; name another file"
+        ) from None
+
+
+def _check(run: RunRecord, file: Path, tracking: Tracking) -> None:
+    kind = run.tags.get("kdexp.kind")
+    if kind == "study":
+        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
+        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
+        raise KdexpError(
+            f"Run {run.run_id} is a whole study; export one of its trials: kdexp export {example}"
+        )
+    if kind in (None, "teacher"):
+        raise KdexpError(
+            f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only students can be"
+            " exported."
+        )
+    if not run.tags.get("kdexp.weights_sha256"):
+        raise KdexpError(
+            f"Run {run.run_id} holds no weights (status {run.status},"
+            f" {run.tags.get('kdexp.state', 'no state recorded')}); export a finished one."
+        )
+    if file.is_dir():
+        raise KdexpError(
+            f"--output {file}: is a folder; name a file in it, such as {file / 'student.onnx'}"
+        )

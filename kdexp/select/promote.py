@@ -1,0 +1,379 @@
+"""From a study to its model: apply the selection rule, look at the test split once, register the
+model.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
+from kdexp.distill.datasets import Split, load_example, load_test
+from kdexp.distill.deploy import available
+from kdexp.distill.evaluate import evaluate
+from kdexp.distill.models import FromPixels
+from kdexp.runs.outcome import Outcome
+from kdexp.runs.plots import frontier
+from kdexp.runs.records import load_student, recipe_of, seal, text_of
+from kdexp.runs.tracking import Kind, RunRecord, Tracking
+from kdexp.search.claims import Claimant
+from kdexp.select.variants import (
+    contenders,
+    folder_of,
+    load_variant,
+    metrics_of,
+    prefix_of,
+    splits_of,
+)
+from kdexp.select.verify import verify
+from kdexp.selection import AS_TRAINED, Candidate, requirement, select
+from kdexp.settings import Settings, without_credentials
+
+__all__ = [
+    "Promotion",
+    "candidates",
+    "gain",
+    "load_call",
+    "look_at_test",
+    "looks",
+    "on_test",
+    "promote",
+    "register",
+    "say_where",
+    "sweep_of",
+    "tell",
+    "test_of",
+]
+
+log = logging.getLogger("kdexp")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """The selected model and its one look at the test split."""
+
+    study: str
+    candidate: Candidate
+    rule: Selection
+    val_interval: tuple[float, float]
+    test_accuracy: float
+    test_interval: tuple[float, float]
+    test_samples: int
+    test_accuracy_tta: float | None
+    """With flip test-time augmentation; None where the recipe does not flip, or a former version
+    looked.
+    """
+    new_look: bool
+    """False where this model had been looked at before: the number is the one recorded then."""
+    looks: int
+    """How many models of this study have been looked at on test."""
+    trials: tuple[Candidate, ...]
+    """What it was selected from: the study's trials and, where size is in bytes, such of their
+    variants as came near.
+    """
+    model: str
+    """Where MLflow loads it from: models:/name@alias; empty where the network cannot be
+    exported.
+    """
+
+
+def promote(
+    study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device
+) -> Promotion:
+    """Select by `rule`, evaluate the selected model, and only it, on test, and register it.
+
+    A model is looked at once: its recorded test accuracy is used from then on. Raises
+    NothingPasses.
+    """
+    say_where(study, settings)
+    with Claimant(settings) as claimant, claimant.lock(test_of(study)):
+        return _promote(study, rule, settings, tracking, device)
+
+
+def test_of(study: RunRecord) -> str:
+    """What is locked around a look at test: of two commands that finish together one looks, the
+    other finds the number.
+    """
+    return f"test of study {study.run_id}"
+
+
+def say_where(study: RunRecord, settings: Settings) -> None:
+    """Warn where a study's commands meet on a storage that this one does not know."""
+    if study.tags.get("kdexp.shared_storage") and settings.storage is None:
+        name = study.tags["kdexp.study"]
+        log.warning(
+            "Study '%s' has a --storage of its own: give it here too, others may be at this", name
+        )
+
+
+def _promote(
+    study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device
+) -> Promotion:
+    trials, name = candidates(study, tracking), study.tags["kdexp.study"]
+    if rule.size == "bytes" and available():
+        trials = contenders(trials, rule, settings, tracking)
+    chosen = select(trials, rule, name)
+    run = tracking.read(chosen.run_id)
+    recipe = recipe_of(run, tracking)
+    verify(run, recipe, chosen.variant, splits_of(run, recipe, settings), tracking, device)
+    new_look = "test_accuracy" not in metrics_of(run, chosen.variant)
+    if new_look:
+        why = f"**Selected** by study *{name}*{_as(chosen.variant)}."
+        look_at_test(run, recipe, why, settings, tracking, device, chosen.variant)
+        run = tracking.read(chosen.run_id)
+    found = metrics_of(run, chosen.variant)
+    text = (
+        f"Validation accuracy {found['val_accuracy']:.2%}, test accuracy"
+        f" {found['test_accuracy']:.2%}"
+    )
+    model = register(
+        run, recipe, name, rule.goal.replace("_", "-"), text, settings, tracking, chosen.variant
+    )
+    for other in tracking.find(
+        "trial",
+        {"mlflow.parentRunId": study.run_id, "kdexp.selected": rule.goal},
+        study.experiment_id,
+    ):
+        if other.run_id != chosen.run_id:
+            tracking.tag(other.run_id, {"kdexp.selected": ""})
+    tracking.tag(chosen.run_id, {"kdexp.selected": rule.goal})
+    promotion = Promotion(
+        study=name,
+        candidate=chosen,
+        rule=rule,
+        val_interval=(found["val_accuracy_low"], found["val_accuracy_high"]),
+        test_accuracy=found["test_accuracy"],
+        test_interval=(found["test_accuracy_low"], found["test_accuracy_high"]),
+        test_samples=int(found["test_samples"]),
+        test_accuracy_tta=found.get("test_accuracy_tta"),
+        new_look=new_look,
+        looks=looks(study, tracking),
+        trials=tuple(trials),
+        model=model,
+    )
+    _report_on_study(study, promotion, tracking)
+    return promotion
+
+
+def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
+    """Every trial of a study that ended with weights, by trial number."""
+    ended = {
+        int(run.tags["kdexp.trial"]): Outcome.recorded(run)
+        for run in _trials(study, tracking)
+        if run.tags.get("kdexp.weights_sha256")
+    }
+    return [
+        Candidate(
+            run_id=end.run_id,
+            trial=number,
+            parameters=end.size.parameters,
+            multiply_adds=end.size.multiply_adds,
+            bytes=end.size.bytes,
+            val_accuracy=end.val_accuracy,
+            val_samples=end.val_samples or None,
+        )
+        for number, end in ended.items()
+    ]
+
+
+def gain(trials: Sequence[Candidate]) -> float | None:
+    """What distillation gained: validation accuracy of trial 0 (defaults) over trial 1 (labels
+    only).
+    """
+    accuracy = {trial.trial: trial.val_accuracy for trial in trials if trial.variant == AS_TRAINED}
+    return accuracy[0] - accuracy[1] if 0 in accuracy and 1 in accuracy else None
+
+
+def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
+    """The sweep file a study was last run with."""
+    text = text_of(study, "sweep.json", tracking)
+    return recorded(text, f"study '{study.tags['kdexp.study']}', made by another version of kdexp")
+
+
+def looks(study: RunRecord, tracking: Tracking) -> int:
+    """How many models of a study have been looked at on test: those of its trials and of their
+    fresh seeds, and variants.
+    """
+    kinds: tuple[Kind, ...] = ("trial", "confirmation")
+    runs = [
+        run for kind in kinds for run in tracking.find(kind, {"mlflow.parentRunId": study.run_id})
+    ]
+    return sum(name.rpartition("/")[2] == "test_accuracy" for run in runs for name in run.metrics)
+
+
+def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
+    runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id})
+    ended = [run for run in runs if run.status == "FINISHED" and "val_accuracy" in run.metrics]
+    return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
+
+
+def look_at_test(
+    run: RunRecord,
+    recipe: Recipe,
+    why: str,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+    variant: Variant = AS_TRAINED,
+) -> None:
+    """Evaluate a finished run's student on test and record it there; `why` opens the run's
+    description.
+    """
+    test = load_test(recipe.data, settings.data_dir, device)
+    module = load_variant(run, recipe, variant, test, tracking).to(device)
+    found = on_test(module, recipe, test, variant)
+    tracking.log_dataset(
+        run.run_id, recipe.data.dataset, "test", test.fingerprint, {"samples": len(test)}
+    )
+    accuracy, low, high = (
+        found[f"{prefix_of(variant)}test_accuracy{end}"] for end in ("", "_low", "_high")
+    )
+    note = (
+        f"{why} Test accuracy **{accuracy:.2%}** (95 % interval {low:.2%} to {high:.2%},"
+        f" {len(test):,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
+    )
+    # said together with what was seen, or not at all
+    looked_at = datetime.now(UTC).isoformat("T", "seconds")
+    tracking.log_metrics(
+        run.run_id, found, tags={"kdexp.test_looked_at": looked_at, "mlflow.note.content": note}
+    )
+
+
+def on_test(module: nn.Module, recipe: Recipe, test: Split, variant: Variant) -> dict[str, float]:
+    """What a student comes to on test, by metric."""
+    result = evaluate(module, test)
+    low, high = result.interval
+    found = {
+        "test_accuracy": result.accuracy,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
+        "test_loss": result.loss,
+        "test_samples": float(result.samples),
+    }
+    if recipe.data.augment.flip:
+        found["test_accuracy_tta"] = evaluate(module, test, mirrored=True).accuracy
+    return {f"{prefix_of(variant)}{name}": value for name, value in found.items()}
+
+
+def register(
+    run: RunRecord,
+    recipe: Recipe,
+    name: str,
+    alias: str,
+    measured: str,
+    settings: Settings,
+    tracking: Tracking,
+    variant: Variant = AS_TRAINED,
+) -> str:
+    """Register the run's student (once) under a name and point the alias to it; the address MLflow
+    loads it from.
+
+    Empty where the network cannot be exported.
+    """
+    parameters = int(metrics_of(run, variant)["parameters"])
+    takes = "float32" if variant == AS_TRAINED else "uint8"
+    text = (
+        f"{measured}, {parameters:,} parameters{_as(variant)}. Takes pixels 0 to 255 as {takes},"
+        " gives logits."
+    )
+    tag = f"{prefix_of(variant)}kdexp.model_version"
+    version = run.tags.get(tag)
+    if version and tracking.registered(run.run_id, name, version):
+        tracking.describe(name, version, text)
+        tracking.alias(name, alias, version)
+    else:
+        if variant == AS_TRAINED and (why := _log_model(run, recipe, settings, tracking)):
+            tracking.tag(run.run_id, {"kdexp.not_registered": without_credentials(why)[:500]})
+            return ""
+        version = tracking.register(run.run_id, name, alias, text, folder_of(variant))
+        tracking.tag(run.run_id, {tag: version})
+    return f"models:/{name}@{alias}"
+
+
+def tell(
+    study: RunRecord, part: Literal["confirmed", "selected"], text: str, tracking: Tracking
+) -> None:
+    """Put one part of a study's description; the other stays."""
+    new = {f"kdexp.{part}_note": text[:6000]}
+    known = {**tracking.read(study.run_id).tags, **new}
+    note = "\n\n".join(
+        known[name] for name in ("kdexp.confirmed_note", "kdexp.selected_note") if name in known
+    )
+    tracking.tag(study.run_id, {**new, "mlflow.note.content": note[:8000]})
+
+
+def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> str:
+    """The run's student as an MLflow model among its artifacts; or why torch.export cannot export
+    it.
+    """
+    like = load_example(recipe.data, settings.data_dir)
+    module = FromPixels(load_student(run, recipe, like, tracking), like).eval()
+    example = like.images.float().expand(-1, like.channels, -1, -1).contiguous()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    except Exception as error:  # each network that it refuses in its own way
+        return str(error) or type(error).__name__
+    seal(run.run_id, tracking.log_model(run.run_id, module, example, like.classes), tracking)
+    return ""
+
+
+def load_call(model: str, variant: Variant = AS_TRAINED) -> str:
+    """How a registered model is loaded in Python."""
+    # no name holds a quote
+    return f'mlflow.{"pytorch" if variant == AS_TRAINED else "onnx"}.load_model("{model}")'
+
+
+def _as(variant: Variant) -> str:
+    return "" if variant == AS_TRAINED else f" as {variant}"
+
+
+def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
+    trials, chosen, (low, high) = done.trials, done.candidate, done.test_interval
+    lines = [
+        (
+            f"**Selected: trial {chosen.trial}{_as(chosen.variant)}**, run `{chosen.run_id}`:"
+            f" {chosen.parameters:,} parameters, {chosen.val_accuracy:.2%} on validation,"
+            f" **{done.test_accuracy:.2%}** on test (95 % interval {low:.2%} to {high:.2%},"
+            f" {done.test_samples:,} images)."
+        ),
+        "",
+        (
+            f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')},"
+            f" validation accuracy {requirement(done.rule)}. Load it:"
+            f" `{load_call(done.model, chosen.variant)}`. Train it again: `kdexp reproduce"
+            f" {chosen.run_id}`."
+        ),
+        "",
+        "| trial | parameters | validation accuracy | run |",
+        "|---|---|---|---|",
+        *(
+            f"| {c.trial}{_as(c.variant)}{' ← selected' if c == chosen else ''} "
+            f"| {c.parameters:,} | {c.val_accuracy:.2%} | `{c.run_id}` |"
+            for c in trials
+        ),
+    ]
+    tell(study, "selected", "\n".join(lines), tracking)
+    tracking.tag(study.run_id, {"kdexp.selected_run": chosen.run_id})
+    metrics = {
+        "trials": len({c.trial for c in trials}),
+        "selected_parameters": chosen.parameters,
+        "selected_val_accuracy": chosen.val_accuracy,
+    }
+    gained = gain(trials)
+    tracking.log_metrics(
+        study.run_id, metrics | ({"distillation_gain": gained} if gained is not None else {})
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        frontier(trials, done.rule, chosen).savefig(Path(temporary) / "frontier.png", dpi=110)
+        seal(study.run_id, tracking.log_files(study.run_id, Path(temporary)), tracking)
