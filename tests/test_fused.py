@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kdexp.config import Sweep
-from kdexp.runs.recording import Recording
+from kdexp.distill.models import ModelError
+from kdexp.runs.recording import Recording, begin
 from kdexp.search.study import Trial
-from kdexp.search.sweep import EpochDone, TrialFinished, TrialStarted, run_sweep
+from kdexp.search.sweep import EpochDone, TrialFailed, TrialFinished, TrialStarted, run_sweep
 from kdexp.select.promote import candidates
 from kdexp.select.reproduce import reproduce
 from kdexp.selection import select
@@ -81,16 +82,21 @@ def test_a_fused_trial_is_reproduced_bit_for_bit_from_its_run_id(
     assert max(int(lanes) for lanes, _ in places) > 1
 
 
-def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(
-    fused, settings, tracking, monkeypatch
-) -> None:
+def that_prunes(fused: Sweep) -> Sweep:
+    """All its trials train as one."""
     search = {
         path: dimension
         for path, dimension in fused.model_dump()["search"].items()
         if path != "student.hidden"
     }
     study = fused.study.model_dump() | {"pruner": "median"}
-    pruning = Sweep.model_validate(fused.model_dump() | {"study": study, "search": search})
+    return Sweep.model_validate(fused.model_dump() | {"study": study, "search": search})
+
+
+def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(
+    fused, settings, tracking, monkeypatch
+) -> None:
+    pruning = that_prunes(fused)
     real = Trial.report
 
     def report(self: Trial, report) -> bool:
@@ -106,9 +112,35 @@ def test_the_place_of_a_pruned_trial_is_taken_over_and_both_reproduce(
     order = [(type(e), e.number) for e in events if isinstance(e, TrialStarted | TrialFinished)]
     successor = order[order.index((TrialFinished, 2)) + 1]
     assert successor[0] is TrialStarted, "the free place was left empty"
+    runs = tracking.find("trial", {"kdexp.study": pruning.name})
+    assert {run.status for run in runs} == {"FINISHED"}, "none was begun and dropped"
     for number in (2, successor[1], 0):
         _, comparison = drain(reproduce(finished[number].run_id, settings, tracking, CPU))
         assert comparison.identical, (number, comparison.differences[:3])
+
+
+def test_a_successor_that_cannot_be_opened_costs_itself_alone(
+    fused, settings, tracking, monkeypatch
+) -> None:
+    """In the slot of a pruned trial: the others of its pack train on, and it is tried again."""
+    opened = []
+
+    def report(self: Trial, report) -> bool:
+        return self.number == 2 and report.epoch == 1
+
+    def opening(recipe, prepared, bench, entry, form, resumed=None):
+        opened.append(entry.tags["kdexp.trial"])
+        if len(opened) == 5:
+            raise ModelError("does not fit")
+        return begin(recipe, prepared, bench, entry, form, resumed)
+
+    monkeypatch.setattr(Trial, "report", report)
+    monkeypatch.setattr("kdexp.search.scheduler.begin", opening)
+    events, _ = drain(run_sweep(that_prunes(fused), replace(settings, pack=4), tracking, CPU))
+    (failed,) = (event for event in events if isinstance(event, TrialFailed))
+    assert str(failed.number) == opened[4]
+    assert opened.count(opened[4]) == 2
+    assert sorted(e.number for e in events if isinstance(e, TrialFinished)) == list(range(8))
 
 
 def test_a_failure_in_one_pack_closes_every_run_of_it(

@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -200,6 +200,7 @@ class _Running:
 
     trial: Trial
     recording: Recording
+    task: Task
 
 
 @dataclass
@@ -322,10 +323,15 @@ class Scheduler:
                 raise
             if assigned := self.assigned.get(number):
                 self._release(assigned, failure.why, "failed")
-            for claimed in [claimed for claimed in group if claimed in self.waiting]:
-                self.waiting.remove(claimed)
-                self.study.hand_back(claimed.trial, "failed")
-            yield from self._failed([claimed.trial for claimed in group], failure)
+            yield from self._not_opened(group, failure)
+
+    def _not_opened(
+        self, group: Sequence[_Claimed], failure: Broke
+    ) -> Generator[TrialEvent, None, None]:
+        for claimed in [claimed for claimed in group if claimed in self.waiting]:
+            self.waiting.remove(claimed)
+            self.study.hand_back(claimed.trial, "failed")
+        yield from self._failed([claimed.trial for claimed in group], failure)
 
     def _open(
         self, worker: Worker, group: Sequence[_Claimed], number: int
@@ -356,11 +362,12 @@ class Scheduler:
         tags = {**_tags(trial.number, self.study), "kdexp.study": self.study.sweep.name}
         entry = Entry("trial", name, self.study.parent_run, tags, {"trial": trial.number})
         recording = begin(trial.recipe, self.prepared, self.bench, entry, form, checkpoint)
-        trials[form.slot] = _Running(trial, recording)
+        resumed = checkpoint is not None
+        told = recording.run_id, trial.recipe, recording.environment, _name(trial), resumed
+        trials[form.slot] = _Running(trial, recording, task := Task(*told))
         self.waiting.remove(claimed)
         trial.link(recording.run_id)
-        resumed = checkpoint is not None
-        return Task(recording.run_id, trial.recipe, recording.environment, _name(trial), resumed)
+        return task
 
     def _ask(self) -> _Claimed | None:
         """The next trial that is worth its training."""
@@ -461,7 +468,7 @@ class Scheduler:
             case Broke():
                 yield from self._broke(assigned, message)
             case Done():
-                self._release(assigned)
+                self._done(assigned)
 
     def _measured(
         self, assigned: _Assigned, message: Measured
@@ -515,12 +522,43 @@ class Scheduler:
             yield TrialFinished(running.trial.number, outcome, self.study.done)
         put = dict[int, Task]()
         if assigned.refill and assigned.trials and (successor := self._next_like(assigned.key)):
-            yield _started(successor)
-            form = Form(assigned.job.execution, message.slot, assigned.job.threads)
-            put[message.slot] = self._begin(successor, form, assigned.trials)
+            yield from self._refill(assigned, message.slot, successor, put)
         yield from self._said()
         if assigned.job.watched:
             assigned.worker.answer(Verdict(message.job, put=put))
+
+    def _done(self, assigned: _Assigned) -> None:
+        """A worker has trained all that it knows of: trials that reached it too late are its next
+        job.
+        """
+        late = {slot: running.task for slot, running in assigned.trials.items()}
+        if not late:
+            self._release(assigned)
+            return
+        self.assigned.pop(assigned.job.number)
+        assigned.job = replace(assigned.job, number=next(self.numbers), tasks=late)
+        self.assigned[assigned.job.number] = assigned
+        assigned.worker.give(assigned.job)
+
+    def _refill(
+        self, assigned: _Assigned, slot: int, successor: _Claimed, put: dict[int, Task]
+    ) -> Generator[TrialEvent, None, None]:
+        """Put a trial into a slot that has become free; one that cannot be opened costs itself
+        alone.
+        """
+        job = assigned.job
+        try:
+            yield _started(successor)
+            form = Form(job.execution, slot, job.threads)
+            put[slot] = self._begin(successor, form, assigned.trials)
+        except Exception as error:
+            failure = broke(job.number, [successor.trial.recipe], error)
+            if failure.surroundings:
+                raise
+            if running := assigned.trials.pop(slot, None):
+                running.recording.close(failure.why)
+                self.study.hand_back(running.trial, "failed")
+            yield from self._not_opened([successor], failure)
 
     def _conclude(self, running: _Running, message: Ended) -> Outcome:
         """Finish the run, then tell Optuna. Raises ClaimLost where the trial has become another

@@ -292,23 +292,27 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
 OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "20"))
 
 
-@pytest.mark.skipif(
-    "KDEXP_TEST_OUTAGE" not in os.environ, reason="takes minutes: set KDEXP_TEST_OUTAGE to seconds"
-)
 def test_epochs_go_on_at_their_pace_while_both_servers_are_away(
     tmp_path: Path, server: MlflowServer, postgresql: Postgresql
 ) -> None:
     """Trials that may be ended early: their workers wait for no verdict, nothing is lost, nothing
     comes twice.
+
+    KDEXP_TEST_OUTAGE sets the seconds. Trials 0 and 1 are short, 2 and 3 see the outage.
     """
-    epochs = round(1.5 * OUTAGE / 0.25)  # of a quarter of a second at least
+    long = round(10 + 1.5 * OUTAGE)  # of a second or so
     changes = {
+        "search": {
+            "training.epochs": {"choices": [2, long]},
+            "distillation.alpha": {"choices": [0.0, 0.3]},
+        },
+        "study__sampler": "grid",
         "study__trials": 4,
         "study__early_stop": True,
-        "training__epochs": epochs,
-        "training__batch_size": 4,
+        "training__epochs": 2,
+        "training__batch_size": 1,
     }
-    place = renamed(tmp_path / "place", "away", selection__accuracy_bar=0.9999, **changes)
+    place = renamed(tmp_path / "place", "away", **changes)
     command = [*SWEEP, "--tracking-uri", server.url, "--storage", postgresql.url, "--workers", "2"]
     life = Life(place, command, Sets(OFTEN))
 
@@ -321,25 +325,23 @@ def test_epochs_go_on_at_their_pace_while_both_servers_are_away(
     server.kill()
     postgresql.kill()
     time.sleep(OUTAGE)
+    ended = time.time()
     postgresql.start()
     server.start()
-    ended = time.time()
     end = life.end(600)
-    assert end.code == 1, "the bar is out of reach"
-    assert "No student of study 'away' meets the bar" in end.err, end.err
+    assert end.code == 0, end.err
     assert [state for _, state in accepted(postgresql)] == ["COMPLETE"] * 4
-    for steps in times_of_epochs(server, "away").values():
-        assert sorted(steps) == list(range(1, epochs + 1)), "nothing is lost, nothing comes twice"
+    known = times_of_epochs(server, "away")
+    for number, epochs in enumerate((2, 2, long, long)):
+        assert sorted(known[number]) == list(range(1, epochs + 1)), "nothing is lost"
     for number in (2, 3):
-        times = sorted(times_of_epochs(server, "away")[number].values())
+        times = sorted(known[number].values())
         gaps = [after - before for before, after in itertools.pairwise(times)]
+        median = statistics.median(gaps)
         inside = [gap for gap, at in zip(gaps, times[1:], strict=True) if began < at < ended]
-        assert len(inside) > OUTAGE / 2 / statistics.median(gaps), "it trained in the outage"
-        assert max(inside) <= 2 * statistics.median(gaps), (
-            number,
-            max(inside),
-            statistics.median(gaps),
-        )
+        assert len(inside) > OUTAGE / 2 / median, "it trained in the outage"
+        assert max(inside) <= 2 * median, (number, max(inside), median)
+        print(f"trial {number}: {len(inside)} epochs, median {median:.2f} s, max {max(inside):.2f}")
 
 
 def has_trials(server: Postgresql) -> bool:
