@@ -43,7 +43,7 @@ MOMENTS = {
     "before the teacher's weights are written": Dies(
         "kdexp.distill.teacher:write_atomically", only="weights.safetensors"
     ),
-    "while the cache is filled": Dies("kdexp.distill.teacher:logits_of", call=2),
+    "while the cache is filled": Dies("kdexp.distill.logits:logits_of", call=2),
     "before the cache is in its place": Dies("pathlib:Path.replace", call=1, only="logits-"),
     "before the teacher's run is closed": Dies("kdexp.runs.tracking:Tracking.finish", call=1),
     "before the study is set up": Dies("kdexp.search.study:_enqueue_controls", call=1),
@@ -52,7 +52,7 @@ MOMENTS = {
     "before a trial is claimed": Dies("kdexp.search.claims:Claimant.take", call=3),
     "after a trial is claimed": Dies("kdexp.search.claims:Claimant.take", call=3, after=True),
     "while a result is told": Dies("optuna.study:Study.tell", call=2),
-    "between two proposed values": Dies("kdexp.search.space:suggest", call=10, after=True),
+    "between two proposed values": Dies("kdexp.search.study:suggest", call=10, after=True),
     "before a run is made": Dies("kdexp.runs.tracking:Tracking.start", call=4),
     "after a run is made": Dies("kdexp.runs.tracking:Tracking.start", call=4, after=True),
     "before a run's record is written": Dies("kdexp.runs.recording:_log_record", call=2),
