@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -10,9 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import CPU, tiny_sweep
 from mlflow.exceptions import MlflowException
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.files import write_ahead
+from kdexp.patience import whole
 from kdexp.runs import recording as runs
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import prepare
@@ -229,3 +234,38 @@ def test_a_busy_store_is_waited_for_though_its_server_calls_that_a_bad_request(b
     )
     assert _may_pass(MlflowException(f"{refused}'BAD_REQUEST: {busy}'"))
     assert not _may_pass(MlflowException(f"{refused}'BAD_REQUEST: no such parameter'"))
+
+
+def test_a_stop_in_a_transaction_is_heard_after_it(tracking: Tracking) -> None:
+    """Else the database stays locked, and what is to be closed waits for that."""
+    run = tracking.start(tracking.experiment("stopped"), "trial", "one", {}, {})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    event.listen(Session, "after_flush_postexec", stop, once=True)
+    with pytest.raises(KeyboardInterrupt):
+        tracking.tag(run, {"first": "said"})
+    assert tracking.read(run).tags["first"] == "said"
+    tracking.tag(run, {"second": "said"})
+    assert tracking.read(run).tags["second"] == "said"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_whole_hears_the_first_stop_at_its_end_and_a_second_at_once(fails: bool) -> None:
+    said = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), whole():
+        os.kill(os.getpid(), signal.SIGINT)
+        said.append("whole")
+        if fails:
+            raise ValueError("it failed besides")
+    with pytest.raises(KeyboardInterrupt), whole():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        said.append("not whole")
+    assert said == ["whole"]
+    with whole():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

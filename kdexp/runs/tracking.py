@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from kdexp import KdexpError, __version__
 from kdexp.files import sha256_of, write_ahead, write_atomically
-from kdexp.patience import PATIENCE, patiently
+from kdexp.patience import PATIENCE, patiently, whole
 from kdexp.reading import spellings, study_name
 from kdexp.runs.embedded import folder_for, is_local, readdressed, run_place, shown
 from kdexp.runs.schema import Library, StoreError, fitting
@@ -744,10 +744,12 @@ class Tracking:
         )
 
     def _do(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        def asked() -> R:
+            with whole() if self.embedded else nullcontext():  # a request holds no lock in here
+                return method(*args, **kwargs)
+
         try:
-            return patiently(
-                lambda: method(*args, **kwargs), _may_pass, self.patience, f"MLflow, {self.shown},"
-            )
+            return patiently(asked, _may_pass, self.patience, f"MLflow, {self.shown},")
         except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
             if _may_pass(error):
                 raise TrackingAway(

@@ -13,7 +13,7 @@ import optuna
 from sqlalchemy import event
 
 from kdexp import KdexpError
-from kdexp.patience import PATIENCE, patiently
+from kdexp.patience import PATIENCE, patiently, whole
 from kdexp.reading import spellings, study_name
 from kdexp.runs.schema import Library, StoreError, fitting, reaching
 from kdexp.search import claims
@@ -62,8 +62,13 @@ def answered(call: Callable[[], T]) -> T:
     """What `call` gives; where the database is away, it is waited for. Raises StudyError where it
     does not come back.
     """
+
+    def asked() -> T:
+        with whole():
+            return call()
+
     try:
-        return patiently(call, _may_pass, PATIENCE, "Optuna's storage")
+        return patiently(asked, _may_pass, PATIENCE, "Optuna's storage")
     except AWAY as error:
         if _may_pass(error):
             raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
