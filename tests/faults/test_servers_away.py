@@ -289,7 +289,7 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
     assert any("Selected: trial" in end.out for end in ends)
 
 
-OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "20"))
+OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "10"))
 # Beside other tests the machine itself falters.
 PACE = 2 if "KDEXP_TEST_OUTAGE" in os.environ else 3
 
