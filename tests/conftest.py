@@ -4,10 +4,13 @@ real data.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -108,12 +111,19 @@ def digits() -> Splits:
     )
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@cache
+def migrated_store() -> Path:
     """A migrated MLflow store: making one takes seconds, copying it none."""
-    folder = tmp_path_factory.mktemp("empty")
+    folder = Path(tempfile.mkdtemp(prefix="empty-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     Tracking(Settings(stores=folder))
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def empty_store() -> Path:
+    """The same, as a fixture."""
+    return migrated_store()
 
 
 @pytest.fixture

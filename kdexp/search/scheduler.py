@@ -352,10 +352,11 @@ class Scheduler:
         for at, claimed in enumerate(group):
             slot = at if claimed.slot is None else claimed.slot
             yield _started(claimed)
-            tasks[slot] = self._begin(claimed, Form(how, slot, threads), trials)
+            self._begin(claimed, Form(how, slot, threads), trials)
+            tasks[slot] = trials[slot].task
         worker.give(job)
 
-    def _begin(self, claimed: _Claimed, form: Form, trials: dict[int, _Running]) -> Task:
+    def _begin(self, claimed: _Claimed, form: Form, trials: dict[int, _Running]) -> None:
         """Open the run of a trial that takes a slot among these."""
         trial, checkpoint = claimed.trial, claimed.checkpoint
         name = " · ".join(filter(None, [f"trial {trial.number}", trial.control]))
@@ -364,10 +365,9 @@ class Scheduler:
         recording = begin(trial.recipe, self.prepared, self.bench, entry, form, checkpoint)
         resumed = checkpoint is not None
         told = recording.run_id, trial.recipe, recording.environment, _name(trial), resumed
-        trials[form.slot] = _Running(trial, recording, task := Task(*told))
+        trials[form.slot] = _Running(trial, recording, Task(*told))
         self.waiting.remove(claimed)
         trial.link(recording.run_id)
-        return task
 
     def _ask(self) -> _Claimed | None:
         """The next trial that is worth its training."""
@@ -520,11 +520,12 @@ class Scheduler:
             raise
         else:
             yield TrialFinished(running.trial.number, outcome, self.study.done)
-        put = dict[int, Task]()
         if assigned.refill and assigned.trials and (successor := self._next_like(assigned.key)):
-            yield from self._refill(assigned, message.slot, successor, put)
+            yield from self._refill(assigned, message.slot, successor)
         yield from self._said()
         if assigned.job.watched:
+            begun = assigned.trials.get(message.slot)
+            put = {message.slot: begun.task} if begun else {}
             assigned.worker.answer(Verdict(message.job, put=put))
 
     def _done(self, assigned: _Assigned) -> None:
@@ -541,7 +542,7 @@ class Scheduler:
         assigned.worker.give(assigned.job)
 
     def _refill(
-        self, assigned: _Assigned, slot: int, successor: _Claimed, put: dict[int, Task]
+        self, assigned: _Assigned, slot: int, successor: _Claimed
     ) -> Generator[TrialEvent, None, None]:
         """Put a trial into a slot that has become free; one that cannot be opened costs itself
         alone.
@@ -549,8 +550,7 @@ class Scheduler:
         job = assigned.job
         try:
             yield _started(successor)
-            form = Form(job.execution, slot, job.threads)
-            put[slot] = self._begin(successor, form, assigned.trials)
+            self._begin(successor, Form(job.execution, slot, job.threads), assigned.trials)
         except Exception as error:
             failure = broke(job.number, [successor.trial.recipe], error)
             if failure.surroundings:

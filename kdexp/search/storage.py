@@ -31,12 +31,8 @@ __all__ = [
 ]
 
 AWAY = (*claims.AWAY, optuna.exceptions.StorageInternalError)
-
-
 # waiting does not help
 LASTING = ("disk I/O error", "disk is full", "No space left", "readonly database", "unable to open")
-
-
 OPTUNA = Library(
     "Optuna",
     "optuna",
@@ -45,8 +41,6 @@ OPTUNA = Library(
     Path(str(optuna.__file__)).parent / "storages" / "_rdb" / "alembic" / "versions",
     "studies",
 )
-
-
 T = TypeVar("T")
 
 

@@ -4,7 +4,6 @@ everything once.
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import multiprocessing
@@ -13,19 +12,14 @@ import shutil
 import signal
 import sqlite3
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_sweep, until
-
-from kdexp.runs.tracking import Tracking
-from kdexp.settings import Settings
+from conftest import migrated_store, tiny_sweep, until
 
 Fault = Callable[[], None]
 SWEEP = ("sweep", "tiny.yaml", "--workers", "1", "--threads", "1")
@@ -238,15 +232,6 @@ def no_run_is_left_open(folder: Path) -> bool:
     )
 
 
-@cache
-def empty_store() -> Path:
-    """A migrated MLflow store: making one takes seconds, copying it none."""
-    folder = Path(tempfile.mkdtemp(prefix="empty-store-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    Tracking(Settings(stores=folder))
-    return folder / "mlflow.db"
-
-
 def written(folder: Path, **changes: Any) -> Path:
     """The tiny sweep as a file in a folder that has a store, with changes by dotted path."""
     tree = json.loads(tiny_sweep().model_dump_json())
@@ -257,7 +242,7 @@ def written(folder: Path, **changes: Any) -> Path:
             at = at[parent]
         at[last] = value
     (folder / "mlruns").mkdir(parents=True)
-    shutil.copy(empty_store(), folder / "mlruns" / "mlflow.db")
+    shutil.copy(migrated_store(), folder / "mlruns" / "mlflow.db")
     (folder / "tiny.yaml").write_text(json.dumps(tree))
     return folder
 
