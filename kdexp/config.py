@@ -132,6 +132,13 @@ class Data(Frozen):
     mean: float = 0.5
     std: float = Field(0.5, gt=0)
     validation_fraction: Fraction = 0.1
+    fold: int = Field(
+        0,
+        ge=0,
+        json_schema_extra=LATER,
+        description="which fold is held out from the student; 0: the validation split, which every"
+        " teacher holds out",
+    )
     train_on_validation: bool = Field(
         False, description="held out from the teacher only: see `kdexp confirm`"
     )
@@ -140,6 +147,11 @@ class Data(Frozen):
     )
     split_seed: int = Field(8787, ge=0)
     augment: Augment = Augment()
+
+    @property
+    def of_teacher(self) -> Data:
+        """As its teacher is trained: it holds out fold 0, whatever the students hold out."""
+        return self.model_copy(update={"fold": 0, "train_on_validation": False})
 
     @model_validator(mode="after")
     def _folder_keys_belong_to_image_folder(self) -> Self:

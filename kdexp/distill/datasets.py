@@ -29,6 +29,7 @@ __all__ = [
     "Inspection",
     "Split",
     "Splits",
+    "folds_of",
     "load_example",
     "load_splits",
     "load_test",
@@ -93,10 +94,51 @@ class Splits:
     validation: Split
     inspection: Inspection | None = None
     """Of an image folder: what was read, of all its splits."""
+    folds: int = 1
+    """How many folds there are to hold out."""
+    kept: Int64[Tensor, " kept"] | None = None
+    """Where in the whole training set the training images are ..."""
+    held: Int64[Tensor, " held"] | None = None
+    """... and where those of validation. None where these were not cut here."""
 
     def to(self, device: torch.device) -> Splits:
         """The same on `device`."""
-        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+        kept, held = (
+            places if places is None else places.to(device) for places in (self.kept, self.held)
+        )
+        train, validation = self.train.to(device), self.validation.to(device)
+        return replace(self, train=train, validation=validation, kept=kept, held=held)
+
+    @property
+    def whole(self) -> Split:
+        """All images of training and validation in the order of the whole training set: a copy."""
+        kept, held = self._places
+        count = 1 + int(torch.cat([kept, held]).max())
+        if len(kept) == count:
+            return self.train
+        images = self.train.images.new_empty(count, *self.train.images.shape[1:])
+        labels = self.train.labels.new_empty(count)
+        for places, part in ((kept, self.train), (held, self.validation)):
+            images[places], labels[places] = part.images, part.labels
+        return replace(self.train, images=images, labels=labels)
+
+    def cut_by(self, data: Data) -> Splits:
+        """The same images, cut as `data` says: equal to `load_splits(data)`, but no file is read.
+
+        `data` differs from that of these splits in `fold` and `train_on_validation` only. Raises
+        DataError.
+        """
+        (_, held), whole = self._places, self.whole
+        if self.folds > 1:
+            held = _held_out(whole, data)
+        _check_fold(data, self.folds)
+        return _cut_whole(whole, held, data, self.folds)
+
+    @property
+    def _places(self) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
+        if self.kept is None or self.held is None:
+            raise ValueError("only splits out of load_splits can be cut in another way")
+        return self.kept, self.held
 
 
 def load_splits(
@@ -112,10 +154,7 @@ def load_splits(
         splits = _folder_splits(data, data_dir)
     else:
         whole, _ = _train_and_test(data, data_dir, test=False)
-        kept, held = stratified(
-            whole.labels, data.validation_fraction, data.split_seed, len(whole.classes)
-        )
-        splits = Splits(whole if data.train_on_validation else whole.take(kept), whole.take(held))
+        splits = _cut_whole(whole, _held_out(whole, data), data, folds_of(data.validation_fraction))
     return splits.to(device) if device else splits
 
 
@@ -143,26 +182,81 @@ def load_example(data: Data, data_dir: Path | None = None) -> Split:
     return load_splits(data, data_dir).train.take(torch.arange(2))
 
 
-def stratified(
-    labels: Int64[Tensor, " samples"], fraction: float, seed: int, classes: int
-) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
-    """Sample numbers kept and held out, in order; `fraction` of each class is held, rounded, at
-    least one.
+def folds_of(fraction: float) -> int:
+    """How many folds there are, where fold 0 is this share and the others cut the rest evenly."""
+    return max(int(1 / fraction + 1e-9), 1)
 
-    Raises DataError where a class has fewer than two samples.
+
+def stratified(
+    labels: Int64[Tensor, " samples"], fraction: float, seed: int, classes: int, fold: int = 0
+) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
+    """Sample numbers kept and held out, in order. Fold 0 holds `fraction` of each class, rounded,
+    at least one.
+
+    What is not in fold 0 is dealt out to the other folds: each sample is in one of them, and their
+    sizes, in all and of each class, differ by one at most. Raises DataError where a class has fewer
+    than two samples, or the fold none.
     """
     generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    others, dealt = max(folds_of(fraction) - 1, 1), 0
+    folds, labels = torch.zeros(len(labels), dtype=torch.int64), labels.cpu()
     for label in range(classes):
-        members = (labels.cpu() == label).nonzero().flatten()
+        members = (labels == label).nonzero().flatten()
         if len(members) < 2:
             raise DataError(
                 f"class {label} has {len(members)} samples; a stratified split needs at least 2 of"
                 " each class"
             )
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        rest = members[torch.randperm(len(members), generator=generator)[count:]]
+        folds[rest] = 1 + (dealt + torch.arange(len(rest))) % others
+        dealt += len(rest)
+    held = folds == fold
+    if not held.any():
+        raise DataError(
+            f"data.fold: {len(labels):,} images leave none for fold {fold}; choose one of folds 0 to"
+            f" {int(folds.max())}"
+        )
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def _held_out(whole: Split, data: Data) -> Int64[Tensor, " held"]:
+    """Which images of the whole training set a fold holds out. Raises DataError."""
+    _check_fold(data, folds_of(data.validation_fraction))
+    fraction, seed = data.validation_fraction, data.split_seed
+    return stratified(whole.labels, fraction, seed, len(whole.classes), data.fold)[1]
+
+
+def _check_fold(data: Data, folds: int) -> None:
+    if data.fold < folds:
+        return
+    cut = folds == folds_of(data.validation_fraction)
+    why = (
+        f"data.validation_fraction is {data.validation_fraction:g}"
+        if cut
+        else "the folder has a validation split of its own"
+    )
+    there = f"are {folds} folds, 0 to {folds - 1}" if folds > 1 else "is one fold, 0"
+    raise DataError(
+        f"data.fold: got {data.fold}, but there {there}, as {why}; set data.fold to one of them"
+    )
+
+
+def _cut_whole(whole: Split, held: Int64[Tensor, " held"], data: Data, folds: int) -> Splits:
+    """The whole training set, cut into train (or, with `train_on_validation`, whole) and
+    validation.
+    """
+    held = held.to(whole.labels.device)
+    kept = _training(len(whole), held, data)
+    train = whole if data.train_on_validation else whole.take(kept)
+    return Splits(train, whole.take(held), None, folds, kept, held)
+
+
+def _training(count: int, held: Int64[Tensor, " held"], data: Data) -> Int64[Tensor, " kept"]:
+    """Which of so many images are trained on."""
+    kept = torch.ones(count, dtype=torch.bool, device=held.device)
+    kept[held] = data.train_on_validation
+    return kept.nonzero().flatten()
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -340,6 +434,7 @@ class _Cut:
     fit: list[Sample]
     kept: Int64[Tensor, " kept"]
     held: Int64[Tensor, " held"]
+    folds: int
     test: list[Sample]
 
 
@@ -369,9 +464,9 @@ def _folder_splits(data: Data, data_dir: Path | None) -> Splits:
             torch.cat([train.labels, validation.labels])[order],
         )
         train = replace(train, images=joined[0], labels=joined[1])
-    return Splits(
-        train, validation, replace(inspection, notes=(*_cut_off(folder, data), *inspection.notes))
-    )
+    said = replace(inspection, notes=(*_cut_off(folder, data), *inspection.notes))
+    kept = _training(len(cut.fit), cut.held, data)
+    return Splits(train, validation, said, cut.folds, kept, cut.held)
 
 
 def _read(folder: Folder, part: dict[Role, list[Sample]], data: Data) -> Split:
@@ -418,10 +513,13 @@ def _cut_folder(folder: Folder, data: Data) -> _Cut:
         train, test = [train[number] for number in kept], [train[number] for number in held]
     if validation := list(folder.splits.get("validation", ())):
         numbers = torch.arange(len(train) + len(validation))
-        return _Cut([*train, *validation], numbers[: len(train)], numbers[len(train) :], test)
-    return _Cut(
-        train, *stratified(_labels(train), data.validation_fraction, data.split_seed, classes), test
-    )
+        _check_fold(data, 1)
+        every, many = [*train, *validation], len(train)
+        return _Cut(every, numbers[:many], numbers[many:], 1, test)
+    _check_fold(data, folds := folds_of(data.validation_fraction))
+    fraction, seed = data.validation_fraction, data.split_seed
+    kept, held = stratified(_labels(train), fraction, seed, classes, data.fold)
+    return _Cut(train, kept, held, folds, test)
 
 
 def _check_enough(folder: Folder) -> None:

@@ -2,9 +2,11 @@
 
 One file serves every temperature and every loss on logits. Where a training has fewer epochs than
 there are views, it holds just what that training will draw: one row for each epoch of its seed (50
-views and 5 epochs: a tenth of the teacher's work). It is keyed by the SHA-256 of weights, data,
-normalisation, views and draws, written atomically, memory-mapped, and compared each time it is
-opened: with its own SHA-256, and with the live teacher on some samples.
+views and 5 epochs: a tenth of the teacher's work). Where trainings hold out different folds, one
+file serves them all: it holds the *whole* training set, validation included, and each training
+takes the columns of its own images. It is keyed by the SHA-256 of weights, data, normalisation,
+views and draws, written atomically, memory-mapped, and compared each time it is opened: with its
+own SHA-256, and with the live teacher on some samples.
 """
 
 from __future__ import annotations
@@ -67,23 +69,30 @@ def cached(
     splits: Splits,
     folder: Path,
     training: Training | None,
+    validation: Split | None = None,
+    whole: bool = False,
 ) -> Generator[CacheProgress, None, Cache]:
     """A teacher's logits out of `folder`, or filled in now. `sha256` is that of its weights.
 
     Given the one `training` that all students share in seed and epochs, the cache may hold its
-    draws only. Raises TeacherError.
+    draws only. With `whole` it holds each view of all images, validation included, for trainings on
+    any fold. `validation` is what the teacher is measured on, where that is not what these splits
+    hold out. Raises TeacherError.
     """
-    rows = _rows(data, splits, training)
-    file = folder / f"logits-{_cache_key(sha256, data, splits, rows)[:16]}.safetensors"
+    images, own = splits.whole if whole else splits.train, validation or splits.validation
+    rows = _rows(data, images, None if whole else training)
+    known = images.fingerprint, own.fingerprint
+    file = folder / f"logits-{_cache_key(sha256, data, rows, known, whole)[:16]}.safetensors"
     if not file.exists():
-        yield from _fill(module, splits, rows, file)
+        yield from _fill(module, images, own, rows, file)
     logits, facts = _open(file)
     logits_sha256 = weights_hash({"logits": logits})
     _check_sum(file, logits_sha256, facts)
-    _spot_check(module, splits.train, rows, logits, file)
+    _spot_check(module, images, rows, logits, file)
     if SUM not in facts:  # a former version's: from now on it is known by what it holds
         _store(file, logits, facts)
-    soft = TeacherLogits(logits.to(splits.train.labels.device), rows.per)
+    columns = splits.kept if whole else None
+    soft = TeacherLogits(logits.to(images.labels.device), rows.per, columns)
     return Cache(file, logits_sha256, soft, {name: int(facts[name]) for name in FACTS})
 
 
@@ -123,11 +132,11 @@ class _Rows:
         return views, draw_erased(self.drawn_by, row + 1, self.samples, self.image_size)
 
 
-def _rows(data: Data, splits: Splits, training: Training | None) -> _Rows:
+def _rows(data: Data, images: Split, training: Training | None) -> _Rows:
     """Whichever rows are fewer: one for each view, or one for each epoch of the training; with
     erasing, epochs only.
     """
-    at, samples, size = views(data.augment), len(splits.train), splits.train.image_size
+    at, samples, size = views(data.augment), len(images), images.image_size
     epochs = epochs_of(training, samples) if training else len(at)
     if training is None or (epochs >= len(at) and not training.random_erasing):
         return _Rows(at, samples, size, len(at))
@@ -135,11 +144,11 @@ def _rows(data: Data, splits: Splits, training: Training | None) -> _Rows:
 
 
 def _fill(
-    module: nn.Module, splits: Splits, rows: _Rows, cache: Path
+    module: nn.Module, images: Split, validation: Split, rows: _Rows, cache: Path
 ) -> Generator[CacheProgress, None, None]:
     filled = []
     for row in range(rows.count):
-        logits = logits_of(module, splits.train, *rows.chosen(row))
+        logits = logits_of(module, images, *rows.chosen(row))
         half = logits.to(torch.float16).cpu()
         if not torch.isfinite(half).all():
             raise TeacherError(
@@ -148,14 +157,9 @@ def _fill(
             )
         filled.append(half)
         yield CacheProgress(row + 1, rows.count, rows.per)
-    own = evaluate(module, splits.validation)
-    facts = dict(
-        zip(
-            FACTS,
-            map(str, (measure(module, splits.train).parameters, own.correct, own.samples)),
-            strict=True,
-        )
-    )
+    own = evaluate(module, validation)
+    found = measure(module, images).parameters, own.correct, own.samples
+    facts = dict(zip(FACTS, map(str, found), strict=True))
     _store(cache, torch.stack(filled), facts)
 
 
@@ -220,12 +224,18 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
         )
 
 
-def _cache_key(sha256: str, data: Data, splits: Splits, rows: _Rows) -> str:
+def _cache_key(
+    sha256: str, data: Data, rows: _Rows, known: tuple[str, str], whole: bool
+) -> str:
+    """What a cache is found by; `known`: what its images and the teacher's validation set are known
+    by.
+    """
     how = data.model_dump_json(include={"channels", "mean", "std", "augment"})
     by = rows.drawn_by
     drawn = [f"seed {by.seed}, epochs 1 to {rows.count}"] if by else []
     drawn += [f"random erasing {by.random_erasing}"] if by and by.random_erasing else []
-    return digest(sha256, how, *drawn, *fingerprints(splits))
+    drawn += ["all images"] if whole else []
+    return digest(sha256, how, *drawn, *known)
 
 
 def fingerprints(splits: Splits) -> tuple[str, str]:

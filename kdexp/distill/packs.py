@@ -133,6 +133,8 @@ class Source:
     split: Split
     views: Int64[Tensor, "views 3"]
     logits: Float[Tensor, "views samples classes"] | None
+    columns: Int64[Tensor, " training"] | None = None
+    """Which of the samples in `logits` each training image is; None: they are the same."""
 
 
 class Batch(NamedTuple):
@@ -159,7 +161,8 @@ def gather(source: Source, drawn: Drawn, dtype: torch.dtype) -> Batch:
     images = pixels(
         source.split, samples.flatten(), views, None if erased is None else erased.reshape(-1, 4)
     ).to(dtype)
-    soft = None if source.logits is None else source.logits[chosen, samples].to(dtype)
+    columns = samples if source.columns is None else source.columns[samples]
+    soft = None if source.logits is None else source.logits[chosen, columns].to(dtype)
     return Batch(
         images.unflatten(0, samples.shape) if samples.ndim > 1 else images,
         source.split.labels[samples],

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -92,12 +92,28 @@ class CachedTeacher:
         file.
         """
         small = {name: value for name, value in vars(self).items() if name != "soft"}
-        return small | {"device": self.soft.logits.device, "per": self.soft.per}
+        soft = self.soft
+        return small | {"device": soft.logits.device, "per": soft.per, "columns": soft.columns}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        device, per = state.pop("device"), state.pop("per")
+        device, per, columns = (state.pop(name) for name in ("device", "per", "columns"))
         logits = mapped(state["cache"], state["logits_sha256"])
-        vars(self).update(state, soft=TeacherLogits(logits.to(device), per))
+        vars(self).update(state, soft=TeacherLogits(logits.to(device), per, columns))
+
+    @property
+    def of_all_images(self) -> bool:
+        """Whether its logits are those of validation images too: they serve every fold."""
+        return self.soft.columns is not None
+
+    def on(self, kept: Int64[Tensor, " training"]) -> CachedTeacher:
+        """The same for a training on the images at these places of the whole training set; it must
+        be `of_all_images`.
+        """
+        if not self.of_all_images:
+            raise ValueError(
+                "a cache of one fold's training images serves no other fold: prepare it whole"
+            )
+        return replace(self, soft=replace(self.soft, columns=kept))
 
     @property
     def val_accuracy(self) -> float:
@@ -117,18 +133,21 @@ def prepare_teacher(
     folder: Path,
     weights: Path | None = None,
     training: Training | None = None,
+    whole: bool = False,
 ) -> Generator[EpochReport | CacheProgress | WeightsRead, None, CachedTeacher]:
     """The teacher of a recipe with its logits, out of `folder` or made now; yields progress while
     it makes them.
 
+    Whatever `data` holds out of its students, the teacher holds out fold 0 and is measured on it.
     `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given
     the one `training` that all students share in seed and epochs, the cache may hold its draws
-    only. Raises TeacherError.
+    only; with `whole` it serves trainings on every fold. Raises TeacherError.
     """
     module = _built(teacher, splits.train)
     given = weights or (expanded(teacher.weights) if teacher.weights else None)
+    own = splits if data == data.of_teacher else splits.cut_by(data.of_teacher)
     if given is None:
-        home = yield from _trained(teacher, data, splits, folder)
+        home = yield from _trained(teacher, data.of_teacher, own, folder)
         module.load_state_dict(_own_weights(home, module))
     else:
         found = find_weights(given, module)
@@ -139,7 +158,9 @@ def prepare_teacher(
     module.to(splits.train.labels.device, memory_format=layout_of(module)).eval()  # type: ignore[call-overload]
     sha256 = weights_hash(module.state_dict())
     with FileLock(home / "lock"):  # N processes that start together fill it once
-        cache = yield from cached(module, sha256, data, splits, folder, training)
+        cache = yield from cached(
+            module, sha256, data, splits, folder, training, own.validation, whole
+        )
     history = (
         tuple(json.loads((home / HISTORY).read_text("utf-8"))) if (home / HISTORY).exists() else ()
     )

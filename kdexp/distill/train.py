@@ -48,7 +48,7 @@ ONE_CYCLE_WARMUP = 0.3  # share of the steps; start, peak / 25; end, start / 1e4
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """The teacher's raw logits for the training samples.
+    """The teacher's raw logits for the training samples, or for more of which these are some.
 
     Row v: the logits of every sample in view v. If the training has fewer epochs than there are
     views, row e: every sample in the view that epoch e of this seed draws for it.
@@ -56,6 +56,13 @@ class TeacherLogits:
 
     logits: Float[Tensor, "rows samples classes"]
     per: Literal["view", "epoch"] = "view"
+    columns: Int64[Tensor, " training"] | None = None
+    """Of logits for all images of training and validation: the place of each training image."""
+
+    @property
+    def samples(self) -> int:
+        """How many training images they are for."""
+        return self.logits.shape[1] if self.columns is None else len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -213,8 +220,13 @@ class _Lanes:
             raise ValueError(
                 "what is erased differs from epoch to epoch: teacher logits must be by epoch"
             )
-        logits = teacher.logits if teacher and teacher.per == "view" else None
-        self.source = Source(splits.train, views.to(self.device), logits)
+        if teacher and teacher.samples != len(splits.train):
+            raise ValueError(
+                f"teacher logits of {teacher.samples} images, training on {len(splits.train)}"
+            )
+        by_view = teacher if teacher and teacher.per == "view" else None
+        logits, columns = (by_view.logits, by_view.columns) if by_view else (None, None)
+        self.source = Source(splits.train, views.to(self.device), logits, columns)
         self.pack = pack_of([slot.lane for slot in self.slots], self.source, how, dtype)
         self.epochs = epochs_of(anyone.training, len(splits.train))
 

@@ -16,7 +16,8 @@ def of_training(recipe: Recipe, size: Size, teacher: CachedTeacher) -> str:
     if recipe.data.train_on_validation:
         seen = "it was trained on: no measure of it"
     else:
-        seen = "held out of the training set"
+        fold = f", its fold {recipe.data.fold}" if recipe.data.fold else ""
+        seen = f"held out of the training set{fold}"
     return "\n".join(
         [
             (

@@ -37,13 +37,15 @@ def prepare(
     students: Sequence[Student] = (),
     check: Callable[[Splits], object] | None = None,
     losses: Sequence[str] = (),
+    whole: bool = False,
 ) -> Generator[TeacherProgress, None, Prepared]:
-    """Yields what was read, and progress while the teacher is made.
+    """Yields what was read, and progress while the teacher is made, which holds out fold 0.
 
     Give `training` where all trials share its seed and epochs: the teacher's cache may then be
-    smaller. Before the teacher is trained, this finds out that the recipe's student and these
-    `students` can be built, that its loss and these `losses` can teach so many classes, and
-    whatever `check` raises of the data.
+    smaller. With `whole` it serves trainings on every fold (`Prepared.on`); with random erasing it
+    cannot, and is then for the recipe's own training on its own fold. Before the teacher is
+    trained, this finds out that the recipe's student and these `students` can be built, that its
+    loss and these `losses` can teach so many classes, and whatever `check` raises of the data.
     """
     splits = load_splits(recipe.data, bench.settings.data_dir, bench.device)
     if splits.inspection:
@@ -54,13 +56,11 @@ def prepare(
     check_network(recipe.student, splits.train)
     for student in students:  # of which one may fail in training, and its trials alone
         outline(student, splits.train)
-    if recipe.data.train_on_validation and weights is None:  # the teacher never sees validation
-        data = recipe.data.model_copy(update={"train_on_validation": False})
-        held_out = yield from prepare(recipe.model_copy(update={"data": data}), bench)
-        weights = held_out.teacher.weights
+    if recipe.training.random_erasing:  # drawn anew in every epoch of a seed
+        whole, training = False, training or recipe.training
     folder = bench.settings.teachers
     teacher = yield from prepare_teacher(
-        recipe.teacher, recipe.data, splits, folder, weights, training
+        recipe.teacher, recipe.data, splits, folder, weights, training, whole
     )
     return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, bench))
 
@@ -91,6 +91,8 @@ def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: 
 
 def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: Bench) -> str:
     tracking, (low, high) = bench.tracking, teacher.val_interval
+    if recipe.data != (data := recipe.data.of_teacher):  # which its students hold out otherwise
+        recipe, splits = recipe.model_copy(update={"data": data}), splits.cut_by(data)
     own = {
         key: value
         for key, value in flatten(recipe).items()

@@ -39,6 +39,8 @@ from kdexp.workers.pool import Died, Pool, PoolSize
 from kdexp.workers.work import Broke, Ended, Epoch, Job, Measured, Prepared, Row, Task
 
 __all__ = [
+    "ALL_IMAGES",
+    "LOGITS_OF",
     "Entry",
     "Form",
     "Recording",
@@ -51,11 +53,16 @@ __all__ = [
     "log_datasets",
     "profile_of",
     "recorded",
+    "which_logits",
 ]
 
 DELIVER_SECONDS = 30.0
 """An epoch's record costs MLflow 15 ms: a thousandth of an epoch that long, and batches of short
 ones.
+"""
+LOGITS_OF, ALL_IMAGES = "kdexp.logits_of", "all images"
+"""The tag of a training whose teacher's logits were cached for every fold; absent: for its own
+training images alone.
 """
 ELSEWHERE = ("threads", "commit", "source")
 """A training that goes on sets its own threads; of the package its bits depend on the core
@@ -254,7 +261,7 @@ def begin(
         params={**flatten(recipe), **entry.params},
         tags={
             "kdexp.teacher_run": prepared.teacher_run,
-            "kdexp.logits_per": prepared.teacher.soft.per,
+            **which_logits(prepared),
             **facts(prepared),
             "mlflow.note.content": describe.of_training(recipe, size, prepared.teacher),
             **entry.tags,
@@ -331,6 +338,14 @@ def facts(prepared: Prepared) -> dict[str, str]:
         "kdexp.train_sha256": prepared.splits.train.fingerprint,
         "kdexp.validation_sha256": prepared.splits.validation.fingerprint,
     }
+
+
+def which_logits(prepared: Prepared) -> dict[str, str]:
+    """Which logits of its teacher a training has, by the tags that record it: another cache was
+    computed in other batches.
+    """
+    per = {"kdexp.logits_per": prepared.teacher.soft.per}
+    return per | ({LOGITS_OF: ALL_IMAGES} if prepared.teacher.of_all_images else {})
 
 
 def environment_of(recipe: Recipe, prepared: Prepared, form: Form) -> dict[str, str]:

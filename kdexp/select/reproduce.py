@@ -28,7 +28,16 @@ from kdexp.environment import differing
 from kdexp.files import sha256_of
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import TeacherProgress, prepare
-from kdexp.runs.recording import Entry, Form, environment_of, facts, profile_of, recorded
+from kdexp.runs.recording import (
+    ALL_IMAGES,
+    LOGITS_OF,
+    Entry,
+    Form,
+    environment_of,
+    facts,
+    profile_of,
+    recorded,
+)
 from kdexp.runs.records import RecordError, environment_of_run, recipe_of, weights_of
 from kdexp.runs.tracking import RunRecord, Tracking, TrackingAway, TrackingError, dataset
 from kdexp.select.compare import HASHES, Comparison, compare, covered, described, said_by
@@ -69,8 +78,9 @@ def reproduce(
         form = Form(execution, form.slot, torch.get_num_threads())
         weights = _teacher_weights(original, tracking, Path(temporary))
         training = recipe.training if original.tags.get("kdexp.logits_per") == "epoch" else None
+        whole = original.tags.get(LOGITS_OF) == ALL_IMAGES
         bench = Bench(settings, tracking, device, original.experiment_id)
-        prepared = yield from prepare(recipe, bench, weights, training)
+        prepared = yield from prepare(recipe, bench, weights, training, whole=whole)
     environment = environment_of(recipe, prepared, form)
     changed = tuple(Difference(name, *pair) for name, pair in differing(then, environment).items())
     yield Checked(
