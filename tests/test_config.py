@@ -362,6 +362,18 @@ def test_a_rule_is_validated_when_changed() -> None:
         select_rule(rule, {"size": "byte"})
 
 
+def test_the_fold_that_is_held_out_changes_no_digest_where_it_is_that_of_earlier_versions() -> None:
+    assert "fold" not in identity(Data())
+    assert "fold" not in identity(Recipe())
+    assert '"fold":3' in identity(Data(fold=3))
+    assert Data(fold=3, train_on_validation=True).of_teacher == Data()
+    before = json.loads(Recipe().model_dump_json())
+    del before["data"]["fold"]
+    assert Recipe.model_validate_json(json.dumps(upgrade(before))) == Recipe()
+    with pytest.raises(ConfigError, match=r"data.fold"):
+        Recipe().replace({"data.fold": -1})
+
+
 def test_a_dial_that_is_added_later_and_left_alone_changes_no_digest() -> None:
     class Wider(Teacher):
         groups: int = Field(1, json_schema_extra=LATER)

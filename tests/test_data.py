@@ -19,7 +19,15 @@ from PIL import Image
 from kdexp.config import Augment, Data
 from kdexp.distill import datasets as data_module
 from kdexp.distill.batches import pixels, rectangles, views
-from kdexp.distill.datasets import DataError, Split, load_splits, load_test, stratified
+from kdexp.distill.datasets import (
+    DataError,
+    Split,
+    Splits,
+    folds_of,
+    load_splits,
+    load_test,
+    stratified,
+)
 
 
 def split(images: torch.Tensor, channels: int = 1, mean: float = 0.5, std: float = 0.5) -> Split:
@@ -74,6 +82,129 @@ def test_a_stratified_split_takes_its_share_of_every_class(counts, fraction, see
 def test_a_class_with_one_sample_cannot_be_split() -> None:
     with pytest.raises(DataError, match="class 1 has 1 samples"):
         stratified(torch.tensor([0, 0, 1]), 0.5, 0, 2)
+
+
+# --- folds ---
+
+
+def fold_0_as_ever(labels: torch.Tensor, fraction: float, seed: int, classes: int) -> torch.Tensor:
+    """What was held out before there were folds."""
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(classes):
+        members = (labels == label).nonzero().flatten()
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return held.nonzero().flatten()
+
+
+@given(
+    st.lists(st.integers(2, 60), min_size=2, max_size=6),
+    st.floats(0.02, 0.99),
+    st.integers(0, 1000),
+)
+def test_every_image_is_in_one_fold_and_every_class_in_each_training_set(
+    counts, fraction, seed
+) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    many, first = folds_of(fraction), fold_0_as_ever(labels, fraction, seed, len(counts))
+    others = min(many - 1, len(labels) - len(first))  # where there are enough images
+    cuts = [stratified(labels, fraction, seed, len(counts), fold) for fold in range(1 + others)]
+    assert torch.equal(cuts[0][1], first)
+    if others:
+        assert torch.equal(torch.cat([held for _, held in cuts]).sort().values, torch.arange(len(labels)))
+    for kept, held in cuts:
+        assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(len(labels)))
+        assert torch.bincount(labels[kept], minlength=len(counts)).min() >= 1
+    shares = [torch.bincount(labels[held], minlength=len(counts)) for _, held in cuts[1:]]
+    if shares:
+        each = torch.stack(shares)
+        assert (each.amax(0) - each.amin(0)).max() <= 1, "of each class"
+        assert each.sum(1).max() - each.sum(1).min() <= 1, "in all"
+
+
+def test_too_few_images_for_a_fold_are_said() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(DataError, match=r"4 images leave none for fold 7; .* folds 0 to 2"):
+        stratified(labels, 0.1, 0, 2, 7)
+
+
+def all_folds(data: Data) -> list[Splits]:
+    """The splits of each fold, cut in memory, which are those that would be loaded."""
+    first = load_splits(data)
+    every = [first.cut_by(data.model_copy(update={"fold": fold})) for fold in range(first.folds)]
+    for fold, splits in enumerate(every):
+        loaded = load_splits(data.model_copy(update={"fold": fold}))
+        assert splits.train.fingerprint == loaded.train.fingerprint
+        assert splits.validation.fingerprint == loaded.validation.fingerprint
+        assert torch.equal(splits.kept, loaded.kept)
+        assert torch.equal(splits.held, loaded.held)
+        assert splits.folds == loaded.folds == first.folds
+    return every
+
+
+def check_folds(every: list[Splits]) -> None:
+    """Disjoint, covering, stratified, and each with all images, at their places."""
+    whole = every[0].whole
+    held = torch.cat([splits.held for splits in every])
+    assert torch.equal(held.sort().values, torch.arange(len(whole)))
+    for splits in every:
+        assert splits.whole.fingerprint == whole.fingerprint
+        assert torch.equal(whole.images[splits.held], splits.validation.images)
+        assert torch.equal(whole.labels[splits.kept], splits.train.labels)
+        share = torch.bincount(splits.validation.labels, minlength=len(whole.classes))
+        expected = torch.bincount(whole.labels) / len(every)
+        assert (share - expected).abs().max() < 1.5
+
+
+@pytest.mark.parametrize(("fraction", "folds"), [(0.2, 5), (0.1, 10), (0.25, 4), (0.5, 2)])
+def test_digits_are_cut_into_folds(fraction: float, folds: int) -> None:
+    every = all_folds(Data(dataset="digits", channels=1, validation_fraction=fraction))
+    assert len(every) == folds
+    check_folds(every)
+    assert len({splits.validation.fingerprint for splits in every}) == folds
+
+
+@pytest.mark.parametrize("fold", [0, 3])
+def test_any_fold_is_cut_into_any_other_and_into_all_images(fold: int) -> None:
+    data = Data(dataset="digits", channels=1, validation_fraction=0.2, fold=fold)
+    other = data.model_copy(update={"fold": 1})
+    whole = data.model_copy(update={"train_on_validation": True})
+    one = load_splits(data)
+    for target in (data, other, whole):
+        loaded = load_splits(target)
+        for way in (one.cut_by(target), one.cut_by(whole).cut_by(target)):
+            assert way.train.fingerprint == loaded.train.fingerprint
+            assert way.validation.fingerprint == loaded.validation.fingerprint
+            assert torch.equal(way.kept, loaded.kept)
+    assert len(load_splits(whole).train) == len(one.train) + len(one.validation)
+
+
+def test_a_fold_beyond_the_last_is_said() -> None:
+    data = Data(dataset="digits", channels=1, validation_fraction=0.2, fold=5)
+    message = (
+        r"data.fold: got 5, but there are 5 folds, 0 to 4, as data.validation_fraction is 0.2; set"
+        r" data.fold to one of them"
+    )
+    with pytest.raises(DataError, match=message):
+        load_splits(data)
+    with pytest.raises(DataError, match=message):
+        load_splits(data.model_copy(update={"fold": 0})).cut_by(data)
+    half = data.model_copy(update={"fold": 1, "validation_fraction": 0.7})
+    with pytest.raises(DataError, match=r"there is one fold, 0, as data.validation_fraction"):
+        load_splits(half)
+
+
+def test_splits_cut_by_hand_are_cut_in_no_other_way(digits) -> None:
+    few = Splits(digits.train, digits.validation)
+    with pytest.raises(ValueError, match="only splits out of load_splits"):
+        few.cut_by(Data(dataset="digits", fold=1))
+
+
+def test_the_test_split_is_the_same_whatever_fold_is_held_out() -> None:
+    one, other = (load_test(Data(dataset="digits", fold=fold)) for fold in (0, 4))
+    assert one.fingerprint == other.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -288,6 +419,20 @@ def test_fashion_mnist_is_the_real_one() -> None:
     assert torch.bincount(splits.validation.labels).tolist() == [600] * 10
     assert torch.bincount(test.labels).tolist() == [1000] * 10
     assert splits.train.classes[0] == "T-shirt/top"
+
+
+@pytest.mark.fashion
+@pytest.mark.usefixtures("fashion")
+def test_fashion_mnist_is_cut_into_ten_folds_of_600_of_each_class() -> None:
+    data = Data()
+    first = load_splits(data)
+    every = [first.cut_by(data.model_copy(update={"fold": fold})) for fold in range(first.folds)]
+    assert len(every) == 10
+    check_folds(every)
+    for splits in every:
+        assert torch.bincount(splits.validation.labels).tolist() == [600] * 10
+    last = load_splits(data.model_copy(update={"fold": 9}))
+    assert last.train.fingerprint == every[9].train.fingerprint
 
 
 @pytest.mark.fashion

@@ -50,6 +50,7 @@ def run(lanes, how, labels=TeacherLogits(soft)):
     reports = list(train(lanes, splits, data, labels, how))
     return [[(r.loss, r.val_loss) for r in epoch] for epoch in reports], weights_hash(reports[0][0].weights)
 rows = torch.stack([soft[draw(1, e, len(splits.train), 9)[1], torch.arange(len(splits.train))] for e in (1, 2)])
+whole = torch.zeros(9, len(splits.whole), 10).half().index_copy(1, splits.kept, soft)
 once = run(lanes[:1], Execution(1, True, True))
 compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 again = run(lanes[1:], Execution(1, True, True)), run(lanes[:1], Execution(1, True, True))[0:]
@@ -61,6 +62,7 @@ print(json.dumps({
     "narrow": run(lanes, Execution(2, True, True, precision="bf16")),
     "narrow_eager": run(lanes, Execution(2, precision="bf16")),
     "by_epoch": run(lanes[:1], Execution(1, True, True), TeacherLogits(rows, "epoch")),
+    "of_all_images": run(lanes[:1], Execution(1, True, True), TeacherLogits(whole, "view", splits.kept)),
 }))
 """
 
@@ -105,6 +107,11 @@ def test_other_values_of_what_may_differ_compile_nothing_anew(compiled) -> None:
 @pytest.mark.slow
 def test_logits_by_epoch_serve_a_compiled_step_as_well(compiled) -> None:
     assert close(compiled["by_epoch"][0], compiled["once"][0])
+
+
+@pytest.mark.slow
+def test_so_do_logits_of_all_images_to_the_bit(compiled) -> None:
+    assert compiled["of_all_images"] == compiled["once"]
 
 
 STRAYED = """

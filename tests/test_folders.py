@@ -25,6 +25,7 @@ from kdexp.distill.datasets import (
     load_example,
     load_splits,
     load_test,
+    folds_of,
     stratified,
 )
 from kdexp.distill.folders import survey
@@ -124,6 +125,37 @@ def test_splits_are_cut_as_before(shots: Path, whole: bool) -> None:
     assert torch.equal(load_test(DATA, shots.parent).images, images[test])
     example = load_example(DATA.model_copy(update={"train_on_validation": whole}), shots.parent)
     assert torch.equal(example.images, splits.train.images[:2])
+
+
+def test_a_folder_is_cut_into_folds_without_being_read_again(shots: Path) -> None:
+    pictures(shots, ("a", "b", "c"), 20)
+    first = loaded(shots)
+    assert first.folds == folds_of(DATA.validation_fraction) > 2
+    for fold in range(first.folds):
+        for whole in (False, True):
+            data = DATA.model_copy(update={"fold": fold, "train_on_validation": whole})
+            cut, read = first.cut_by(data), load_splits(data, shots.parent)
+            for one, other in ((cut.train, read.train), (cut.validation, read.validation)):
+                assert one.fingerprint == other.fingerprint
+            assert torch.equal(cut.kept, read.kept)
+            assert torch.equal(load_example(data, shots.parent).images, cut.train.images[:2])
+
+
+def test_a_folder_with_a_validation_split_of_its_own_is_one_fold(shots: Path) -> None:
+    pictures(shots / "train", count=10)
+    pictures(shots / "val", count=3, first=300)
+    first = loaded(shots)
+    assert first.folds == 1
+    message = "got 1, but there is one fold, 0, as the folder has a validation split of its own"
+    with pytest.raises(DataError, match=message):
+        loaded(shots, fold=1)
+    with pytest.raises(DataError, match=message):
+        first.cut_by(DATA.model_copy(update={"fold": 1}))
+    whole = loaded(shots, train_on_validation=True)
+    again = whole.cut_by(DATA)
+    assert again.train.fingerprint == first.train.fingerprint
+    assert again.validation.fingerprint == first.validation.fingerprint
+    assert first.whole.fingerprint == whole.train.fingerprint
 
 
 def test_the_fingerprint_of_a_plain_folder_is_what_earlier_versions_recorded(shots: Path) -> None:

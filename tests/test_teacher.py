@@ -45,8 +45,9 @@ def prepared(
     data: Data = DATA,
     weights: Path | None = None,
     training: Training | None = None,
+    whole: bool = False,
 ):
-    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights, training)
+    events, steps = [], prepare_teacher(teacher, data, digits, folder, weights, training, whole)
     while True:
         try:
             events.append(next(steps))
@@ -144,6 +145,70 @@ def test_a_worker_does_not_train_on_a_cache_that_was_changed_meanwhile(tmp_path,
         TeacherError, match=f"{teacher.cache.name}: not the logits that were written"
     ):
         pickle.loads(sent)
+
+
+# --- for every fold ---
+
+
+def test_a_cache_of_all_images_serves_every_fold_from_one_file(tmp_path, digits) -> None:
+    plain, _ = prepared(tmp_path, digits)
+    first, events = prepared(tmp_path, digits, whole=True)
+    assert [type(e) for e in events] == [CacheProgress] * 9
+    assert first.cache != plain.cache
+    assert not plain.of_all_images
+    assert first.soft.logits.shape == (9, len(digits.whole), 10)
+    for fold in range(5):
+        data = DATA.model_copy(update={"fold": fold})
+        splits = digits.cut_by(data)
+        own, events = prepared(tmp_path, splits, data=data, whole=True)
+        assert not events
+        assert (own.sha256, own.cache, own.logits_sha256) == (
+            first.sha256,
+            first.cache,
+            first.logits_sha256,
+        )
+        assert torch.equal(own.soft.columns, splits.kept)
+        assert own.soft.samples == len(splits.train)
+        assert own.val_correct == plain.val_correct
+    near = first.soft.logits[:, digits.kept].float()
+    assert torch.allclose(near, plain.soft.logits.float(), rtol=4e-3, atol=2e-2)
+
+
+def test_with_fewer_epochs_than_views_a_cache_for_every_fold_still_holds_every_view(
+    tmp_path, digits
+) -> None:
+    few, _ = prepared(tmp_path, digits, training=Training(epochs=3), whole=True)
+    assert (few.soft.per, len(few.soft.logits)) == ("view", 9)
+
+
+def test_a_cache_of_all_images_travels_with_its_columns_and_its_damage_is_noticed(
+    tmp_path, digits
+) -> None:
+    teacher, _ = prepared(tmp_path, digits, whole=True)
+    there = pickle.loads(pickle.dumps(teacher.on(digits.cut_by(fold(2)).kept)))
+    assert torch.equal(there.soft.logits, teacher.soft.logits)
+    assert torch.equal(there.soft.columns, digits.cut_by(fold(2)).kept)
+    changed(teacher.cache, one_logit)
+    with pytest.raises(TeacherError, match="not the logits that were written"):
+        prepared(tmp_path, digits, whole=True)
+    changed(teacher.cache, lambda content: {"logits": content["logits"].flip(1).contiguous()})
+    # without its checksum, as if it had been written so
+    changed(teacher.cache, lambda content: content, sha256="")
+    with pytest.raises(TeacherError, match="disagrees with the live teacher"):
+        prepared(tmp_path, digits, whole=True)
+
+
+def fold(number: int) -> Data:
+    return DATA.model_copy(update={"fold": number})
+
+
+def test_a_teacher_holds_out_fold_0_whatever_its_students_hold_out(tmp_path, digits) -> None:
+    other, events = prepared(tmp_path / "other", digits.cut_by(fold(3)), data=fold(3))
+    assert epochs(events) == TEACHER.epochs
+    usual, _ = prepared(tmp_path / "usual", digits)
+    assert other.sha256 == usual.sha256
+    assert other.history[0]["loss"] == usual.history[0]["loss"]
+    assert (other.val_correct, other.val_samples) == (usual.val_correct, usual.val_samples)
 
 
 @pytest.mark.parametrize("fact", ["parameters", "val_correct", "val_samples", "sha256"])
