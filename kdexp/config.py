@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, study_name, validate
 
@@ -82,7 +83,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-LATER = {"later": True}
+LATER: JsonDict = {"later": True}
 """A field's `json_schema_extra`, where it is added after teachers have been trained and kept by a
 digest without it.
 """

@@ -113,7 +113,9 @@ def test_every_image_is_in_one_fold_and_every_class_in_each_training_set(
     cuts = [stratified(labels, fraction, seed, len(counts), fold) for fold in range(1 + others)]
     assert torch.equal(cuts[0][1], first)
     if others:
-        assert torch.equal(torch.cat([held for _, held in cuts]).sort().values, torch.arange(len(labels)))
+        assert torch.equal(
+            torch.cat([held for _, held in cuts]).sort().values, torch.arange(len(labels))
+        )
     for kept, held in cuts:
         assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(len(labels)))
         assert torch.bincount(labels[kept], minlength=len(counts)).min() >= 1

@@ -22,10 +22,10 @@ from kdexp.distill.datasets import (
     DataError,
     Splits,
     _image_folder,
+    folds_of,
     load_example,
     load_splits,
     load_test,
-    folds_of,
     stratified,
 )
 from kdexp.distill.folders import survey

@@ -315,11 +315,13 @@ def test_a_repeat_goes_on_from_its_checkpoint(shared: Prepared, bench: Bench, tm
     with recorded(on(2), here, bench, Entry("train", "unbroken")) as whole:
         for _ in whole.epochs():
             pass
-    with pytest.raises(KeyboardInterrupt):
-        with recorded(on(2), here, bench, Entry("train", "broken")) as recording:
-            for report in recording.epochs(checkpoints, "repeat"):
-                if report.epoch == 1:
-                    raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        recorded(on(2), here, bench, Entry("train", "broken")) as recording,
+    ):
+        for report in recording.epochs(checkpoints, "repeat"):
+            if report.epoch == 1:
+                raise KeyboardInterrupt
     found = checkpoints.load("repeat")
     assert found is not None
     assert goes_on_here(found, on(2), shared.on(2))

@@ -214,8 +214,8 @@ def stratified(
     held = folds == fold
     if not held.any():
         raise DataError(
-            f"data.fold: {len(labels):,} images leave none for fold {fold}; choose one of folds 0 to"
-            f" {int(folds.max())}"
+            f"data.fold: {len(labels):,} images leave none for fold {fold}; choose one of folds 0"
+            f" to {int(folds.max())}"
         )
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 

@@ -79,7 +79,8 @@ def cached(
     any fold. `validation` is what the teacher is measured on, where that is not what these splits
     hold out. Raises TeacherError.
     """
-    images, own = splits.whole if whole else splits.train, validation or splits.validation
+    images = splits.whole if whole else splits.train
+    own = splits.validation if validation is None else validation
     rows = _rows(data, images, None if whole else training)
     known = images.fingerprint, own.fingerprint
     file = folder / f"logits-{_cache_key(sha256, data, rows, known, whole)[:16]}.safetensors"
@@ -224,9 +225,7 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
         )
 
 
-def _cache_key(
-    sha256: str, data: Data, rows: _Rows, known: tuple[str, str], whole: bool
-) -> str:
+def _cache_key(sha256: str, data: Data, rows: _Rows, known: tuple[str, str], whole: bool) -> str:
     """What a cache is found by; `known`: what its images and the teacher's validation set are known
     by.
     """
