@@ -7,7 +7,8 @@ Repeats of a recipe hold out one fold after another, and share the one teacher, 
 them to a student that is measured there. Each pair is a fold k > 0 and a student's seed. The
 student is trained twice on all but fold k, in the same order from the same weights, and measured on
 fold k: under the shared teacher, and under one that was trained holding out fold k itself. The
-teachers of a pair have one seed, and as many images.
+teachers of a pair have one seed, and as many images; each keeps the epoch that is best on what it
+held out.
 
 `difference` is shared less own: what the shared teacher adds. A *block* is all pairs of one fold
 under the same two teachers. Its pairs are not independent, so the 95 % interval (Student's t) is

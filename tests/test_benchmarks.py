@@ -8,13 +8,15 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_sweep
 
-from benchmarks import contenders, honesty
+from benchmarks import contenders, honesty, leak
 from kdexp.config import Recipe, load
 from kdexp.distill.datasets import Split
 from kdexp.distill.losses import distillation_loss
@@ -146,6 +148,23 @@ def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_co
         assert better["under_bar_%"] < worse["under_bar_%"]
         assert better["size_ratio"] > worse["size_ratio"]
     assert both["under_bar_%"] <= 10
+
+
+def test_a_block_of_pairs_is_of_one_fold_under_two_teachers_of_one_seed(tmp_path, digits) -> None:
+    first, second = islice(leak.blocks(tiny_sweep().recipe, digits, 2, tmp_path), 2)
+    assert (first["fold"], second["fold"]) == (1, 2)
+    assert first["teacher_seed"] == second["teacher_seed"]
+    assert first["difference"] == first["shared"] - first["own"]
+    homes = [file.parent for file in tmp_path.glob("*/weights.safetensors")]
+    assert len(homes) == 3, "the shared one, and each fold's own"
+
+
+def test_the_interval_of_what_leaks_is_that_of_its_blocks() -> None:
+    row = {"shared": 90.0, "own": 89.0, "teacher_shared": 95.0, "teacher_own": 94.0, "pairs": 2}
+    found = leak.summed_up([{**row, "difference": value} for value in (0.0, 1.0, 2.0)])
+    assert (found["pairs"], found["blocks"], found["difference"]) == (6, 3, 1.0)
+    assert (found["low"], found["high"]) == (-1.484, 3.484)
+    assert leak.summed_up([{**row, "difference": 1.0}])["low"] == -np.inf
 
 
 @pytest.mark.slow
