@@ -174,11 +174,12 @@ def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
         able = [recipe for recipe in under_way if recipe.under_way < AT_ONCE]
     if not able:
         return None
-    promise = {recipe.trial: study.promise(recipe, left) for recipe in able}
+    promise = {recipe.trial: round(study.promise(recipe, left), 9) for recipe in able}
     if study.smallest is None and left <= plan.most + AT_ONCE:
         best = max(able, key=lambda recipe: (promise[recipe.trial], -recipe.size, -recipe.trial))
         return best.trial if promise[best.trial] > 0.01 else None
-    worth = {r.trial: promise[r.trial] * math.log(study.reference / r.size) for r in able}
+    # rounded: what is equal but for the order of a sum goes by number
+    worth = {r.trial: round(promise[r.trial] * math.log(study.reference / r.size), 9) for r in able}
     best = max(able, key=lambda recipe: (worth[recipe.trial], -recipe.trial))
     return best.trial if worth[best.trial] >= WORTH else None
 
@@ -241,7 +242,7 @@ class _Study:
         self.seeds = seed_variance(every)
         self.allowed = min(max(1 - plan.bar, 1e-3), 0.9)
         """Share of errors at the bar, where its logarithm is defined."""
-        self._places = {recipe.trial: place for place, recipe in enumerate(every)}
+        self._counted: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
 
     def verdict(self, recipe: Repeated) -> Verdict:
         """What a recipe's repeats prove."""
@@ -283,15 +284,12 @@ class _Study:
 
         Predictive power (Spiegelhalter, Freedman & Blackburn 1986, Controlled Clinical Trials 7:8).
         """
-        done = recipe.repeats
+        done, samples = recipe.repeats, recipe.first.samples
         last = min(self.plan.most, len(done) + left)
         if last <= len(done):
             return 0.0
-        like = recipe.first.samples
-        rest = tuple(
-            Measure(0, like, look % self.plan.folds) for look in range(len(done) + 1, last + 1)
-        )
-        images = [self._known((*done, *rest)[:look])[1] for look in range(1, last + 1)]
+        rest = ((look % self.plan.folds, samples) for look in range(len(done) + 1, last + 1))
+        images = self._images((*((each.fold, each.samples) for each in done), *rest))
         z = boundaries(self._errors[recipe.trial], _relative(images), self.plan.most)[-1]
         bar, total = self.plan.bar, images[-1]
         most_errors = (1 - bar) - z * math.sqrt(bar * (1 - bar) / total)
@@ -349,11 +347,10 @@ class _Study:
 
     def _low(self, recipe: Repeated, error: float) -> float:
         """The highest of the lower ends at every look, all of which hold at once."""
-        looks = [recipe.repeats[:look] for look in range(1, len(recipe.repeats) + 1)]
-        known = [self._known(done) for done in looks]
+        known = [self._known(recipe.repeats[: n + 1]) for n in range(len(recipe.repeats))]
         z = boundaries(error, _relative([images for _, images in known]), self.plan.most)
         ends = (
-            wilson_interval(mean * images, images, quantile)[0]
+            wilson_interval(mean * int(images), int(images), quantile)[0]
             for (mean, images), quantile in zip(known, z)
         )
         return max(ends, default=0.0)
@@ -368,6 +365,16 @@ class _Study:
             mean += worth * sum(each.correct for each in same) / samples
             images += worth
         return mean / images, images
+
+    def _images(self, held: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+        """The same at each look, where only folds and numbers of images are known."""
+        if held not in self._counted:
+            looks = (held[: n + 1] for n in range(len(held)))
+            self._counted[held] = tuple(
+                self._known([Measure(0, samples, fold) for fold, samples in look])[1]
+                for look in looks
+            )
+        return self._counted[held]
 
     def _near(self, recipe: Repeated) -> bool:
         return not recipe.diverged and _log_errors(recipe.first) < math.log(self.allowed) + NEAR
@@ -441,7 +448,7 @@ def _trapezoid(grid: Floats) -> Floats:
 
 
 def _crossed(x: Floats, mass: Floats, step: float, spend: float) -> float:
-    """Where a motion with these chances to be at x is after the step with probability `spend`."""
+    """What a motion that is at x with these chances is beyond after a step, so probably."""
 
     def beyond(limit: float) -> float:
         return float(mass @ ndtr((x - limit) / step)) - spend
