@@ -65,15 +65,16 @@ Floats = NDArray[np.float64]
 # (docs/results.md); it counts as much as so many degrees of freedom
 SEEDS, SEEDS_WEIGHT = 0.35, 10.0
 SPENDING: Final = 2.0  # power of the share of repeats done: 3 is close to O'Brien & Fleming 1979
-PART: Final = 0.4  # of the error that is left, for the next recipe that is tried
+PART: Final = 0.25  # of the error that is left, for the next recipe that is tried
 HOPELESS: Final = 0.1  # probability to become sure
-WORTH: Final = 0.05  # expected saving of log size
+WORTH: Final = 0.004  # expected saving of log size, a training
 SHARED: Final = 0.7  # of the variance of images that is common to all students (docs/results.md)
 SPREAD, SPREAD_WEIGHT = 0.04, 4.0  # of log errors around the law of sizes, before any trial
 SLOPE, SLOPE_SD = -0.1, 0.1  # of log errors over log size, before any trial
 NEAR: Final = math.log(2)  # log errors over what the bar allows: beyond, it is not about size
 AT_ONCE: Final = 2  # repeats of one recipe under way
-POINTS: Final = 300  # of the grid that densities are integrated on
+LIKELY: Final = 0.05  # probability to meet the bar
+POINTS: Final = 200  # of the grid that densities are integrated on
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Plan:
     """The k-th repeat of a recipe holds out fold k mod folds."""
     limit: int | None = None
     """Size over which nothing is repeated."""
+    tolerance: float = 0.02
+    """How much under the bar is no harm, as a share of the errors that it allows."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
     if under_way := [recipe for recipe in able if recipe.under_way]:
         # more of one rather than one more: every recipe that is tried costs a part of the error
         able = [recipe for recipe in under_way if recipe.under_way < AT_ONCE]
+    able = [recipe for recipe in able if study.passing(recipe) >= LIKELY]
     if not able:
         return None
     promise = {recipe.trial: round(study.promise(recipe, left), 9) for recipe in able}
@@ -179,7 +183,7 @@ def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
         best = max(able, key=lambda recipe: (promise[recipe.trial], -recipe.size, -recipe.trial))
         return best.trial if promise[best.trial] > 0.01 else None
     # rounded: what is equal but for the order of a sum goes by number
-    worth = {r.trial: round(promise[r.trial] * math.log(study.reference / r.size), 9) for r in able}
+    worth = {r.trial: round(promise[r.trial] * math.log(study.reference / r.size) / (plan.most-len(r.repeats)), 9) for r in able}
     best = max(able, key=lambda recipe: (worth[recipe.trial], -recipe.trial))
     return best.trial if worth[best.trial] >= WORTH else None
 
@@ -246,7 +250,7 @@ class _Study:
 
     def verdict(self, recipe: Repeated) -> Verdict:
         """What a recipe's repeats prove."""
-        low, repeats = self._low(recipe, self._errors[recipe.trial]), recipe.repeats
+        low, repeats = self._low(recipe, 1 - self.plan.level), recipe.repeats
         accuracies = [each.accuracy for each in repeats]
         return Verdict(
             state=self._state(recipe),
@@ -290,9 +294,12 @@ class _Study:
             return 0.0
         rest = ((look % self.plan.folds, samples) for look in range(len(done) + 1, last + 1))
         images = self._images((*((each.fold, each.samples) for each in done), *rest))
-        z = boundaries(self._errors[recipe.trial], _relative(images), self.plan.most)[-1]
         bar, total = self.plan.bar, images[-1]
-        most_errors = (1 - bar) - z * math.sqrt(bar * (1 - bar) / total)
+        relative = _relative(images)
+        z1 = boundaries(1 - self.plan.level, relative, self.plan.most)[-1]
+        z2 = boundaries(self._errors[recipe.trial], relative, self.plan.most)[-1]
+        se = math.sqrt(bar * (1 - bar) / total)
+        most_errors = (1 - bar) - max(z1 * se, z2 * se - self.plan.tolerance * (1 - bar))
         weight, errors = 0.0, 0.0
         if done:
             mean, now = self._known(done)
@@ -303,6 +310,11 @@ class _Study:
         expected, variance = self._expected[recipe.trial]
         noise = bar / (self.allowed * total * (1 - weight))
         return float(ndtr((math.log(needed) - expected) / math.sqrt(variance + noise)))
+
+    def passing(self, recipe: Repeated) -> float:
+        """The probability that it truly meets the bar."""
+        expected, variance = self._expected[recipe.trial]
+        return float(ndtr((math.log(self.allowed) - expected) / math.sqrt(variance)))
 
     @cached_property
     def _errors(self) -> dict[int, float]:
@@ -329,12 +341,16 @@ class _Study:
             elif recipe.settled == "sure":
                 proved = True
             else:
-                proved = self._low(recipe, PART * left) >= self.plan.bar
+                proved = self._proved(recipe, PART * left)
             if proved:
                 sure.add(recipe.trial)
             else:
                 left *= 1 - PART
         return {recipe.trial: errors.get(recipe.trial, PART * left) for recipe in self.every}, sure
+
+    def _proved(self, recipe: Repeated, error: float) -> bool:
+        one, all_ = self._low(recipe, 1 - self.plan.level), self._low(recipe, error)
+        return one >= self.plan.bar and all_ >= self.plan.bar - self.plan.tolerance * (1 - self.plan.bar)
 
     def _state(self, recipe: Repeated) -> State:
         if recipe.trial in self._sure:
