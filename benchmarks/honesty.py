@@ -1,70 +1,292 @@
-"""How often the selected model's true accuracy is under the bar: as selected, with --confidence,
-after confirm, with both.
+"""How often the selected model's true accuracy is under the bar, how large it is, and what it costs:
+today's rules against repeats on fresh folds, by simulation.
 
-    python -m benchmarks.honesty [--repetitions 2000] [--candidates 200] [--images 6000]
-                                 [--shared 0.7] [--seed-sd 0.002]
+    python -m benchmarks.honesty [--repetitions 1000] [--candidates 200]      static draws
+    python -m benchmarks.honesty --trainings 40 80 [--repetitions 200]        whole adaptive studies
     python -m benchmarks.honesty --measure-shared
 
-A simulation around the real selector (`selection.select`) and the real verdict
-(`selection.confirms`). Each repetition draws a study whose candidates' sizes are log-uniform from
-2,000 to 100,000 parameters. A candidate's *true* accuracy, the mean over all seeds on endless
-images, follows a power law of its size, less what its hyperparameters lose (half-normal, sd 0.3
-points):
+A simulation around the real rules: `selection.select`, `selection.confirms`, `kdexp.repeats`. A
+recipe's *true* accuracy, the mean over all seeds on endless images, follows a power law of its
+size, less what its hyperparameters lose:
 
-    error(size) = 7.6 % * (size / 15,000)^-0.075 + |N(0, 0.3 points)|        the bar: 92.4 %
+    error(size) = 7.6 % * (size / 15,000)^-exponent + lost        the bar: 92.4 %
 
-which fits 92.0 % at 7,606 and 93.4 % at 98,954 parameters. One training of it adds N(0, seed-sd) to
-the accuracy, and measuring that on the validation images adds sampling noise. All models are
-measured on the same images: a share of them (`--shared`) is easy or hard for all alike, which makes
-the errors of two models correlate by that much. The noise of each model alone is exactly binomial.
+Exponent 0.075 fits 92.0 % at 7,606 and 93.4 % at 98,954 parameters; with 0.15 sizes differ more. One
+training adds N(0, seed-sd) to the accuracy, and measuring that on the images of a fold adds
+sampling noise. A share of a fold's images (`--shared`) is easy or hard for all models alike. The
+noise of each model alone is exactly binomial.
+
+*Static draws*: candidates of log-uniform sizes from 2,000 to 100,000 parameters that lose |N(0, 0.3
+points)|, each trained once on fold 0. Then the rule chooses among them, and `trainings` counts
+what it trains beyond.
+
+*Adaptive studies*: the study's own Gaussian process (`study._sampler`) proposes size (30 steps) and
+two hyperparameters, whose distance from an optimum loses 0.24 points on average, 0 at best. What it is
+told, and which proposals are not worth training, is decided as study.py does. `trainings` is
+everything together: first trainings, repeats, and what confirms.
 
 The columns: the share of selected models that are truly under the bar, with its standard error; by
-how many points their true accuracy is over it, on average; their size over that of the smallest
-candidate that truly passes (median); how many candidates were trained with fresh seeds; in how many
-studies none was left to select.
+how many points they are over it, on average; their size over that of the smallest that truly
+passes (median; in adaptive studies: of the whole space); trainings; in how many studies there is
+no answer.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
+import optuna
 
 from benchmarks.report import Row, print_report
-from kdexp.config import Data, Distillation, Selection, Student, Training
+from kdexp.config import Data, Distillation, Selection, Student, Sweep, Training
 from kdexp.distill.datasets import load_splits
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.models import build
 from kdexp.distill.packs import Lane
+from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import train
 from kdexp.environment import configure
+from kdexp.repeats import Measure, Plan, Repeated, next_repeat, verdict
+from kdexp.search.objective import DIRECTIONS, Passing, constraints, dominated, values
+from kdexp.search.study import IN_VAIN, _sampler
 from kdexp.selection import Candidate, FreshSeeds, NothingPasses, confirms, select
 
 BAR = 0.924
 SMALLEST, LARGEST = 2_000, 100_000  # parameters
-AT_THE_BAR, EXPONENT = 15_000, 0.075
+AT_THE_BAR = 15_000
 LOST = 0.003  # by hyperparameters that are not the best, sd
+STEPS = 30  # of size in adaptive studies
+SLOPE = 0.0053  # of accuracy over the distance to the best hyperparameters: 0.24 points on average
+NAMES = ("today", "confirm", "confidence", "both", "repeats")
+NOT_SURE = 1e-3  # the constraint of what meets the bar and is not sure
+
+
+class World:
+    """What nobody knows: the law of sizes, and the noise."""
+
+    def __init__(self, options: argparse.Namespace, exponent: float, seed: int) -> None:
+        self.exponent, self.images, self.seed_sd = exponent, options.images, options.seed_sd
+        # how many trainings are drawn changes no other study
+        self.stream = np.random.default_rng(seed)
+        count = round(options.shared * options.images)
+        self._shared = [np.sort(self.stream.uniform(size=count)) for _ in range(options.folds)]
+
+    def true(self, size: float, lost: float) -> float:
+        """A recipe's true accuracy."""
+        return 1 - (1 - BAR) * (size / AT_THE_BAR) ** -self.exponent - lost
+
+    def train(self, true: float, fold: int = 0) -> Measure:
+        """A new training of a recipe, measured on the fold that it holds out."""
+        accuracy = float(np.clip(true + self.stream.normal(0, self.seed_sd), 0, 1))
+        shared = self._shared[fold]
+        alike = int(np.searchsorted(shared, accuracy))  # the shared images that are easy enough
+        own = int(self.stream.binomial(self.images - len(shared), accuracy))
+        return Measure(alike + own, self.images, fold)
 
 
 @dataclass(frozen=True)
-class Study:
-    """Candidates with what nobody knows, their true accuracies, and a way to measure a model of any
-    accuracy.
-    """
+class Policy:
+    """A way to an answer."""
 
-    candidates: tuple[Candidate, ...]
-    true: np.ndarray
-    measure: Callable[[float], int]
-    """Correct predictions of a new training of a recipe."""
+    name: str
+    confidence: float | None = None
+    seeds: int = 0
+    """Fresh ones that confirm the selected, on the study's own validation images."""
+    repeats: bool = False
+    """On fresh folds, in the study."""
 
     @property
-    def smallest_passing(self) -> int | None:
-        """The size that a selector without noise would find."""
-        sizes = [c.parameters for c in self.candidates if self.true[c.trial] >= BAR]
-        return min(sizes, default=None)
+    def rule(self) -> Selection:
+        """What the selector and the sampler's constraints go by."""
+        return Selection(accuracy_bar=BAR, confidence=self.confidence)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one policy made of one study; `size` is None where there is no answer."""
+
+    size: int | None
+    true: float
+    smallest: float
+    """That truly passes."""
+    trainings: int
+
+
+class Trained:
+    """The recipes of a study, with their first trainings and repeats."""
+
+    def __init__(self, world: World, plan: Plan) -> None:
+        self.world, self.plan = world, plan
+        self.every: list[Repeated] = []
+        self.true: list[float] = []
+        self.trainings = 0
+
+    def add(self, size: int, true: float) -> Repeated:
+        """The first training of a recipe."""
+        self.true.append(true)
+        self.every.append(Repeated(len(self.every), size, self._train(true, 0)))
+        return self.every[-1]
+
+    def repeat(self, trial: int) -> Repeated:
+        """One more of a recipe; what is decided stays."""
+        before = self.every[trial]
+        fold = (len(before.repeats) + 1) % self.plan.folds
+        measure = self._train(self.true[trial], fold)
+        since = self.trainings if before.since is None else before.since
+        self.every[trial] = replace(before, repeats=(*before.repeats, measure), since=since)
+        state = verdict(self.every[trial], self.every, self.plan).state
+        self.every[trial] = replace(self.every[trial], settled=state)
+        return self.every[trial]
+
+    def sure(self) -> int | None:
+        """The smallest that is sure."""
+        found = [(each.size, each.trial) for each in self.every if each.settled == "sure"]
+        return min(found)[1] if found else None
+
+    def selected(self, policy: Policy, most: float) -> int | None:
+        """The selector's choice; confirmed where the policy says so, within so many trainings."""
+        left = [
+            Candidate(str(r.trial), r.trial, r.size, r.size, r.size, r.first.accuracy, n)
+            for r in self.every
+            for n in [r.first.samples]
+        ]
+        try:
+            chosen = select(left, policy.rule)
+            while policy.seeds:
+                if self.trainings + policy.seeds > most:
+                    return None
+                fresh = [self._train(self.true[chosen.trial], 0) for _ in range(policy.seeds)]
+                correct = tuple(measure.correct for measure in fresh)
+                if confirms(FreshSeeds(correct, self.world.images), policy.rule):
+                    break
+                left.remove(chosen)
+                chosen = select(left, policy.rule)
+        except NothingPasses:
+            return None
+        return chosen.trial
+
+    def answer(self, trial: int | None, smallest: float, before: int = 0) -> Answer:
+        """As it is counted, without the trainings that came before."""
+        size = None if trial is None else self.every[trial].size
+        true = np.nan if trial is None else self.true[trial]
+        return Answer(size, true, smallest, self.trainings - before)
+
+    def _train(self, true: float, fold: int) -> Measure:
+        self.trainings += 1
+        return self.world.train(true, fold)
+
+
+def static(options: argparse.Namespace, exponent: float, seed: int, policy: Policy) -> Answer:
+    """Candidates drawn at random; the rule chooses among them."""
+    trained = draw(options, exponent, seed)
+    passing = [recipe.size for recipe, true in zip(trained.every, trained.true) if true >= BAR]
+    if policy.repeats:
+        while (trial := next_repeat(trained.every, trained.plan, 1000)) is not None:
+            trained.repeat(trial)
+        chosen = trained.sure()
+    else:
+        chosen = trained.selected(policy, np.inf)
+    return trained.answer(chosen, min(passing, default=np.nan), options.candidates)
+
+
+def draw(options: argparse.Namespace, exponent: float, seed: int) -> Trained:
+    """Candidates of a static study, each trained once."""
+    world = World(options, exponent, seed)
+    trained = Trained(world, _plan(options))
+    sizes = np.exp(world.stream.uniform(np.log(SMALLEST), np.log(LARGEST), options.candidates))
+    for size, lost in zip(sizes.astype(int), world.stream.normal(0, LOST, len(sizes))):
+        trained.add(int(size), world.true(size, abs(lost)))
+    return trained
+
+
+class Search:
+    """An adaptive study: what study.py does, with the training simulated."""
+
+    def __init__(self, world: World, policy: Policy, plan: Plan, seed: int) -> None:
+        self.policy, self.world = policy, world
+        self.trained = Trained(world, plan)
+        self.best = world.stream.uniform(0.2, 0.8, 2)
+        self.study = optuna.create_study(directions=DIRECTIONS["smallest"])
+        self.sweep = Sweep.model_validate({"name": "simulated", "study": {"seed": seed}})
+        self.smallest: Passing | None = None
+        self.in_vain = 0
+        self.params: dict[int, dict[str, float]] = {}
+
+    def run(self, trainings: int) -> None:
+        """Repeats where the policy has them, else what the sampler proposes."""
+        while (left := trainings - self.trained.trainings) > 0 and self.in_vain < IN_VAIN:
+            every, plan = self.trained.every, self.trained.plan
+            trial = next_repeat(every, plan, left) if self.policy.repeats else None
+            if trial is not None:
+                self.repeat(trial)
+            else:
+                self.propose()
+
+    def propose(self) -> None:
+        """A proposal of the sampler, trained where it is worth it."""
+        self.study.sampler = _sampler(self.sweep, len(self.study.trials), self.in_vain)
+        trial = self.study.ask()
+        params = self._suggest(trial)
+        size = size_at(int(params["step"]))
+        if dominated("smallest", size, self.policy.rule, self.smallest):
+            self.in_vain += 1
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        self.in_vain = 0
+        off = np.hypot(params["one"] - self.best[0], params["other"] - self.best[1])
+        recipe = self.trained.add(size, self.world.true(size, SLOPE * off))
+        self.params[recipe.trial] = params
+        self._tell(trial, size, recipe.first.accuracy, False)
+
+    def repeat(self, number: int) -> None:
+        """A repeat, which is a trial of its own."""
+        recipe = self.trained.repeat(number)
+        self.study.enqueue_trial(self.params[number])
+        self.study.sampler = optuna.samplers.RandomSampler(seed=0)
+        trial = self.study.ask()
+        self._suggest(trial)
+        state = verdict(recipe, self.trained.every, self.trained.plan)
+        self._tell(trial, recipe.size, state.mean, state.state == "sure")
+
+    def _suggest(self, trial: optuna.Trial) -> dict[str, float]:
+        return {
+            "step": trial.suggest_int("step", 0, STEPS - 1),
+            "one": trial.suggest_float("one", 0, 1),
+            "other": trial.suggest_float("other", 0, 1),
+        }
+
+    def _tell(self, trial: optuna.Trial, size: int, accuracy: float, sure: bool) -> None:
+        limits = constraints("smallest", size, accuracy, self.policy.rule, self.world.images)
+        for name, limit in limits.items():
+            told = max(limit, NOT_SURE) if self.policy.repeats and not sure else limit
+            trial.set_constraint(name, told)
+        self.study.tell(trial, values("smallest", size, accuracy))
+        passes = sure if self.policy.repeats else max(limits.values()) <= 0
+        if passes and (self.smallest is None or size < self.smallest.size):
+            self.smallest = Passing(trial.number, size)
+
+
+def adaptive(
+    options: argparse.Namespace, exponent: float, seed: int, policy: Policy, trainings: int
+) -> Answer:
+    """A whole study; what confirms is kept back from its trainings."""
+    world = World(options, exponent, seed)
+    search = Search(world, policy, _plan(options), seed_of(seed, "study", 0) % 2**32)
+    search.run(trainings - policy.seeds * (options.tries if policy.seeds else 0))
+    trained = search.trained
+    chosen = trained.sure() if policy.repeats else trained.selected(policy, trainings)
+    sizes = [size_at(step) for step in range(STEPS)]
+    smallest = min(size for size in sizes if world.true(size, 0) >= BAR)
+    return trained.answer(chosen, smallest)
+
+
+def size_at(step: int) -> int:
+    """Parameters, from SMALLEST to LARGEST by a common ratio."""
+    return round(SMALLEST * (LARGEST / SMALLEST) ** (step / (STEPS - 1)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,51 +295,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure_shared:
         measure_shared()
         return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows = list(simulate(options))
     title = (
-        f"{options.repetitions:,} studies of {options.candidates} candidates around a bar of"
-        f" {BAR:.1%}, {options.images:,} validation images ({options.shared:.0%} shared),"
-        f" seed-to-seed sd {100 * options.seed_sd:.2f} points"
+        f"{options.repetitions:,} studies around a bar of {BAR:.1%}, {options.images:,} images a"
+        f" fold ({options.shared:.0%} shared), seed-to-seed sd {100 * options.seed_sd:.2f} points"
     )
     print_report(title, rows, {"rows": rows, **vars(options)})
 
 
 def simulate(options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each way to select; all see the same studies."""
-    for confidence in (None, options.confidence):
-        for seeds in (0, *options.seeds):
-            generator = np.random.default_rng(options.seed)
-            rule = Selection(accuracy_bar=BAR, confidence=confidence)
-            yield _row(
-                rule,
-                seeds,
-                [
-                    _selected(draw(options, generator), rule, seeds)
-                    for _ in range(options.repetitions)
-                ],
-            )
+    """A row for each law, number of trainings and policy; policies see the same studies."""
+    for exponent in options.exponents:
+        for trainings in options.trainings or (None,):
+            for policy in policies(options):
+                found = [
+                    adaptive(options, exponent, options.seed + n, policy, trainings)
+                    if trainings
+                    else static(options, exponent, options.seed + n, policy)
+                    for n in range(options.repetitions)
+                ]
+                study = f"{trainings} trainings" if trainings else f"{options.candidates} drawn"
+                yield {"exponent": exponent, "study": study, "policy": policy.name} | _row(found)
 
 
-def draw(options: argparse.Namespace, generator: np.random.Generator) -> Study:
-    """A study, measured once."""
-    count = options.candidates
-    sizes = np.exp(generator.uniform(np.log(SMALLEST), np.log(LARGEST), count)).astype(int)
-    error = (1 - BAR) * (sizes / AT_THE_BAR) ** -EXPONENT + np.abs(generator.normal(0, LOST, count))
-    # how many fresh seeds are drawn changes no other study
-    stream = np.random.default_rng(generator.integers(2**63))
-    shared = np.sort(stream.uniform(size=round(options.shared * options.images)))
+def policies(options: argparse.Namespace) -> list[Policy]:
+    """Today's, and the one with repeats."""
+    sure, seeds = options.confidence, options.seeds
+    every = {
+        "today": Policy("as selected"),
+        "confirm": Policy(f"confirm, {seeds} seeds", seeds=seeds),
+        "confidence": Policy(f"confidence {sure:g}", sure),
+        "both": Policy(f"confidence {sure:g} + confirm, {seeds} seeds", sure, seeds),
+        "repeats": Policy(f"repeats at {options.level:g}", repeats=True),
+    }
+    return [every[name] for name in options.policies]
 
-    def measure(true: float) -> int:
-        accuracy = float(np.clip(true + stream.normal(0, options.seed_sd), 0, 1))
-        alike = int(np.searchsorted(shared, accuracy))  # the shared images that are easy enough
-        return alike + int(stream.binomial(options.images - len(shared), accuracy))
 
-    found = [measure(true) / options.images for true in 1 - error]
-    candidates = [
-        Candidate(str(n), n, int(s), int(s), int(s), a, options.images)
-        for n, (s, a) in enumerate(zip(sizes, found))
-    ]
-    return Study(tuple(candidates), 1 - error, measure)
+def _row(every: Sequence[Answer]) -> Row:
+    found = [each for each in every if each.size]
+    under = float(np.mean([each.true < BAR for each in found])) if found else 0.0
+    larger = [each.size / each.smallest for each in found if each.size]
+    trainings = [each.trainings for each in every]
+    return {
+        "under_bar_%": round(100 * under, 1),
+        "se": round(100 * float(np.sqrt(under * (1 - under) / max(1, len(found)))), 1),
+        "over_bar_points": round(100 * float(np.mean([each.true - BAR for each in found])), 2),
+        "size_ratio": round(float(np.nanmedian(larger)), 2),
+        "trainings": round(float(np.mean(trainings)), 1),
+        "none_%": round(100 * (1 - len(found) / len(every)), 1),
+    }
 
 
 def measure_shared() -> None:
@@ -154,71 +381,31 @@ def measure_shared() -> None:
     )
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one way to select made of one study."""
-
-    over: float
-    """Its true accuracy less the bar."""
-    larger: float | None
-    """Its size over that of the smallest truly passing candidate; None where there is none."""
-    retrained: int
-    """How many candidates were trained with fresh seeds."""
-
-
-def _selected(study: Study, rule: Selection, seeds: int) -> Found | None:
-    """The selector, and where `seeds` are asked for the confirmation; None where nothing is left to
-    select.
-    """
-    left, tried = list(study.candidates), 0
-    try:
-        chosen = select(left, rule)
-        while seeds:
-            tried += 1
-            fresh = FreshSeeds(
-                tuple(study.measure(study.true[chosen.trial]) for _ in range(seeds)),
-                chosen.val_samples or 0,
-            )
-            if confirms(fresh, rule):
-                break
-            left.remove(chosen)
-            chosen = select(left, rule)
-    except NothingPasses:
-        return None
-    best = study.smallest_passing
-    return Found(
-        float(study.true[chosen.trial]) - BAR, chosen.parameters / best if best else None, tried
-    )
-
-
-def _row(rule: Selection, seeds: int, every: Sequence[Found | None]) -> Row:
-    found = [each for each in every if each]
-    under = float(np.mean([each.over < 0 for each in found]))
-    larger = [each.larger for each in found if each.larger]
-    return {
-        "confidence": str(rule.confidence or "none"),
-        "fresh_seeds": seeds,
-        "under_bar_%": round(100 * under, 1),
-        "se": round(100 * float(np.sqrt(under * (1 - under) / len(found))), 1),
-        "over_bar_points": round(100 * float(np.mean([each.over for each in found])), 2),
-        "size_ratio": round(float(np.median(larger)), 2),
-        "retrained": round(float(np.mean([each.retrained for each in found])), 1),
-        "none_%": round(100 * (1 - len(found) / len(every)), 1),
-    }
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(BAR, options.level, options.most_repeats, options.folds)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.honesty", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--repetitions", type=int, default=2000)
-    parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--exponents", type=float, nargs="+", default=[0.075, 0.15])
+    parser.add_argument("--trainings", type=int, nargs="*", default=[], help="adaptive studies")
+    parser.add_argument("--candidates", type=int, default=200, help="of a static draw")
+    parser.add_argument("--policies", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--shared", type=float, default=0.7)
     parser.add_argument("--measure-shared", action="store_true")
     parser.add_argument("--seed-sd", type=float, default=0.002)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3])
+    parser.add_argument("--seeds", type=int, default=3, help="that confirm")
+    parser.add_argument(
+        "--tries", type=int, default=3, help="to confirm that trainings are kept for"
+    )
     parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--level", type=float, default=0.95)
+    parser.add_argument("--most-repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=8787)
     return parser.parse_args(arguments)
 
