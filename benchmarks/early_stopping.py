@@ -54,11 +54,14 @@ def name_of(study: Mapping[str, Any]) -> str:
 
 
 def run_study(base: Sweep, study: Mapping[str, Any], stores: Path) -> tuple[list[Event], Tracking]:
-    """A sweep with these study settings, run in this process on one thread: its events, and where
-    it was tracked.
+    """A sweep with these study settings, where one training decides, run in this process on one
+    thread: its events, and where it was tracked.
     """
     sweep = base.model_copy(
-        update={"name": name_of(study), "study": base.study.model_copy(update=study)}
+        update={
+            "name": name_of(study),
+            "study": base.study.model_copy(update={"repeats": 1, **study}),
+        }
     )
     settings = Settings(stores=stores, workers=1)
     tracking = Tracking(settings)

@@ -1,5 +1,5 @@
-"""How often the selected model's true accuracy is under the bar, how large it is, and what it costs:
-today's rules against repeats on fresh folds, by simulation.
+"""How often the selected model's true accuracy is under the bar, how large it is, and what it
+costs: today's rules against repeats on fresh folds, by simulation.
 
     python -m benchmarks.honesty [--repetitions 1000] [--candidates 200]      static draws
     python -m benchmarks.honesty --trainings 40 80 [--repetitions 200]        whole adaptive studies
@@ -11,8 +11,8 @@ size, less what its hyperparameters lose:
 
     error(size) = 7.6 % * (size / 15,000)^-exponent + lost        the bar: 92.4 %
 
-Exponent 0.075 fits 92.0 % at 7,606 and 93.4 % at 98,954 parameters; with 0.15 sizes differ more. One
-training adds N(0, seed-sd) to the accuracy, and measuring that on the images of a fold adds
+Exponent 0.075 fits 92.0 % at 7,606 and 93.4 % at 98,954 parameters; with 0.15 sizes differ more.
+One training adds N(0, seed-sd) to the accuracy, and measuring that on the images of a fold adds
 sampling noise. A share of a fold's images (`--shared`) is easy or hard for all models alike. The
 noise of each model alone is exactly binomial.
 
@@ -21,8 +21,8 @@ points)|, each trained once on fold 0. Then the rule chooses among them, and `tr
 what it trains beyond.
 
 *Adaptive studies*: the study's own Gaussian process (`study._sampler`) proposes size (30 steps) and
-two hyperparameters, whose distance from an optimum loses 0.24 points on average, 0 at best. What it is
-told, and which proposals are not worth training, is decided as study.py does. `trainings` is
+two hyperparameters, whose distance from an optimum loses 0.24 points on average, 0 at best. What
+it is told, and which proposals are not worth training, is decided as study.py does. `trainings` is
 everything together: first trainings, repeats, and what confirms.
 
 The columns: the share of selected models that are truly under the bar, with its standard error; by

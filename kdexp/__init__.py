@@ -50,7 +50,8 @@ to that).
 
     config, reading      what to run · text to config, or one clear line
     settings             where to run it
-    selection, intervals the selection rule · how sure it is
+    selection, repeats   the selection rule · what repeats of a recipe prove
+    intervals            how sure a measured accuracy is
     environment          what a result depends on besides its recipe
     own, imported        files with networks of one's own · what they import
     surroundings         what a process cannot choose: locale, closed streams, ~, memory

@@ -229,7 +229,8 @@ def sweep(
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     try:
         events = run_sweep(config, settings, tracking, chosen)
-        with Screen(console, config.study.trials, config.selection) as screen, closing(events):
+        screen = Screen(console, config.study.trials, config.selection, config.repeats)
+        with screen, closing(events):
             others = yield_all(events, screen)
     except KeyboardInterrupt:
         raise Stopped(
@@ -246,7 +247,7 @@ def sweep(
             " selects the model."
         )
         return
-    _select(config.name, config.selection, settings, tracking, chosen, console)
+    _select(config.name, config.selection, settings, tracking, chosen, console, sure=True)
 
 
 @command("stores", "tracking_uri", "data_dir", "device", "threads")
@@ -537,17 +538,23 @@ def yield_all(events: Any, screen: Any) -> Any:
 
 
 def _select(
-    name: str, rule: Any, settings: Settings, tracking: Tracking, device: Any, console: Console
+    name: str,
+    rule: Any,
+    settings: Settings,
+    tracking: Tracking,
+    device: Any,
+    console: Console,
+    sure: bool = False,
 ) -> None:
     from kdexp.screen import show_promotion, trials_table
-    from kdexp.select.promote import candidates, promote
+    from kdexp.select.promote import candidates, promote, under
     from kdexp.selection import NothingPasses
 
     study = tracking.study(name)
     try:
-        promotion = promote(study, rule, settings, tracking, device)
+        promotion = promote(study, rule, settings, tracking, device, sure)
     except NothingPasses:
-        if trials := candidates(study, tracking):
+        if trials := under(rule, candidates(study, tracking), study, tracking):
             console.print(trials_table(trials, rule, None))
         raise
     show_promotion(console, promotion, settings.tracking_shown)

@@ -137,8 +137,7 @@ class Data(Frozen):
         0,
         ge=0,
         json_schema_extra=LATER,
-        description="which fold is held out from the student; 0: the validation split, which every"
-        " teacher holds out",
+        description="which fold of training and validation is held out; 0: the validation split",
     )
     train_on_validation: bool = Field(
         False, description="held out from the teacher only: see `kdexp confirm`"
@@ -148,11 +147,6 @@ class Data(Frozen):
     )
     split_seed: int = Field(8787, ge=0)
     augment: Augment = Augment()
-
-    @property
-    def of_teacher(self) -> Data:
-        """As its teacher is trained: it holds out fold 0, whatever the students hold out."""
-        return self.model_copy(update={"fold": 0, "train_on_validation": False})
 
     @model_validator(mode="after")
     def _folder_keys_belong_to_image_folder(self) -> Self:
@@ -295,7 +289,25 @@ class Teacher(Network, Training):
     epoch: int | None = Field(
         None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says"
     )
+    per_fold: bool = Field(
+        True,
+        json_schema_extra=LATER,
+        description="trained anew for each fold that students hold out; false: one for all, which"
+        " has seen the labels of the others",
+    )
     learning_rate: float = Field(1e-3, gt=0)
+
+    @property
+    def shared(self) -> bool:
+        """Whether one teacher serves every fold."""
+        return self.weights is not None or not self.per_fold
+
+    def data(self, data: Data) -> Data:
+        """What it is trained on, as the teacher of students on `data`: it holds out what they do,
+        or where it is shared, fold 0.
+        """
+        fold = 0 if self.shared else data.fold
+        return data.model_copy(update={"fold": fold, "train_on_validation": False})
 
     @model_validator(mode="after")
     def _epoch_is_one_of_the_epochs(self) -> Self:
@@ -503,6 +515,12 @@ class Study(Frozen):
         False,
         description="end a trial that can no longer be selected: see kdexp/search/stopping.py",
     )
+    repeats: int = Field(
+        10,
+        ge=1,
+        description="smallest: the most trainings of a recipe that meets the bar, each with another"
+        " seed on another fold, until it is sure; 1: one decides",
+    )
     retries: int = Field(
         3, ge=0, description="how often a trial that broke off without getting on is tried again"
     )
@@ -535,7 +553,11 @@ class Selection(Frozen):
     )
     goal: Literal["smallest", "most_accurate"] = "smallest"
     confidence: float | None = Field(
-        None, gt=0.5, lt=1, description="at which the bar must be cleared; null: as estimated"
+        None,
+        gt=0.5,
+        lt=1,
+        description="at which the bar must be cleared; null: 0.95 where a study repeats, else as"
+        " estimated",
     )
 
 
@@ -571,6 +593,11 @@ class Sweep(Recipe):
     def recipe(self) -> Recipe:
         """The file's own values: what trial 0 trains."""
         return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a trial that meets the bar is trained again, until it is sure."""
+        return self.study.objective == "smallest" and self.study.repeats > 1
 
     @property
     def shared_training(self) -> Training | None:
@@ -804,8 +831,9 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     they were called before, and what was done in the place of keys that there were not.
     """
     how, search, study = (stored.get(section) for section in ("distillation", "search", "study"))
-    if isinstance(study, dict):  # before there was a choice of objectives a study aimed at accuracy
-        stored = {**stored, "study": {"objective": "accuracy", **study}}
+    if isinstance(study, dict):
+        # before there was a choice of objectives a study aimed at accuracy; nothing was repeated
+        stored = {**stored, "study": {"objective": "accuracy", "repeats": 1, **study}}
     if not isinstance(how, dict):  # damaged: validation says so
         return stored
     searched = search.get("distillation.loss") if isinstance(search, dict) else None

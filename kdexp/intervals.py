@@ -10,7 +10,7 @@ from statistics import NormalDist, fmean, stdev
 
 from scipy.special import stdtrit  # Student's t, inverted
 
-__all__ = ["mean_low", "wilson_interval", "wilson_low"]
+__all__ = ["mean_interval", "mean_low", "wilson_interval", "wilson_low"]
 
 
 def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
@@ -50,3 +50,11 @@ def mean_low(accuracies: Sequence[float], samples: int, level: float) -> float:
     mean, count = fmean(accuracies), len(accuracies)
     seeds = float(stdtrit(count - 1, level)) * stdev(accuracies) / math.sqrt(count)
     return max(0.0, mean - math.hypot(seeds, mean - wilson_low(mean, samples, level)))
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's two-sided interval of the mean of two values or more."""
+    mean, count = fmean(values), len(values)
+    quantile = float(stdtrit(count - 1, (1 + level) / 2))
+    half = quantile * stdev(values) / math.sqrt(count)
+    return mean - half, mean + half

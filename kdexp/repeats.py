@@ -10,15 +10,16 @@ made it a candidate, so its luck is not held against the bar: the verdict rests 
 Four sources of error are counted in.
 
 *Seeds and images.* The mean of n trainings on fresh folds of N images is as good as n N / (1 + s)
-independent images, where s is the variance that seeds add, in units of the images' own p (1 - p) /
-N: a quasi-binomial (McCullagh & Nelder 1989, Generalized Linear Models, 4.5). s is estimated from
-all repeats of the study and a stated prior. A fold that is held out m times is as good as N m / (m +
-s) images: never more than N. The lower end is Wilson's, with that many images.
+independent images, where s is the variance that seeds add, in units of the images' own
+p (1 - p) / N: a quasi-binomial (McCullagh & Nelder 1989, Generalized Linear Models, 4.5). s is
+estimated from all repeats of the study and a stated prior. A fold that is held out m times is as
+good as N m / (m + s) images: never more than N. The lower end is Wilson's, with that many images.
 
 *Looking after every repeat.* After k of at most K repeats, a part (k / K)^2 of a recipe's error is
-spent (Lan & DeMets 1983, Biometrika 70:659; the power family: Kim & DeMets 1987, Biometrika 74:149).
-The quantiles are exact for a Brownian motion (Armitage, McPherson & Rowe 1969, J. R. Stat. Soc. A
-132:235), so the lower end is that of a repeated confidence interval (Jennison & Turnbull 1989).
+spent (Lan & DeMets 1983, Biometrika 70:659; the power family: Kim & DeMets 1987, Biometrika
+74:149). The quantiles are exact for a Brownian motion (Armitage, McPherson & Rowe 1969, J. R.
+Stat. Soc. A 132:235), so the lower end is that of a repeated confidence interval (Jennison &
+Turnbull 1989).
 
 *Trying several recipes.* The study's error is 1 - level. Every recipe that is repeated gets a part
 of what is left of it, and gives that back if it is found sure: the fallback procedure (Wiens &
@@ -61,8 +62,8 @@ __all__ = [
 State = Literal["sure", "hopeless", "open"]
 Floats = NDArray[np.float64]
 
-# what seeds add to the variance of the images, before any repeat: 0.2 points, 6,000 images at 92.4 %
-# (docs/results.md); it counts as much as so many degrees of freedom
+# what seeds add to the variance of the images, before any repeat: 0.2 points, 6,000 images at
+# 92.4 % (docs/results.md); it counts as much as so many degrees of freedom
 SEEDS, SEEDS_WEIGHT = 0.35, 10.0
 SPENDING: Final = 2.0  # power of the share of repeats done: 3 is close to O'Brien & Fleming 1979
 PART: Final = 0.25  # of the error that is left, for the next recipe that is tried
@@ -183,7 +184,12 @@ def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
         best = max(able, key=lambda recipe: (promise[recipe.trial], -recipe.size, -recipe.trial))
         return best.trial if promise[best.trial] > 0.01 else None
     # rounded: what is equal but for the order of a sum goes by number
-    worth = {r.trial: round(promise[r.trial] * math.log(study.reference / r.size) / (plan.most-len(r.repeats)), 9) for r in able}
+    worth = {
+        r.trial: round(
+            promise[r.trial] * math.log(study.reference / r.size) / (plan.most - len(r.repeats)), 9
+        )
+        for r in able
+    }
     best = max(able, key=lambda recipe: (worth[recipe.trial], -recipe.trial))
     return best.trial if worth[best.trial] >= WORTH else None
 
@@ -350,7 +356,9 @@ class _Study:
 
     def _proved(self, recipe: Repeated, error: float) -> bool:
         one, all_ = self._low(recipe, 1 - self.plan.level), self._low(recipe, error)
-        return one >= self.plan.bar and all_ >= self.plan.bar - self.plan.tolerance * (1 - self.plan.bar)
+        return one >= self.plan.bar and all_ >= self.plan.bar - self.plan.tolerance * (
+            1 - self.plan.bar
+        )
 
     def _state(self, recipe: Repeated) -> State:
         if recipe.trial in self._sure:

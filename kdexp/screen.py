@@ -45,9 +45,18 @@ from kdexp.search.sweep import (
 from kdexp.select.confirm import Confirmation, Verdict
 from kdexp.select.export import Exported
 from kdexp.select.fresh import Elsewhere, Retraining, SeedDone
-from kdexp.select.promote import Promotion, gain, load_call
+from kdexp.select.promote import Promotion, load_call
 from kdexp.select.reproduce import Checked, Comparison, Difference
-from kdexp.selection import AS_TRAINED, Candidate, clears, passes, requirement, size_of
+from kdexp.selection import (
+    AS_TRAINED,
+    LEVEL,
+    Candidate,
+    clears,
+    passes,
+    requirement,
+    said,
+    size_of,
+)
 from kdexp.urls import sqlite_file
 from kdexp.workers.pool import PoolSize
 
@@ -73,9 +82,14 @@ class Screen:
     """
 
     def __init__(
-        self, console: Console, trials: int | None = None, rule: Selection | None = None
+        self,
+        console: Console,
+        trials: int | None = None,
+        rule: Selection | None = None,
+        repeats: bool = False,
     ) -> None:
-        self.console, self.trials, self.rule = console, trials, rule
+        """`repeats`: whether a trial that meets the bar is trained again until it is sure."""
+        self.console, self.trials, self.rule, self.repeats = console, trials, rule, repeats
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -128,6 +142,7 @@ class Screen:
                     self.console.print(_pool_line(event))
             case TrialStarted():
                 self._not_trained()
+                self._end(None)  # the teacher of its fold
                 again = (
                     ""
                     if not event.retried
@@ -135,9 +150,12 @@ class Screen:
                     if event.epoch
                     else " (again)"
                 )
-                self.labels[event.number] = (
-                    f"trial {event.number:<3} {_values(event.recipe)}{again}"
+                what = (
+                    _values(event.recipe)
+                    if event.repeats is None
+                    else f"repeats trial {event.repeats} on fold {event.recipe.data.fold}"
                 )
+                self.labels[event.number] = f"trial {event.number:<3} {what:<42}{again}"
             case EpochDone():
                 self._epoch(event.report, event.number)
             case Inspection():
@@ -202,9 +220,11 @@ class Screen:
 
     def _epoch(self, report: EpochReport, trial: int | None) -> None:
         note = f"val {percent(report.val_accuracy)}  loss {report.loss:.3f}"
-        self._step(trial, self.labels.get(trial, "training"), report.epoch, report.epochs, note)
+        label = self.labels.get(trial, "teacher" if self.study is not None else "training")
+        self._step(trial, label, report.epoch, report.epochs, note)
         if self.study is not None:
-            self.shares[trial] = report.epoch / report.epochs
+            if trial is not None:
+                self.shares[trial] = report.epoch / report.epochs
             self.progress.update(self.study, completed=self.done + sum(self.shares.values()))
         elif not self.console.is_terminal:
             self.console.print(
@@ -230,23 +250,29 @@ class Screen:
             if result.state == "complete"
             else f"  [yellow]{result.state} after {result.epochs} epochs[/]"
         )
-        label = self.labels.pop(event.number)
+        label, found = self.labels.pop(event.number), event.sureness
         self.console.print(
             f"{label}  {result.size.parameters:>9,} parameters  val"
-            f" {percent(result.val_accuracy)}{state}"
+            f" {percent(result.val_accuracy)}{state}{f'  {said(found)}' if found else ''}"
         )
         if self.best is None or result.val_accuracy > self.best.val_accuracy:
             self.best = result
-        if self.rule and clears(result.val_accuracy, result.val_samples, self.rule):
+        if self.rule and self._passes(event, self.rule):
             size = int(getattr(result.size, self.rule.size))
             if size <= min(self.rule.limit or size, self.smallest or size):
                 self.smallest = size
-        small = f", smallest over the bar {self.smallest:,}" if self.smallest else ""
+        what = "smallest sure" if self.repeats else "smallest over the bar"
+        small = f", {what} {self.smallest:,}" if self.smallest else ""
         if self.study is not None:
             note = f"best val {percent(self.best.val_accuracy)}{small}"
             self.progress.update(
                 self.study, completed=self.done + sum(self.shares.values()), note=note
             )
+
+    def _passes(self, event: TrialFinished, rule: Selection) -> bool:
+        if self.repeats:
+            return event.sureness is not None and event.sureness.state == "sure"
+        return clears(event.outcome.val_accuracy, event.outcome.val_samples, rule)
 
     def _retraining(self, event: Retraining) -> None:
         """A bar for the seeds of a candidate, in the place of the one before."""
@@ -360,12 +386,16 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
     )[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
         mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
+        if c.verdict and not c.verdict.repeats and c.val_accuracy >= rule.accuracy_bar:
+            mark = "not repeated"
+        if c.verdict and c.verdict.repeats:
+            mark = f"{said(c.verdict)}{' (selected)' if c == selected else ''}"
         first = (
             str(c.trial),
             *([c.variant] if varied else []),
             *(f"{size_of(c, unit):,}" for unit in units),
         )
-        style = "bold green" if mark == "selected" else None
+        style = "bold green" if c == selected else None
         table.add_row(*first, percent(c.val_accuracy), mark, c.run_id, style=style)
     # where a terminal is narrower it breaks lines; no run ID is cut
     table.width = Console(width=1000).measure(table).maximum
@@ -380,11 +410,9 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
     if len(trials) > ROWS:
         console.print(f"({len(trials) - ROWS} more trials in the UI)")
     console.print()
-    gained = gain(trials)
-    if gained is not None:
+    if done.gain:
         console.print(
-            "Distillation: trial 0 (documented defaults) over trial 1 (labels only):"
-            f" {100 * gained:+.2f} points on validation, one seed each."
+            f"Distillation: trial 0 (documented defaults) over trial 1 (labels only). {done.gain}"
         )
     if done.rule.size == "bytes" and not available():
         hint = (
@@ -393,23 +421,35 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
         )
         console.print(hint, markup=False)
     variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}, folded"
+    again = done.test_repeats is not None
     look = "looked at once" if done.new_look else "recorded when it was first looked at"
     console.print(
         f"Selected: trial {chosen.trial}{variant}, {_sizes(chosen)}\n"
-        f"          val accuracy  {percent(chosen.val_accuracy)}"
+        f"{_sure_lines(done)}"
+        f"{'Model:    the first of them: ' if again else '          '}"
+        f"val accuracy  {percent(done.val_accuracy)}"
         f" (95 % interval {interval(done.val_interval)})\n"
         f"          test accuracy {percent(done.test_accuracy)}"
         f" (95 % interval {interval(done.test_interval)}, {done.test_samples:,} images, {look})\n"
-        f"{_tta_line(done.test_accuracy_tta)}Run ID:   {chosen.run_id}",
+        f"{_tta_line(done.test_accuracy_tta)}Run ID:   {done.run_id}",
         style="bold",
     )
+    if chosen.verdict is None and done.rule.goal == "smallest":
+        console.print(
+            "Not sure: one training met the bar, it may have been the luckiest of many.",
+            style="yellow",
+        )
     _note_looks(console, done.looks)
     console.print(
         "\nNext:     kdexp ui                    browse the study in MLflow\n"
-        f"          kdexp reproduce {chosen.run_id}\n"
-        f"{_load_line(tracking, done.model, done.candidate.variant)}\n"
-        f"          kdexp confirm {shlex.quote(done.study)}"
-        "   was it luck? the same with fresh seeds",
+        f"          kdexp reproduce {done.run_id}\n"
+        f"{_load_line(tracking, done.model, done.candidate.variant)}"
+        + (
+            ""
+            if chosen.verdict
+            else f"\n          kdexp confirm {shlex.quote(done.study)}"
+            "   was it luck? the same with fresh seeds"
+        ),
         markup=False,
     )
 
@@ -430,6 +470,21 @@ def show_confirmation(console: Console, done: Confirmation, tracking: str) -> No
     console.print(
         f"\nNext:     kdexp reproduce {done.runs[0].run_id}\n{_load_line(tracking, done.model)}",
         markup=False,
+    )
+
+
+def _sure_lines(done: Promotion) -> str:
+    """What its repeats say, on the folds they held out and on test."""
+    found, test = done.candidate.verdict, done.test_repeats
+    if found is None or test is None:
+        return ""
+    level = 100 * (done.rule.confidence or LEVEL)
+    spread = f" ± {100 * test.sd:.2f}" if len(test.correct) > 1 else ""
+    return (
+        f"Sure:     {said(found)}: at {level:g} % above {percent(found.low)}"
+        f" (bar {percent(done.rule.accuracy_bar)})\n"
+        f"          on test {100 * test.mean:.2f}{spread} % over the"
+        f" {len(test.correct)} repeats, each model looked at once\n"
     )
 
 

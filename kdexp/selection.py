@@ -7,14 +7,16 @@ test split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import stdev
+from dataclasses import dataclass, replace
+from statistics import linear_regression, stdev
 from typing import Final, Protocol
 
 from kdexp import KdexpError
-from kdexp.config import Selection, Size, Variant
+from kdexp.config import Selection, Size, Study, Variant
 from kdexp.intervals import mean_low, wilson_low
+from kdexp.repeats import Measure, Plan, Repeated, Verdict, verdict, verdicts
 
 __all__ = [
     "AS_TRAINED",
@@ -22,16 +24,21 @@ __all__ = [
     "FreshSeeds",
     "NothingPasses",
     "check_bar",
+    "check_reachable",
     "clears",
     "confirms",
+    "judged",
     "passes",
+    "plan_of",
     "rank",
     "requirement",
+    "said",
     "select",
     "size_of",
 ]
 
 AS_TRAINED: Final = "as trained"
+LEVEL = 0.95  # of a study's answer as a whole, where the rule names none
 
 
 class NothingPasses(KdexpError):
@@ -65,6 +72,10 @@ class Candidate:
     """
     variant: Variant = AS_TRAINED
     """Or in which precision it is stored, once folded: see variants.py."""
+    repeated: Repeated | None = None
+    """What its recipe came to with other seeds on other folds, where a study repeats."""
+    verdict: Verdict | None = None
+    """What its repeats say by the rule in question; None where nothing is repeated."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,22 @@ class FreshSeeds:
         return f"{100 * self.mean:.2f} % ± {100 * self.sd:.2f} over {len(self.correct)} fresh seeds"
 
 
+def plan_of(study: Study, rule: Selection, folds: int) -> Plan:
+    """How repeats are judged: by a study's settings and a rule."""
+    limit = None if rule.size == "bytes" else rule.limit
+    level = rule.confidence or LEVEL
+    return Plan(rule.accuracy_bar, level, study.repeats - 1, folds, limit)
+
+
+def judged(candidates: Sequence[Candidate], plan: Plan, rule: Selection) -> list[Candidate]:
+    """The candidates of a study that repeats, each with the verdict on its recipe."""
+    every = [
+        replace(one.repeated, size=size_of(one, rule.size)) for one in candidates if one.repeated
+    ]
+    found = verdicts(every, plan)
+    return [replace(one, verdict=found.get(one.trial)) for one in candidates]
+
+
 def select(candidates: Sequence[Candidate], rule: Selection, study: str = "") -> Candidate:
     """The candidate that `rule` picks; ties go to the more accurate (or the smaller), then the
     earlier trial.
@@ -125,9 +152,13 @@ def rank(candidate: Candidate, rule: Selection) -> tuple[float, float, int, str]
 
 
 def passes(candidate: Candidate, rule: Selection) -> bool:
-    """Whether a candidate meets both bar and limit. Raises KdexpError where its record is too old
-    for a confidence.
+    """Whether a candidate meets both bar and limit: where its recipe was repeated, once that is
+    sure. Raises KdexpError where its record is too old for a confidence.
     """
+    if candidate.verdict:
+        sure = candidate.verdict.state == "sure" and _within(candidate, rule)
+        as_trained = candidate.variant == AS_TRAINED  # rounding may have cost a variant the bar
+        return sure and (as_trained or candidate.val_accuracy >= rule.accuracy_bar)
     if rule.confidence and candidate.val_samples is None:
         raise KdexpError(
             f"Trial {candidate.trial} (run {candidate.run_id}) was recorded by a former version of"
@@ -163,6 +194,21 @@ def check_bar(rule: Selection, val_samples: int) -> None:
         )
 
 
+def check_reachable(plan: Plan, val_samples: int) -> None:
+    """Whether a student without a single error could become sure. Raises KdexpError."""
+    perfect = Measure(val_samples, val_samples, 0)
+    repeats = tuple(replace(perfect, fold=k % plan.folds) for k in range(1, plan.most + 1))
+    low = verdict(one := Repeated(0, 1, perfect, repeats), [one], plan).low
+    if low < plan.bar:
+        raise KdexpError(
+            f"selection.accuracy_bar: no student can be sure at {100 * plan.level:g} % to meet"
+            f" {100 * plan.bar:.2f} %: without a single error in {plan.most} repeats of"
+            f" {val_samples:,} images the lower end is {100 * low:.2f} %. Lower the bar or"
+            " selection.confidence, allow more repeats (study.repeats), or let one training decide"
+            " (study.repeats: 1)."
+        )
+
+
 def confirms(seeds: FreshSeeds, rule: Selection) -> bool:
     """Whether fresh seeds confirm that a recipe meets the bar."""
     return seeds.held_against(rule) >= rule.accuracy_bar
@@ -175,6 +221,15 @@ def requirement(rule: Selection) -> str:
     )
 
 
+def said(found: Verdict) -> str:
+    """What repeats say of a recipe, in a few words: '3 of 9 repeats, 98.40 ± 0.30 %, sure'."""
+    spread = "" if found.sd is None else f" ± {100 * found.sd:.2f}"
+    return (
+        f"{found.repeats} of {found.most} repeats, {100 * found.mean:.2f}{spread} %, "
+        + {"sure": "sure", "hopeless": "hopeless", "open": "not sure yet"}[found.state]
+    )
+
+
 def size_of(candidate: Sized, size: Size) -> int:
     """A candidate's size in the unit chosen."""
     return int(getattr(candidate, size))
@@ -184,7 +239,57 @@ def _within(candidate: Candidate, rule: Selection) -> bool:
     return rule.limit is None or size_of(candidate, rule.size) <= rule.limit
 
 
+def _nearest_sure(candidates: Sequence[Candidate], rule: Selection, study: str) -> str:
+    """Where repeats decide and none is sure: the nearest, and what it would take."""
+    unit, level = rule.size.replace("_", "-"), 100 * (rule.confidence or LEVEL)
+    within = [candidate for candidate in candidates if _within(candidate, rule)]
+    repeated = [(c, c.verdict) for c in within if c.verdict and c.verdict.repeats]
+    of = f" of study '{study}'" if study else ""
+    head = f"No student{of} is sure to reach {100 * rule.accuracy_bar:.2f} % at {level:g} %"
+    if not repeated:
+        return f"{head}: no trial has repeats. {_larger(within, rule)}"
+    nearest, found = max(repeated, key=lambda pair: (pair[1].low, -pair[0].trial))
+    head = (
+        f"{head}. Nearest: trial {nearest.trial} ({size_of(nearest, rule.size):,} {unit}):"
+        f" {said(found)}."
+    )
+    if found.mean <= rule.accuracy_bar:
+        return f"{head} {_larger(within, rule)}"
+    more = math.ceil(
+        found.repeats * ((found.mean - found.low) / (found.mean - rule.accuracy_bar)) ** 2
+    )
+    return (
+        f"{head} It would take about {more} repeats (study.repeats: {more + 1}; more trainings:"
+        f" --trials), or a larger student. {_larger(within, rule)}"
+    )
+
+
+def _larger(candidates: Sequence[Candidate], rule: Selection) -> str:
+    """What to change, with the size at which the trend of all trials meets the bar."""
+    hint = (
+        "Lower the bar (kdexp select --bar), train longer (training.epochs), or add larger students"
+        " to 'search'"
+    )
+    points = [
+        (math.log(size_of(c, rule.size)), math.log(1 - c.val_accuracy))
+        for c in candidates
+        if c.val_accuracy < 1
+    ]
+    if len({size for size, _ in points}) < 2 or rule.accuracy_bar == 1:
+        return f"{hint}."
+    slope, level = linear_regression(*zip(*points, strict=True))
+    if slope >= 0:
+        return f"{hint}."
+    size = math.exp((math.log(1 - rule.accuracy_bar) - level) / slope)
+    if not 1 <= size < 1e9:
+        return f"{hint}."
+    near = round(size, 1 - math.floor(math.log10(size)))
+    return f"{hint}: by the trend of all trials about {near:,.0f} {rule.size.replace('_', '-')}."
+
+
 def _nearest_miss(candidates: Sequence[Candidate], rule: Selection, study: str) -> str:
+    if any(candidate.verdict for candidate in candidates):
+        return _nearest_sure(candidates, rule, study)
     unit = rule.size.replace("_", "-")
     of = f" of study '{study}'" if study else ""
     if not candidates:

@@ -129,25 +129,30 @@ def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlate
     options = honesty._options(
         ["--candidates", "2", "--images", "500", "--shared", "0.4", "--seed-sd", "0"]
     )
-    generator = np.random.default_rng(1)
     off = []
-    for _ in range(4000):
-        study = honesty.draw(options, generator)
-        found = np.array([candidate.val_accuracy for candidate in study.candidates])
-        off.append((found - study.true) / np.sqrt(study.true * (1 - study.true) / 500))
+    for seed in range(4000):
+        study = honesty.draw(options, 0.075, seed)
+        found, true = np.array([r.first.accuracy for r in study.every]), np.array(study.true)
+        off.append((found - true) / np.sqrt(true * (1 - true) / 500))
     assert np.cov(np.array(off).T) == pytest.approx(np.array([[1, 0.4], [0.4, 1]]), abs=0.06)
     assert np.mean(off) == pytest.approx(0, abs=0.04)
 
 
-def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_cost_of_size(
-    capsys,
-) -> None:
-    honesty.main(["--repetitions", "60"])
-    plain, confirmed, sure, both = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    for better, worse in ((confirmed, plain), (sure, plain), (both, confirmed), (both, sure)):
-        assert better["under_bar_%"] < worse["under_bar_%"]
-        assert better["size_ratio"] > worse["size_ratio"]
-    assert both["under_bar_%"] <= 10
+def test_repeats_are_as_honest_as_confidence_and_confirm_together_and_smaller(capsys) -> None:
+    honesty.main(["--repetitions", "60", "--exponents", "0.15"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    today, confirmed, _, both, repeats = rows
+    assert today["under_bar_%"] > confirmed["under_bar_%"] > 10
+    assert max(both["under_bar_%"], repeats["under_bar_%"]) <= 10
+    assert repeats["size_ratio"] < both["size_ratio"]
+
+
+def test_a_whole_study_is_simulated_with_the_real_sampler(capsys) -> None:
+    options = ["--repetitions", "2", "--exponents", "0.15", "--trainings", "16"]
+    honesty.main([*options, "--policies", "today", "repeats"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {row["policy"] for row in rows} == {"as selected", "repeats at 0.95"}
+    assert all(row["trainings"] <= 16 for row in rows)
 
 
 def test_a_block_of_pairs_is_of_one_fold_under_two_teachers_of_one_seed(tmp_path, digits) -> None:

@@ -167,7 +167,7 @@ def test_early_stopping_saves_epochs_and_selects_the_same_model(
     """A random search proposes the same trials with and without: what is ended could not have been
     selected.
     """
-    study = {"trials": 12, "sampler": "random", "objective": "smallest"}
+    study = {"trials": 12, "sampler": "random", "objective": "smallest", "repeats": 1}
     search = {
         "student.channels": {"choices": ((2, 4), (3, 6), (4, 8), (6, 12))},
         "training.learning_rate": {"low": 1e-4, "high": 0.1, "log": True},

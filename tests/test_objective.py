@@ -61,7 +61,8 @@ def small(objective: str = "smallest", **study) -> Sweep:
     tree["training"] |= {"epochs": 2, "learning_rate": 0.02}
     tree["search"]["student.channels"] = {"choices": CHANNELS}
     tree["search"]["student.hidden"] = {"low": 4, "high": 32}
-    tree["study"] |= {"trials": 9, "sampler": "gp", "objective": objective} | study
+    once = {"trials": 9, "sampler": "gp", "objective": objective, "repeats": 1}
+    tree["study"] |= once | study
     tree["selection"]["accuracy_bar"] = 0.2
     return Sweep.model_validate_json(json.dumps(tree))
 

@@ -99,7 +99,7 @@ def test_a_verdict_in_numbers() -> None:
     # no seeds' variance beyond the prior's: the three hardly differ
     seeds = seed_variance([tried])
     assert seeds < SEEDS
-    z = boundaries(PART * 0.05, (1.0, 2.0, 3.0), 9)[-1]
+    z = boundaries(0.05, (1.0, 2.0, 3.0), 9)[-1]
     images = int(3 * IMAGES / (1 + seeds))
     assert found.low == pytest.approx(_wilson(found.mean, images, z), abs=1e-12)
     assert found.state == ("sure" if found.low >= BAR else "open")
@@ -114,9 +114,7 @@ def _wilson(mean: float, images: int, z: float) -> float:
 def test_one_repeat_that_is_all_there_may_be_is_a_wilson_interval_of_fewer_images() -> None:
     tried = recipe(0, 20_000, 0.93, 0.94)
     found = verdict(tried, [tried], replace(PLAN, most=1))
-    assert found.low == pytest.approx(
-        wilson_low(0.94, int(IMAGES / (1 + SEEDS)), 1 - 0.05 * PART), abs=1e-9
-    )
+    assert found.low == pytest.approx(wilson_low(0.94, int(IMAGES / (1 + SEEDS)), 0.95), abs=1e-9)
 
 
 def test_clearly_over_is_sure_and_clearly_under_is_hopeless() -> None:

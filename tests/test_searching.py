@@ -57,7 +57,7 @@ def risky(**study) -> Sweep:
         "student.channels": {"choices": [[2, 3], [3, 4], [4, 6], [4, 8]]},
         "student.hidden": {"low": 4, "high": 16},
     }
-    tree["study"] |= {"trials": 12, "objective": "smallest"} | study
+    tree["study"] |= {"trials": 12, "objective": "smallest", "repeats": 1} | study
     tree["selection"] = {"accuracy_bar": 0.75}
     return Sweep.model_validate_json(json.dumps(tree))
 

@@ -286,7 +286,9 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
 def test_the_study_knows_what_distillation_gained(finished) -> None:
     sweep, _, tracking, _, _ = finished
     trials = candidates(tracking.study(sweep.name), tracking)
-    assert gain(trials) == pytest.approx(trials[0].val_accuracy - trials[1].val_accuracy)
+    found = gain(tracking.find("trial", {}))
+    assert found.differences == (trials[0].val_accuracy - trials[1].val_accuracy,)
+    assert "one seed each" in str(found)
     assert sweep_of(tracking.study(sweep.name), tracking) == sweep
 
 

@@ -138,16 +138,18 @@ def prepare_teacher(
     """The teacher of a recipe with its logits, out of `folder` or made now; yields progress while
     it makes them.
 
-    Whatever `data` holds out of its students, the teacher holds out fold 0 and is measured on it.
+    It holds out what its students do; where it is shared, fold 0, whatever they hold out. It is
+    measured on that.
     `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given
     the one `training` that all students share in seed and epochs, the cache may hold its draws
     only; with `whole` it serves trainings on every fold. Raises TeacherError.
     """
     module = _built(teacher, splits.train)
     given = weights or (expanded(teacher.weights) if teacher.weights else None)
-    own = splits if data == data.of_teacher else splits.cut_by(data.of_teacher)
+    held = teacher.data(data)
+    own = splits if data == held else splits.cut_by(held)
     if given is None:
-        home = yield from _trained(teacher, data.of_teacher, own, folder)
+        home = yield from _trained(teacher, held, own, folder)
         module.load_state_dict(_own_weights(home, module))
     else:
         found = find_weights(given, module)

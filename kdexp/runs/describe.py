@@ -98,19 +98,27 @@ def of_study(sweep: Sweep) -> str:
     """A study's run."""
     rule, unit = sweep.selection, sweep.selection.size.replace("_", "-")
     searched = ", ".join(f"`{path}`" for path in sweep.search)
+    passes = "is sure" if sweep.repeats else "passes"
+    again = (
+        f" A trial that meets the bar is repeated, up to {sweep.study.repeats} trainings in all,"
+        " with other seeds on other folds, until it is sure."
+        if sweep.repeats
+        else ""
+    )
     aim = {
         "smallest": (
-            f"minimising {unit} (proposals no smaller than one that passes are not trained: their"
+            f"minimising {unit} (proposals no smaller than one that {passes} are not trained: their"
             " numbers are missing)"
         ),
         "accuracy": "maximising validation accuracy",
         "pareto": f"for the frontier of {unit} and validation accuracy",
     }[sweep.study.objective]
+    what = "trainings" if sweep.repeats else "trials"
     return (
-        f"A *study*: {sweep.study.trials} trials search {searched} for the smallest student whose "
-        f"validation accuracy reaches **{rule.accuracy_bar:.2%}**{_limit(rule, unit)}, {aim}. Each "
-        "child run is one trial. Trial 0 is the documented defaults, trial 1 the same without the "
-        "teacher (alpha = 0)."
+        f"A *study*: {sweep.study.trials} {what} search {searched} for the smallest student whose"
+        f" validation accuracy reaches **{rule.accuracy_bar:.2%}**{_limit(rule, unit)}, {aim}. Each"
+        " child run is one trial. Trial 0 is the documented defaults, trial 1 the same without the"
+        f" teacher (alpha = 0).{again}"
     )
 
 

@@ -39,7 +39,7 @@ def prepare(
     losses: Sequence[str] = (),
     whole: bool = False,
 ) -> Generator[TeacherProgress, None, Prepared]:
-    """Yields what was read, and progress while the teacher is made, which holds out fold 0.
+    """Yields what was read, and progress while the teacher is made.
 
     Give `training` where all trials share its seed and epochs: the teacher's cache may then be
     smaller. With `whole` it serves trainings on every fold (`Prepared.on`); with random erasing it
@@ -91,7 +91,8 @@ def _teacher_run(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: 
 
 def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, bench: Bench) -> str:
     tracking, (low, high) = bench.tracking, teacher.val_interval
-    if recipe.data != (data := recipe.data.of_teacher):  # which its students hold out otherwise
+    data = recipe.teacher.data(recipe.data)
+    if recipe.data != data:  # its students hold out something else
         recipe, splits = recipe.model_copy(update={"data": data}), splits.cut_by(data)
     own = {
         key: value

@@ -26,6 +26,10 @@ from kdexp.runs.tracking import RunRecord, Tracking
 
 __all__ = [
     "ARTIFACTS",
+    "FOLDS",
+    "REPEAT",
+    "REPEATS",
+    "SURE",
     "WEIGHTS",
     "RecordError",
     "artifact_of",
@@ -42,6 +46,10 @@ __all__ = [
 WEIGHTS = "kdexp.weights_sha256"
 ARTIFACTS = "kdexp.artifacts"
 """The tag that holds the SHA-256 of a run's files, as JSON by their place."""
+REPEATS, REPEAT = "kdexp.repeats", "kdexp.repeat"
+"""On a trial's run: the number of the trial whose recipe it repeats, and which repeat it is."""
+FOLDS, SURE = "kdexp.folds", "kdexp.sure"
+"""On a study's run: how many folds there are; the trials that were found to be sure."""
 
 
 class RecordError(KdexpError):

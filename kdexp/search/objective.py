@@ -26,6 +26,7 @@ __all__ = [
     "constraints",
     "dominated",
     "scale",
+    "unsure",
     "values",
     "worst",
 ]
@@ -36,6 +37,7 @@ DIRECTIONS: Mapping[Objective, tuple[Literal["minimize", "maximize"], ...]] = {
     "pareto": ("minimize", "maximize"),
 }
 SLACK = 0.002  # added to every share of errors: none at all has a logarithm too
+NOT_SURE = 1e-6  # told of a pass that is not sure: a sampler takes what is met for the one to beat
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ def constraints(
         if rule.limit is None or rule.size == "bytes"
         else bar | {"size": math.log(size / rule.limit)}
     )
+
+
+def unsure(limits: Mapping[str, float]) -> dict[str, float]:
+    """The constraints of a trial that is not sure to meet the bar: its accuracy's is not met."""
+    return {**limits, "accuracy": max(limits["accuracy"], NOT_SURE)}
 
 
 def compared(aim: Objective, val_accuracy: float) -> float:

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from kdexp.config import Sweep, flatten
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.tracking import RunRecord, Tracking, as_param
-from kdexp.search.objective import constraints, values
+from kdexp.search.objective import constraints, unsure, values
 from kdexp.search.study import Told
 from kdexp.selection import size_of
 
@@ -41,10 +41,18 @@ def misremembered(
 def _agree(told: Told, run: RunRecord, sweep: Sweep, tracking: Tracking) -> bool:
     end, aim, rule = Outcome.recorded(run), sweep.study.objective, sweep.selection
     size = size_of(end.size, rule.size)
+    if told.measured:
+        correct = round(end.val_accuracy * end.val_samples)
+        if (told.measured.correct, told.measured.samples) != (correct, end.val_samples):
+            return False
     if not _near(told.values, values(aim, size, end.val_accuracy)):
         return False
-    if told.limits and (end.val_samples or not rule.confidence):
+    # of a repeat: what all repeats together came to
+    if told.limits and told.repeats is None and (end.val_samples or not rule.confidence):
+        if sweep.repeats:
+            rule = rule.model_copy(update={"confidence": None})
         limits = constraints(aim, size, end.val_accuracy, rule, end.val_samples)
+        limits = unsure(limits) if sweep.repeats else limits
         same = told.limits.keys() == limits.keys()
         if not same or not _near(told.limits.values(), limits.values()):
             return False

@@ -14,7 +14,7 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kdexp import KdexpError
 from kdexp.config import Recipe
@@ -23,9 +23,12 @@ from kdexp.distill.execution import choose
 from kdexp.distill.models import ModelError, Size, measure, outline
 from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, whole_epochs
+from kdexp.repeats import Verdict as Sureness
 from kdexp.runs.bench import Bench
 from kdexp.runs.outcome import Outcome
+from kdexp.runs.prepare import TeacherProgress, prepare
 from kdexp.runs.recording import Entry, Form, Recording, begin, close_run, goes_on_here
+from kdexp.runs.records import REPEAT, REPEATS
 from kdexp.runs.tracking import Tracking
 from kdexp.search.claims import Claimant, ClaimLost, HandedBack
 from kdexp.search.study import OpenStudy, Trial
@@ -56,10 +59,12 @@ __all__ = [
     "TrialTaken",
     "WorkerLost",
     "WorkersGone",
+    "finished",
     "leave",
 ]
 
 log = logging.getLogger("kdexp")
+T = TypeVar("T")
 
 
 class TrialsFail(KdexpError):
@@ -78,6 +83,8 @@ class TrialStarted:
     recipe: Recipe
     retried: bool
     epoch: int = 0
+    repeats: int | None = None
+    """The trial whose recipe it trains again."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,10 @@ class TrialFinished:
     number: int
     outcome: Outcome
     done: int
+    repeats: int | None = None
+    """The trial whose recipe it trained again ..."""
+    sureness: Sureness | None = None
+    """... and what the repeats of that say by now."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,7 @@ TrialEvent = (
     | TrialSkipped
     | TrialTaken
     | WorkerLost
+    | TeacherProgress
 )
 
 
@@ -185,13 +197,14 @@ class _Claimed:
         """Trials can train as one if their keys are equal. New ones: the fuse key. Resumed ones:
         also the recorded execution, threads and epoch.
         """
+        fold = f"fold {self.trial.recipe.data.fold}"
         if self.checkpoint is None or self.form is None:
-            return (self.lane.fuse_key,)
+            return (self.lane.fuse_key, fold)
         how = self.form.execution
         # which may cut their last epoch short
         together = how.shared or self.lane.training.max_steps
         epoch = self.checkpoint.snapshot.epoch if together else ""
-        return (self.lane.fuse_key, repr(how), str(self.form.threads), str(epoch))
+        return (self.lane.fuse_key, fold, repr(how), str(self.form.threads), str(epoch))
 
 
 @dataclass(frozen=True)
@@ -216,7 +229,8 @@ class _Assigned:
     @property
     def key(self) -> tuple[str, ...]:
         """What a trial that begins must have to join."""
-        return (Lane.of(next(iter(self.job.tasks.values())).recipe).fuse_key,)
+        recipe = next(iter(self.job.tasks.values())).recipe
+        return (Lane.of(recipe).fuse_key, f"fold {recipe.data.fold}")
 
 
 class Scheduler:
@@ -240,6 +254,10 @@ class Scheduler:
         self.claimant = claimant
         self.pool = pool
         self.pack, self.checkpoints = pack, study.checkpoints(bench.settings)
+        self.folds: dict[tuple[int, int | None], Prepared] = {}
+        """Data and teacher of other folds, where one teacher does not serve all; by the seed, too,
+        where its cache holds the draws of one.
+        """
         self.numbers = itertools.count(1)
         self.assigned: dict[int, _Assigned] = {}
         """By the number of their job."""
@@ -336,8 +354,9 @@ class Scheduler:
     def _open(
         self, worker: Worker, group: Sequence[_Claimed], number: int
     ) -> Generator[TrialEvent, None, None]:
-        split, first = self.prepared.splits.train, group[0]
-        views = self.prepared.teacher.soft.per == "view"
+        first = group[0]
+        prepared = yield from self._made_ready(first.trial.recipe)
+        split, views = prepared.splits.train, prepared.teacher.soft.per == "view"
         free = self.study.prunes and whole_epochs(first.lane.training, len(split)) and views
         if first.form:
             how, threads = first.form.execution, first.form.threads
@@ -347,7 +366,16 @@ class Scheduler:
             how = choose([claimed.lane for claimed in group], split, refill)
             threads = self.pool.size.threads
         trials, tasks = dict[int, _Running](), dict[int, Task]()
-        job = Job(number, tasks, how, threads, self.checkpoints.folder, watched=self.study.prunes)
+        job = Job(
+            number,
+            tasks,
+            how,
+            threads,
+            self.checkpoints.folder,
+            watched=self.study.prunes,
+            fold=first.trial.recipe.data.fold,
+            teacher=None if prepared.teacher.of_all_images else prepared.teacher,
+        )
         self.assigned[number] = _Assigned(worker, job, trials, refill)
         for at, claimed in enumerate(group):
             slot = at if claimed.slot is None else claimed.slot
@@ -356,13 +384,35 @@ class Scheduler:
             tasks[slot] = trials[slot].task
         worker.give(job)
 
+    def _on_its_fold(self, recipe: Recipe) -> Prepared:
+        """Data and teacher as a training sees them: without the images that it holds out."""
+        return finished(self._made_ready(recipe))
+
+    def _made_ready(self, recipe: Recipe) -> Generator[TeacherProgress, None, Prepared]:
+        """The same; yields progress where this fold's teacher has to be made first."""
+        base, fold = self.prepared, recipe.data.fold
+        seed = recipe.training.seed if base.teacher.soft.per == "epoch" else None
+        if fold == base.data.fold and seed in (None, self.study.sweep.training.seed):
+            return base
+        if base.teacher.of_all_images:
+            return base.on(fold)
+        key = fold, seed
+        if key not in self.folds:
+            training = None if seed is None else recipe.training
+            self.folds[key] = yield from prepare(recipe, self.bench, training=training)
+        return self.folds[key]
+
     def _begin(self, claimed: _Claimed, form: Form, trials: dict[int, _Running]) -> None:
         """Open the run of a trial that takes a slot among these."""
         trial, checkpoint = claimed.trial, claimed.checkpoint
-        name = " · ".join(filter(None, [f"trial {trial.number}", trial.control]))
+        again = "" if trial.repeats is None else f"repeats trial {trial.repeats}"
+        name = " · ".join(filter(None, [f"trial {trial.number}", trial.control, again]))
         tags = {**_tags(trial.number, self.study), "kdexp.study": self.study.sweep.name}
+        if trial.repeats is not None:
+            tags |= {REPEATS: str(trial.repeats), REPEAT: str(trial.repeat)}
         entry = Entry("trial", name, self.study.parent_run, tags, {"trial": trial.number})
-        recording = begin(trial.recipe, self.prepared, self.bench, entry, form, checkpoint)
+        prepared = self._on_its_fold(trial.recipe)
+        recording = begin(trial.recipe, prepared, self.bench, entry, form, checkpoint)
         resumed = checkpoint is not None
         told = recording.run_id, trial.recipe, recording.environment, _name(trial), resumed
         trials[form.slot] = _Running(trial, recording, Task(*told))
@@ -400,7 +450,7 @@ class Scheduler:
         found = self.checkpoints.load(_name(trial)) if trial.retried else None
         if (
             found
-            and goes_on_here(found, trial.recipe, self.prepared)
+            and goes_on_here(found, trial.recipe, self._on_its_fold(trial.recipe))
             and self.bench.tracking.there(found.run_id)
         ):
             return found
@@ -425,7 +475,7 @@ class Scheduler:
 
     def _futile(self, trial: Trial) -> str:
         """Why a proposal is not worth training, or nothing."""
-        if trial.control or trial.begun:
+        if trial.control or trial.begun or trial.repeats is not None:
             return ""
         like = self.prepared.splits.train
         try:
@@ -498,11 +548,12 @@ class Scheduler:
         study, samples = self.study, len(self.prepared.splits.validation)
         if (
             not study.sweep.study.early_stop
-            or running.trial.control
+            or running.trial.trains_a_control
             or report.epoch == report.epochs
         ):
             return False
-        return study.futile(running.recording.size, running.recording.curve, report.epochs, samples)
+        size, curve, again = running.recording.size, running.recording.curve, running.trial.repeats
+        return study.futile(size, curve, report.epochs, samples, again is not None)
 
     def _ended(self, assigned: _Assigned, message: Ended) -> Generator[TrialEvent, None, None]:
         """Close the run, then tell Optuna; the slot may go to a successor."""
@@ -519,7 +570,9 @@ class Scheduler:
             self.study.hand_back(running.trial, "released")
             raise
         else:
-            yield TrialFinished(running.trial.number, outcome, self.study.done)
+            number, repeats = running.trial.number, running.trial.repeats
+            sureness = None if repeats is None else self.study.sureness(number)
+            yield TrialFinished(number, outcome, self.study.done, repeats, sureness)
         if assigned.refill and assigned.trials and (successor := self._next_like(assigned.key)):
             yield from self._refill(assigned, message.slot, successor)
         yield from self._said()
@@ -674,9 +727,19 @@ def _leave(
     return others
 
 
+def finished(work: Generator[object, None, T]) -> T:
+    """What a generator comes to, its progress unseen."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
 def _started(claimed: _Claimed) -> TrialStarted:
     epoch = claimed.checkpoint.snapshot.epoch if claimed.checkpoint else 0
-    return TrialStarted(claimed.trial.number, claimed.trial.recipe, claimed.trial.retried, epoch)
+    trial = claimed.trial
+    return TrialStarted(trial.number, trial.recipe, trial.retried, epoch, trial.repeats)
 
 
 def _name(trial: Trial) -> str:

@@ -16,12 +16,12 @@ from kdexp.config import (
     Sweep,
     as_meant,
 )
-from kdexp.search.objective import (
-    scale,
-)
+from kdexp.distill.randomness import seed_of
+from kdexp.search.objective import scale
 
 __all__ = [
     "NEAR",
+    "fresh_values",
     "learns_alike",
     "nearly_alike",
     "recipe_value",
@@ -69,6 +69,18 @@ def _leaf(recipe: Recipe, path: str) -> Any:
     for step in path.split("."):
         node = node[step] if isinstance(node, Mapping) else getattr(node, step)
     return tuple(node) if isinstance(node, list) else node
+
+
+def fresh_values(sweep: Sweep, repeat: int, folds: int) -> dict[str, Any]:
+    """What the so-many-th repeat of a recipe (from 1) has of its own, whichever recipe it is: all
+    are compared by the same seeds on the same folds. Each keeps its last epoch: the best one would
+    be picked on the very images that judge it.
+    """
+    return {
+        "training.seed": seed_of(sweep.study.seed, "repeat", repeat),
+        "training.keep": "last",
+        "data.fold": (sweep.data.fold + repeat) % folds,
+    }
 
 
 # --- reading -----------------------------------------------------------------------------------

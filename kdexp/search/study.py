@@ -10,14 +10,16 @@ keeps its trial number.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import time
 import uuid
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
@@ -39,6 +41,10 @@ from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
 from kdexp.files import write_ahead
+from kdexp.repeats import Measure, Plan, Repeated, next_repeat
+from kdexp.repeats import Verdict as Sureness
+from kdexp.repeats import verdict as sureness
+from kdexp.repeats import verdicts as surenesses
 from kdexp.runs.outcome import Outcome
 from kdexp.search.claims import Claimant, ClaimLost, HandedBack, Held, Standing
 from kdexp.search.objective import (
@@ -47,10 +53,12 @@ from kdexp.search.objective import (
     compared,
     constraints,
     dominated,
+    unsure,
     values,
     worst,
 )
 from kdexp.search.space import (
+    fresh_values,
     learns_alike,
     nearly_alike,
     recipe_value,
@@ -59,7 +67,7 @@ from kdexp.search.space import (
 )
 from kdexp.search.stopping import futile
 from kdexp.search.storage import AWAY, StudyError, answered, open_storage, stored_name
-from kdexp.selection import size_of
+from kdexp.selection import plan_of, size_of
 from kdexp.settings import Settings
 
 __all__ = []
@@ -73,6 +81,8 @@ STUBBORN = 3
 NARROW = STUBBORN + 20
 # ... and so many end the study; what one draw in 20 finds is overlooked with a probability of 0.6 %
 IN_VAIN = STUBBORN + 100
+# a sixteenth of the trainings repeats each control
+COMPARED = 16
 SET_UP_SECONDS = 30.0
 log = logging.getLogger("kdexp")
 
@@ -87,6 +97,10 @@ class Told:
     limits: Mapping[str, float]
     recipe: Recipe | None
     curve: Sequence[float] | None
+    measured: Measure | None
+    """What a verdict on its recipe goes by, where trials are repeated."""
+    repeats: int | None
+    """The trial whose recipe it repeats."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class Begun:
     """How many of its trials have ended."""
     facts: Mapping[str, Any]
     """What its trials share, by name: the hashes of data and teacher."""
+    sweep: Sweep
+    """The sweep file that it goes on with."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,19 @@ class Trial:
     """Retried, and its training had begun: it had a run."""
     broken: bool
     """Retried because its worker died, or because it failed: not because it was stopped."""
+    repeats: int | None
+    """The trial whose recipe it trains again, with another seed on another fold ..."""
+    repeat: int
+    """... and which of its repeats this is, from 1; 0: it is none."""
     _aim: Objective
     _prunes: bool
     _trial: optuna.Trial
     _reported: frozenset[int]
+
+    @property
+    def trains_a_control(self) -> bool:
+        """Whether its recipe is that of a control: two that are compared are trained to the end."""
+        return bool(self.control) or self.repeats in range(CONTROLS)
 
     def link(self, run_id: str) -> None:
         """Let Optuna know the trial's MLflow run."""
@@ -146,6 +171,7 @@ class Trial:
             return (
                 known
                 and self.number >= CONTROLS
+                and self.repeats is None  # what is left out is no fair sample
                 and report.epoch < report.epochs
                 and self._trial.should_prune()
             )
@@ -164,8 +190,8 @@ class _Claimed:
 class OpenStudy:
     """A handle to one study, for one sweep file."""
 
-    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
-        self._study, self.sweep = study, sweep
+    def __init__(self, study: optuna.Study, sweep: Sweep, folds: int = 1) -> None:
+        self._study, self.sweep, self._folds = study, sweep, folds
         self._aim = sweep.study.objective
         self._claims: dict[int, _Claimed] = {}
         """Of trials that this process has taken, by number."""
@@ -203,8 +229,10 @@ class OpenStudy:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many proposals in a row were not worth training that no more are made."""
-        return answered(self._untrained) >= IN_VAIN
+        """Whether so many proposals in a row were not worth training that no more are made, and
+        nothing is left to repeat.
+        """
+        return answered(lambda: self._untrained() >= IN_VAIN and self._to_repeat() is None)
 
     def next_trial(
         self, claimant: Claimant, ended: Callable[[int], Outcome | None]
@@ -254,12 +282,20 @@ class OpenStudy:
     def _ask(self, claimant: Claimant) -> Trial | None:
         """A new trial, where the budget has one left."""
         untrained = self._untrained()
-        if self._begun() >= self.sweep.study.trials or untrained >= IN_VAIN:
+        if self._begun() >= self.sweep.study.trials:
             return None
-        self._study.sampler = _sampler(self.sweep, self._next_number(), untrained)
+        number = None if self._waits else self._to_repeat()
+        if number is not None:
+            self._enqueue_repeat(number)
+        elif untrained >= IN_VAIN and not self._waits:
+            return None
+        # what is repeated is known: nothing is to be chosen
+        vain = untrained if number is None else STUBBORN
+        self._study.sampler = _sampler(self.sweep, self._next_number(), vain)
         trial = self._study.ask()
         # Another machine, which the turn does not hold back, may have asked at the same moment.
-        if self._begun(before=trial.number) >= self.sweep.study.trials:
+        too_many = self._begun(before=trial.number) >= self.sweep.study.trials
+        if too_many or self._is_repeated(trial):
             trial.set_user_attr("over_budget", True)
             self._study.tell(trial, state=TrialState.FAIL)
             return None
@@ -297,9 +333,16 @@ class OpenStudy:
         """Why a student of this size need not be trained, or nothing."""
         return self._dominated(size, answered(self._trained))
 
-    def futile(self, size: Size, curve: Sequence[float], epochs: int, samples: int) -> bool:
+    def futile(
+        self,
+        size: Size,
+        curve: Sequence[float],
+        epochs: int,
+        samples: int,
+        is_repeat: bool = False,
+    ) -> bool:
         """Whether a trial under way can no longer be selected, by its validation accuracies so far
-        (on so many images).
+        (on so many images). A repeat is not ended by these: the mean would be of the better ones.
 
         Asked between two epochs: training does not wait for a database that is away, the next epoch
         asks again.
@@ -308,15 +351,18 @@ class OpenStudy:
             trials = self._trained()
         except AWAY:
             return False
-        return bool(self._dominated(size, trials)) or futile(
-            curve, self.sweep.selection, _curves(trials), epochs, samples
-        )
+        if self._dominated(size, trials):
+            return True
+        return not is_repeat and futile(curve, self._rule, _curves(trials), epochs, samples)
 
     def _dominated(self, size: Size, trials: Sequence[FrozenTrial]) -> str:
         rule = self.sweep.selection
         return dominated(self._aim, size_of(size, rule.size), rule, self._smallest(trials))
 
     def _smallest(self, trials: Sequence[FrozenTrial]) -> Passing | None:
+        if self.sweep.repeats:
+            sure = (Passing(recipe.trial, recipe.size) for recipe in self._sure(trials))
+            return min(sure, key=lambda passing: (passing.size, passing.trial), default=None)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         passing = [
             trial
@@ -357,6 +403,113 @@ class OpenStudy:
             if recipe and nearly_alike(recipe, trial.recipe, self.sweep.search)
         }
 
+    # --- repeats ---
+
+    @property
+    def _rule(self) -> Selection:
+        """By which one training is judged: where trials are repeated, their repeats are to be sure,
+        not it.
+        """
+        rule = self.sweep.selection
+        return rule.model_copy(update={"confidence": None}) if self.sweep.repeats else rule
+
+    @property
+    def _plan(self) -> Plan:
+        return plan_of(self.sweep.study, self.sweep.selection, self._folds)
+
+    def sureness(self, number: int) -> Sureness | None:
+        """What the repeats say of a trial's recipe, or of the one that it repeats; None where there
+        are none.
+        """
+        if not self.sweep.repeats:
+            return None
+        trials = answered(self._trained)
+        every = {recipe.trial: recipe for recipe in self._repeated(trials)}
+        own = _by_number(trials)[number].user_attrs.get("repeats", number)
+        recipe = every.get(own)
+        if recipe is None or not recipe.repeats:
+            return None
+        return sureness(recipe, list(every.values()), self._plan)
+
+    @property
+    def sure(self) -> list[int]:
+        """The trials whose recipes are sure to meet the bar."""
+        return [recipe.trial for recipe in self._sure(answered(self._trained))]
+
+    def _sure(self, trials: Sequence[FrozenTrial]) -> list[Repeated]:
+        every = self._repeated(trials)
+        states = surenesses(every, self._plan)
+        return [recipe for recipe in every if states[recipe.trial].state == "sure"]
+
+    def _repeated(self, trials: Sequence[FrozenTrial]) -> list[Repeated]:
+        """Every recipe that was trained to its end, and its repeats."""
+        repeats: dict[int, list[FrozenTrial]] = defaultdict(list)
+        for trial in trials:
+            if "repeats" in trial.user_attrs:
+                repeats[trial.user_attrs["repeats"]].append(trial)
+        return [
+            _with(repeats[trial.number], trial, first)
+            for trial in trials
+            if "repeats" not in trial.user_attrs and trial.values and (first := _measured(trial))
+        ]
+
+    def _to_repeat(self) -> int | None:
+        """The number of the trial that is repeated next, or nothing: what may be the answer until
+        it is sure; at last both controls, for what the teacher gives.
+        """
+        trials = self._trained()
+        left = self.sweep.study.trials - self._begun()
+        if not self.sweep.repeats or left <= 0:
+            return None
+        every, sure = self._repeated(trials), self._smallest(trials) is not None
+        controls = self._controls_to_repeat(every)
+        number = next_repeat(every, self._plan, left - len(controls))
+        if number is not None and (left > len(controls) or not sure):
+            return number
+        due = left <= len(controls) or self._untrained() >= IN_VAIN
+        return controls[0] if controls and due else None
+
+    def _controls_to_repeat(self, every: Sequence[Repeated]) -> list[int]:
+        """The controls, as often as they lack a repeat to be compared by."""
+        known = {recipe.trial: recipe for recipe in every}
+        if not all(number in known for number in range(CONTROLS)):
+            return []
+        wanted = min(self._plan.most, self.sweep.study.trials // COMPARED)
+        lack = [
+            wanted - len(known[number].repeats) - known[number].under_way
+            for number in range(CONTROLS)
+        ]
+        return [
+            number for at in range(max(lack)) for number in range(CONTROLS) if at < lack[number]
+        ]
+
+    def _enqueue_repeat(self, number: int) -> None:
+        """Let the trial that is asked for next train another one's recipe again. Number and seed of
+        a repeat follow from the study alone: all recipes are compared on the same.
+        """
+        trials = self._trials()
+        first = _by_number(trials)[number]
+        repeat = 1 + sum(trial.user_attrs.get("repeats") == number for trial in trials)
+        fresh = fresh_values(self.sweep, repeat, self._folds)
+        overrides = {**first.user_attrs.get("overrides", {}), **fresh}
+        self._study.enqueue_trial(
+            first.params, user_attrs={"repeats": number, "repeat": repeat, "overrides": overrides}
+        )
+
+    def _is_repeated(self, trial: optuna.Trial) -> bool:
+        """Whether another command has asked for this repeat at the same moment, and was first."""
+        own = [trial.user_attrs.get(name) for name in ("repeats", "repeat")]
+        return own[0] is not None and any(
+            [other.user_attrs.get(name) for name in ("repeats", "repeat")] == own
+            for other in self._trials()
+            if other.number < trial.number
+        )
+
+    @property
+    def _waits(self) -> bool:
+        """Whether a trial has been chosen that nobody has asked for."""
+        return any(trial.state == TrialState.WAITING for trial in self._trials())
+
     def skip(self, trial: Trial, why: str) -> None:
         """A trial is not trained. No sampler learns from it: told that it is bad, TPE found larger
         students in the end.
@@ -390,14 +543,17 @@ class OpenStudy:
         worst; and, where size is minimised, one that has met the bar as what it is, however it
         ended: the selector takes it too. The attribute 'ended' says that it was not whole.
         """
-        rule = self.sweep.selection
-        size = size_of(ended.size, self.sweep.selection.size)
+        rule = self._rule
+        size = size_of(ended.size, rule.size)
         accuracy = ended.val_accuracy
         limits = constraints(self._aim, size, accuracy, rule, ended.val_samples)
-        if ended.state == "complete" or (limits and max(limits.values()) <= 0):
-            self._tell(
-                number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
-            )
+        met = bool(limits) and max(limits.values()) <= 0
+        if ended.state == "complete" or (met and self._repeats(number) is None):
+            told = values(self._aim, size, accuracy)
+            measured = self._measure(number, ended) if self.sweep.repeats else None
+            if measured:
+                limits = self._pooled(number, measured, size, limits)
+            self._tell(number, told, TrialState.COMPLETE, limits, ended.state, measured)
         elif ended.state == "diverged":
             told = worst(
                 self._aim,
@@ -418,6 +574,33 @@ class OpenStudy:
                 number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
             )
 
+    def _repeats(self, number: int) -> int | None:
+        """The trial whose recipe this one repeats."""
+        found = answered(lambda: self._study.get_trials(deepcopy=False))[number]
+        return found.user_attrs.get("repeats")
+
+    def _measure(self, number: int, ended: Outcome) -> Measure:
+        recipe = self._recipe(answered(lambda: self._study.get_trials(deepcopy=False))[number])
+        assert recipe is not None
+        correct = round(ended.val_accuracy * ended.val_samples)
+        return Measure(correct, ended.val_samples, recipe.data.fold)
+
+    def _pooled(
+        self, number: int, measured: Measure, size: int, limits: Mapping[str, float]
+    ) -> dict[str, float]:
+        """What a sampler is told of a recipe's accuracy: the mean over its repeats; that it meets
+        the bar once it is sure.
+        """
+        trials = answered(self._trained)
+        own = self._repeats(number)
+        every = {recipe.trial: recipe for recipe in self._repeated(trials)}
+        if own not in every:
+            return unsure(limits)
+        with_it = replace(every[own], repeats=(*every[own].repeats, measured))
+        found = sureness(with_it, list((every | {own: with_it}).values()), self._plan)
+        pooled = constraints(self._aim, size, found.mean, self._rule, measured.samples)
+        return pooled if found.state == "sure" else unsure(pooled)
+
     def owns(self, trial: Trial) -> bool:
         """Whether a trial is still this process's: one that was cut off from the storage for long
         may have lost it.
@@ -432,6 +615,7 @@ class OpenStudy:
         state: TrialState,
         limits: Mapping[str, float] | None = None,
         ended: State = "complete",
+        measured: Measure | None = None,
     ) -> None:
         claimed = self._claims.get(number)
         if claimed is None:
@@ -441,17 +625,23 @@ class OpenStudy:
             with claimed.claimant.fenced(claimed.held):
                 frozen = self._study.get_trials(deepcopy=False)[number]
                 if not frozen.state.is_finished():  # or told just before it went away
-                    self._note(frozen, limits or {}, ended)
+                    self._note(frozen, limits or {}, ended, measured)
                     self._study.tell(number, told, state=state)
 
         answered(tell)
         claimed.claimant.settled(claimed.held)
         del self._claims[number]
 
-    def _note(self, frozen: FrozenTrial, limits: Mapping[str, float], ended: State) -> None:
+    def _note(
+        self,
+        frozen: FrozenTrial,
+        limits: Mapping[str, float],
+        ended: State,
+        measured: Measure | None,
+    ) -> None:
         """What a trial's values do not say, while it can still be written."""
         missing = [name for name in limits if name not in frozen.constraints]
-        if missing or ended != "complete":
+        if missing or measured or ended != "complete":
             # a Trial asks its sampler for values as it is made
             self._study.sampler = optuna.samplers.RandomSampler()
             trial = optuna.Trial(self._study, frozen._trial_id)
@@ -459,6 +649,8 @@ class OpenStudy:
                 trial.set_constraint(name, limits[name])
             if ended != "complete":
                 trial.set_user_attr("ended", ended)
+            if measured:
+                trial.set_user_attr("measured", asdict(measured))
 
     def others(self, claimant: Claimant, patient: bool = True) -> int:
         """How many trials other, living claimants have under way."""
@@ -488,7 +680,14 @@ class OpenStudy:
             trial.number: (trial.user_attrs.get("outcome") or {}).get("curve") for trial in ended
         }
         return {
-            t.number: Told(tuple(t.values), dict(t.constraints), self._recipe(t), curves[t.number])
+            t.number: Told(
+                tuple(t.values),
+                dict(t.constraints),
+                self._recipe(t),
+                curves[t.number],
+                _measured(t),
+                t.user_attrs.get("repeats"),
+            )
             for t in ended
         }
 
@@ -508,6 +707,8 @@ class OpenStudy:
             retried=former is not None,
             begun=former is not None and "run_id" in former.user_attrs,
             broken=left not in (None, "released"),
+            repeats=trial.user_attrs.get("repeats"),
+            repeat=trial.user_attrs.get("repeat", 0),
             _aim=self._aim,
             _prunes=self.sweep.study.pruner != "none",
             _trial=trial,
@@ -589,9 +790,10 @@ def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
     try:
         study = optuna.load_study(storage=storage, study_name=stored_name(storage, sweep.name))
         if "sweep" in study.user_attrs:
+            sweep = _as_it_began(study, sweep)
             _check_same(study, sweep)
             done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-            return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs)
+            return Begun(str(study.user_attrs["mlflow_run_id"]), done, study.user_attrs, sweep)
     except KeyError:  # there is none yet
         pass
     finally:
@@ -611,7 +813,11 @@ def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]
 
 
 def open_study(
-    sweep: Sweep, settings: Settings, new_parent_run: Callable[[str], str], gone: str = ""
+    sweep: Sweep,
+    settings: Settings,
+    new_parent_run: Callable[[str], str],
+    gone: str = "",
+    folds: int = 1,
 ) -> OpenStudy:
     """The study of a sweep, made or found; `new_parent_run` makes its MLflow run, and another for
     one that is `gone`.
@@ -643,7 +849,7 @@ def open_study(
         elif gone and study.user_attrs["mlflow_run_id"] == gone:
             study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
     _check_same(study, sweep)
-    return OpenStudy(study, sweep)
+    return OpenStudy(study, sweep, folds)
 
 
 def _mark(study: optuna.Study) -> str:
@@ -657,6 +863,31 @@ def _curves(trials: Sequence[FrozenTrial]) -> list[list[float]]:
     """The validation accuracies of each epoch of trials that went to their end."""
     known = (trial.user_attrs.get("outcome") for trial in trials if trial.state.is_finished())
     return [outcome["curve"] for outcome in known if outcome]
+
+
+def _with(repeats: Sequence[FrozenTrial], trial: FrozenTrial, first: Measure) -> Repeated:
+    """A recipe with its repeats. What was told as sure stays sure."""
+    told = [other.constraints.get("accuracy", 1.0) for other in repeats if other.constraints]
+    return Repeated(
+        trial.number,
+        int(trial.values[0]),
+        first,
+        tuple(measured for other in repeats if (measured := _measured(other))),
+        sum(not other.state.is_finished() for other in repeats),
+        any(other.user_attrs.get("ended") == "diverged" for other in repeats),
+        min((other.number for other in repeats), default=None),
+        "sure" if told and min(told) <= 0 else "open",
+    )
+
+
+def _by_number(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
+    return {trial.number: trial for trial in trials}
+
+
+def _measured(trial: FrozenTrial) -> Measure | None:
+    """What a trial that has ended was measured to be, where trials are repeated."""
+    known = trial.user_attrs.get("measured")
+    return Measure(**known) if known and trial.state.is_finished() else None
 
 
 def _claim_of(trial_id: int) -> str:
@@ -679,6 +910,13 @@ def _wait_for_set_up(study: optuna.Study) -> None:
         time.sleep(0.2)
 
 
+def _as_it_began(study: optuna.Study, sweep: Sweep) -> Sweep:
+    """A study of an earlier version, which repeated nothing, goes on like that."""
+    if "repeats" in json.loads(study.user_attrs["sweep"]).get("study", {}):
+        return sweep
+    return sweep.model_copy(update={"study": sweep.study.model_copy(update={"repeats": 1})})
+
+
 def _check_same(study: optuna.Study, sweep: Sweep) -> None:
     """A study can only be continued with the sweep that it began with. Its budget may change, and
     those parts of the selection rule that no trial has been judged by.
@@ -693,6 +931,8 @@ def _check_same(study: optuna.Study, sweep: Sweep) -> None:
         told = told | {"accuracy_bar", "confidence"}
     rule = sweep.selection.model_copy(update={key: getattr(begun.selection, key) for key in told})
     budget = {"trials": sweep.study.trials, "retries": sweep.study.retries}
+    if begun.repeats and sweep.repeats:
+        budget["repeats"] = sweep.study.repeats
     free = {"study": begun.study.model_copy(update=budget), "selection": rule}
     changed = differences(begun.model_copy(update=free), sweep)
     if changed:

@@ -18,7 +18,7 @@ from kdexp.distill.packs import Lane
 from kdexp.runs import describe
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import TeacherProgress, prepare
-from kdexp.runs.records import log_text
+from kdexp.runs.records import FOLDS, SURE, log_text
 from kdexp.runs.tracking import Tracking, TrackingError, TrackingGone, too_long
 from kdexp.search.claims import Claimant
 from kdexp.search.objective import Passing
@@ -38,7 +38,7 @@ from kdexp.search.scheduler import (
 )
 from kdexp.search.storage import StudyError
 from kdexp.search.study import Begun, check_facts, check_study, open_study
-from kdexp.selection import check_bar
+from kdexp.selection import check_bar, check_reachable, plan_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers.pool import Pool, PoolSize, pool_size
 from kdexp.workers.processes import warm_up
@@ -102,6 +102,7 @@ def run_sweep(
     the generator to stop cleanly.
     """
     experiment_id, begun, gone = _home(sweep, settings, tracking)
+    sweep = begun.sweep if begun else sweep
     for note in _uneven(sweep):
         log.warning(note)
     bench = Bench(settings, tracking, device, experiment_id)
@@ -119,13 +120,23 @@ def run_sweep(
         training=shared,
         students=students,
         losses=sweep.losses,
+        whole=_whole(sweep),
         check=lambda splits: _check_images(sweep, begun, splits, tracking),
     )
-    check_bar(sweep.selection, len(prepared.splits.validation))
+    splits = prepared.splits
+    if sweep.repeats:
+        plan = plan_of(sweep.study, sweep.selection, splits.folds)
+        check_reachable(plan, len(splits.validation))
+    else:
+        check_bar(sweep.selection, len(splits.validation))
     # Only now, when all that a typing error can break has been tried, is there a study that must
     # stay as it began.
     study = open_study(
-        sweep, settings, lambda mark: _new_parent_run(sweep, tracking, experiment_id, mark), gone
+        sweep,
+        settings,
+        lambda mark: _new_parent_run(sweep, tracking, experiment_id, mark),
+        gone,
+        prepared.splits.folds,
     )
     finished = False
     with Claimant(settings) as claimant:
@@ -139,6 +150,7 @@ def run_sweep(
                     tracking,
                 )
             tracking.finish(study.parent_run, "RUNNING")
+            tracking.tag(study.parent_run, {FOLDS: str(prepared.splits.folds)})
             if settings.storage:
                 tracking.tag(study.parent_run, {"kdexp.shared_storage": "yes"})
             log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
@@ -152,6 +164,8 @@ def run_sweep(
             yield from Scheduler(study, prepared, bench, claimant, pool, pack).run()
             if study.exhausted:
                 yield NothingLeft(study.done, study.smallest)
+            if sweep.repeats:
+                tracking.tag(study.parent_run, {SURE: " ".join(map(str, study.sure))})
             finished = True
         finally:
             others = leave(study, tracking, claimant, finished)
@@ -221,8 +235,10 @@ def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Be
 
 def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of
-    their own.
+    their own, and repeats that share it have seeds of their own.
     """
+    if _whole(sweep):
+        return None
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
     together = (
         alone
@@ -230,6 +246,11 @@ def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> 
         or sweep.training.random_erasing
     )
     return sweep.shared_training if together else None
+
+
+def _whole(sweep: Sweep) -> bool:
+    """Whether one cache of the teacher's logits serves repeats on every fold."""
+    return sweep.repeats and sweep.teacher.shared and not sweep.training.random_erasing
 
 
 def _uneven(sweep: Sweep) -> list[str]:

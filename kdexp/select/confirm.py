@@ -13,14 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import TypeVar
 
 import torch
 
 from kdexp.config import Selection
-from kdexp.runs.records import recipe_of
+from kdexp.repeats import Verdict as Sureness
+from kdexp.repeats import next_repeat
+from kdexp.runs.records import FOLDS, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.search.claims import Claimant
-from kdexp.select.fresh import TRAIN_AND_VALIDATION, TRAIN_ONLY, Retrainer, SeedEvent
+from kdexp.select.fresh import (
+    TRAIN_AND_VALIDATION,
+    TRAIN_ONLY,
+    Retrainer,
+    SeedDone,
+    SeedEvent,
+)
 from kdexp.select.promote import (
     candidates,
     look_at_test,
@@ -30,18 +40,26 @@ from kdexp.select.promote import (
     sweep_of,
     tell,
     test_of,
+    with_repeats,
 )
 from kdexp.selection import (
     Candidate,
     FreshSeeds,
     NothingPasses,
     confirms,
+    judged,
+    plan_of,
     requirement,
+    said,
     select,
 )
 from kdexp.settings import Settings
 
 __all__ = ["Confirmation", "Verdict", "confirm"]
+
+T = TypeVar("T")
+UNLIMITED = 10**6  # trainings that may still begin: as many as it takes
+TRIED_LATER = 10**9  # after every recipe that the study itself repeated
 
 
 @dataclass(frozen=True)
@@ -53,15 +71,21 @@ class Verdict:
     rule: Selection
     diverged: str = ""
     """Which seeds diverged, in which runs; nothing where none did."""
+    repeats: Sureness | None = None
+    """What they say where a study repeats, each on another fold."""
 
     @property
     def confirmed(self) -> bool:
         """Whether they confirm it. A recipe that diverges with some seed does not hold, whatever
         its mean.
         """
+        if self.repeats:
+            return not self.diverged and self.repeats.state == "sure"
         return not self.diverged and confirms(self.seeds, self.rule)
 
     def __str__(self) -> str:
+        if self.repeats:
+            return said(self.repeats) + (f"; {self.diverged}" if self.diverged else "")
         low = (
             f", lower end {100 * self.seeds.held_against(self.rule):.2f} %"
             if self.rule.confidence
@@ -120,18 +144,18 @@ def _confirm(
     left, tried = candidates(study, tracking), list[Verdict]()
     images = TRAIN_AND_VALIDATION if train_and_validation else TRAIN_ONLY
     while True:
-        chosen = _next(left, rule, tried, work.sweep.name)
-        work.check_trial(tracking.read(chosen.run_id))
-        runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
-        verdict = Verdict(
-            chosen,
-            _measured(runs, "val_accuracy", "val_samples"),
-            rule,
-            _diverged(runs, TRAIN_ONLY),
-        )
+        if work.sweep.repeats and rule.goal == "smallest":
+            verdict, runs = yield from _until_sure(work, left, rule, seeds)
+        else:
+            chosen = _next(left, rule, tried, work.sweep.name)
+            work.check_trial(tracking.read(chosen.run_id))
+            runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
+            measured = _measured(runs, "val_accuracy", "val_samples")
+            verdict = Verdict(chosen, measured, rule, _diverged(runs, TRAIN_ONLY))
+        chosen = verdict.candidate
         yield _said(verdict, tracking)
         if verdict.confirmed and train_and_validation:
-            runs = yield from work.train(chosen, seeds, images)
+            runs = yield from work.train(chosen, len(runs), images)
             if broken := _diverged(runs, images):
                 yield _said(verdict := replace(verdict, diverged=broken), tracking)
         if verdict.confirmed:
@@ -141,6 +165,45 @@ def _confirm(
     done = _look(verdict, tried, runs, images, work)
     _report(done, work)
     return done
+
+
+def _until_sure(
+    work: Retrainer, trials: Sequence[Candidate], rule: Selection, seeds: int
+) -> Generator[SeedEvent | Verdict, None, tuple[Verdict, list[RunRecord]]]:
+    """Go on where the study's repeats ended, by another rule or with more of them, until the
+    smallest that can be sure is. Raises NothingPasses.
+    """
+    plan = plan_of(work.sweep.study, rule, int(work.study.tags[FOLDS]))
+    plan = replace(plan, most=max(plan.most, seeds))
+    known = {trial.trial: trial for trial in trials}
+    for turn in count(TRIED_LATER):
+        every = judged(list(known.values()), plan, rule)
+        number = next_repeat([one.repeated for one in every if one.repeated], plan, UNLIMITED)
+        if number is None:
+            break
+        chosen = known[number]
+        work.check_trial(work.tracking.read(chosen.run_id))
+        begun = chosen.repeated
+        assert begun is not None
+        runs = yield from _what_is_new(work.train(chosen, len(begun.repeats) + 1, TRAIN_ONLY))
+        since = turn if begun.since is None else begun.since
+        known[number] = replace(chosen, repeated=with_repeats(begun, runs, since))
+    chosen = select(every, rule, work.sweep.name)
+    repeats = chosen.verdict.repeats if chosen.verdict else 0
+    runs = yield from _what_is_new(work.train(chosen, repeats, TRAIN_ONLY))
+    measured = _measured(runs, "val_accuracy", "val_samples")
+    return Verdict(chosen, measured, rule, _diverged(runs, TRAIN_ONLY), chosen.verdict), runs
+
+
+def _what_is_new(work: Generator[SeedEvent, None, T]) -> Generator[SeedEvent, None, T]:
+    """The events of a training without those that were said before."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            return end.value
+        if not isinstance(event, SeedDone) or event.new:
+            yield event
 
 
 def _said(verdict: Verdict, tracking: Tracking) -> Verdict:

@@ -21,10 +21,11 @@ from kdexp.distill.randomness import seed_of
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import TeacherProgress, prepare
 from kdexp.runs.recording import Entry, Form, facts, goes_on_here, recorded
-from kdexp.runs.records import recipe_of
+from kdexp.runs.records import FOLDS, REPEAT, REPEATS, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.search.claims import Claimant
 from kdexp.search.scheduler import EpochDone
+from kdexp.search.space import fresh_values
 from kdexp.select.variants import same_images
 from kdexp.select.verify import verify, verify_record
 from kdexp.selection import AS_TRAINED, Candidate
@@ -97,6 +98,14 @@ class _Seed:
             "kdexp.trained_on": self.images,
         }
 
+    def repeat(self, study: RunRecord) -> dict[str, str]:
+        """What finds the trial that trained just this, where the study repeats."""
+        return {
+            "mlflow.parentRunId": study.run_id,
+            REPEATS: str(self.candidate.trial),
+            REPEAT: str(self.number),
+        }
+
 
 @dataclass(frozen=True)
 class Retrainer:
@@ -108,9 +117,9 @@ class Retrainer:
     tracking: Tracking
     device: torch.device
     claimant: Claimant
-    ready: dict[tuple[str, Training | None], Prepared] = field(default_factory=dict)
-    """Data and teacher, the last that were needed: by the images, and by the draws that the
-    teacher's cache is for.
+    ready: dict[tuple[str, Training | None, int], Prepared] = field(default_factory=dict)
+    """Data and teacher, the last that were needed: by the images, and by the draws and the fold
+    that the teacher's cache is for.
     """
 
     images: dict[str, Splits] = field(default_factory=dict)
@@ -169,14 +178,22 @@ class Retrainer:
         return self.images[key]
 
     def _seed(self, number: int, candidate: Candidate, recipe: Recipe, images: str) -> _Seed:
-        value = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)
-        return _Seed(number, candidate, recipe.replace({"training.seed": value}), images)
+        if self.sweep.repeats:
+            fresh = fresh_values(self.sweep, number, int(self.study.tags[FOLDS]))
+            if images != TRAIN_ONLY:  # nothing is held out
+                del fresh["data.fold"]
+        else:
+            seed = seed_of(self.sweep.study.seed, "confirmation", candidate.trial, number)
+            fresh = {"training.seed": seed}
+        return _Seed(number, candidate, recipe.replace(fresh), images)
 
     def _find_or_train(
         self, seed: _Seed, trial: RunRecord
     ) -> Generator[SeedEvent, None, RunRecord]:
         known = self.tracking.find("confirmation", seed.tags(self.study), self.study.experiment_id)
-        run = next((run for run in known if run.status == "FINISHED"), None)
+        run = next(
+            (run for run in [*self._repeats(seed), *known] if run.status == "FINISHED"), None
+        )
         if run is None:
             prepared = yield from self._prepared(seed, trial)
             run_id = yield from self._train(seed, prepared, known)
@@ -186,21 +203,33 @@ class Retrainer:
             yield SeedDone(seed.number, run, new=False)
         return run
 
+    def _repeats(self, seed: _Seed) -> list[RunRecord]:
+        """The study's own training of this seed, if it went to its end."""
+        if not self.sweep.repeats or seed.images != TRAIN_ONLY:
+            return []
+        runs = self.tracking.find("trial", seed.repeat(self.study), self.study.experiment_id)
+        return [run for run in runs if run.tags.get("kdexp.state") in ("complete", "diverged")]
+
     def _prepared(
         self, seed: _Seed, trial: RunRecord
     ) -> Generator[TeacherProgress, None, Prepared]:
         """Data and teacher, which must be the trial's."""
         # erased anew by each seed
         training = seed.recipe.training if seed.recipe.training.random_erasing else None
-        key = seed.images, training
+        fold, shared = seed.recipe.data.fold, self.sweep.teacher.shared
+        one_for_all = shared and training is None
+        key = seed.images, training, 0 if one_for_all else fold
         if key not in self.ready:
             self.ready.clear()
-            recipe = _on(seed.images, self.sweep.recipe)
-            self.ready[key] = yield from prepare(recipe, self.bench, training=training)
-        here = facts(self.ready[key])
+            own = {} if one_for_all else {"data.fold": fold}
+            recipe = _on(seed.images, self.sweep.recipe).replace(own)
+            whole = self.sweep.repeats and one_for_all and seed.images == TRAIN_ONLY
+            self.ready[key] = yield from prepare(recipe, self.bench, training=training, whole=whole)
+        ready = self.ready[key].on(fold)
+        here, same = facts(ready), trial.params.get("data.fold", "0") == str(fold)
         for tag, what in (
-            ("kdexp.teacher_sha256", "teacher"),
-            ("kdexp.validation_sha256", "validation data"),
+            *([("kdexp.teacher_sha256", "teacher")] if same or shared else []),
+            *([("kdexp.validation_sha256", "validation data")] if same else []),
         ):
             if (then := trial.tags.get(tag, here[tag])) != here[tag]:
                 raise KdexpError(
@@ -208,7 +237,7 @@ class Retrainer:
                     f" here {here[tag][:12]}…): put the former {what} back, fresh seeds would not"
                     " compare with its trials."
                 )
-        return self.ready[key]
+        return ready
 
     def _train(
         self, seed: _Seed, prepared: Prepared, known: Sequence[RunRecord]

@@ -7,23 +7,36 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import nn
 
-from kdexp.config import Recipe, Selection, Sweep, Variant, recorded
+from kdexp.config import CONTROLS, Recipe, Selection, Sweep, Variant, recorded
+from kdexp.distill.checkpoints import State
 from kdexp.distill.datasets import Split, load_example, load_test
 from kdexp.distill.deploy import available
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels
+from kdexp.intervals import mean_interval
+from kdexp.repeats import Measure, Repeated
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.plots import frontier
-from kdexp.runs.records import load_student, recipe_of, seal, text_of
+from kdexp.runs.records import (
+    FOLDS,
+    REPEATS,
+    SURE,
+    load_student,
+    recipe_of,
+    seal,
+    text_of,
+)
 from kdexp.runs.tracking import Kind, RunRecord, Tracking
 from kdexp.search.claims import Claimant
 from kdexp.select.variants import (
@@ -35,10 +48,21 @@ from kdexp.select.variants import (
     splits_of,
 )
 from kdexp.select.verify import verify
-from kdexp.selection import AS_TRAINED, Candidate, requirement, select
+from kdexp.selection import (
+    AS_TRAINED,
+    Candidate,
+    FreshSeeds,
+    judged,
+    passes,
+    plan_of,
+    requirement,
+    said,
+    select,
+)
 from kdexp.settings import Settings, without_credentials
 
 __all__ = [
+    "Gain",
     "Promotion",
     "candidates",
     "gain",
@@ -52,6 +76,8 @@ __all__ = [
     "sweep_of",
     "tell",
     "test_of",
+    "under",
+    "with_repeats",
 ]
 
 log = logging.getLogger("kdexp")
@@ -63,7 +89,12 @@ class Promotion:
 
     study: str
     candidate: Candidate
+    run_id: str
+    """Of the model that is registered: the trial's own, or where its recipe was repeated, the first
+    repeat's.
+    """
     rule: Selection
+    val_accuracy: float
     val_interval: tuple[float, float]
     test_accuracy: float
     test_interval: tuple[float, float]
@@ -84,19 +115,62 @@ class Promotion:
     """Where MLflow loads it from: models:/name@alias; empty where the network cannot be
     exported.
     """
+    test_repeats: FreshSeeds | None
+    """What its repeats' models came to on test; None where there are none."""
+    gain: Gain | None
+    """What distillation gained."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Validation accuracy of trial 0 (documented defaults) over trial 1 (labels only), both with
+    the same seeds on the same folds.
+    """
+
+    differences: tuple[float, ...]
+    """Of each pair of trainings."""
+
+    @property
+    def mean(self) -> float:
+        """Over all pairs."""
+        return fmean(self.differences)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The mean's 95 % interval (Student's t); None of a single pair."""
+        return mean_interval(self.differences) if len(self.differences) > 1 else None
+
+    def __str__(self) -> str:
+        gained, pairs = f"{100 * self.mean:+.2f} points on validation", len(self.differences)
+        if self.interval is None:
+            return f"The teacher gave {gained}: one seed each, that says little."
+        low, high = (100 * end for end in self.interval)
+        said = (
+            "helped" if low > 0 else "did harm" if high < 0 else "made no difference to be sure of"
+        )
+        return (
+            f"The teacher {said}: {gained} (95 % interval {low:+.2f} to {high:+.2f}, {pairs} pairs"
+            " of trainings alike but for it)."
+        )
 
 
 def promote(
-    study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device
+    study: RunRecord,
+    rule: Selection,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+    sure: bool = False,
 ) -> Promotion:
     """Select by `rule`, evaluate the selected model, and only it, on test, and register it.
 
-    A model is looked at once: its recorded test accuracy is used from then on. Raises
-    NothingPasses.
+    Where a study has repeated its trials, what is selected is sure. Where nothing is and `sure` is
+    not asked for, one training decides. A model is looked at once: its recorded test accuracy is
+    used from then on. Raises NothingPasses.
     """
     say_where(study, settings)
     with Claimant(settings) as claimant, claimant.lock(test_of(study)):
-        return _promote(study, rule, settings, tracking, device)
+        return _promote(study, rule, settings, tracking, device, sure)
 
 
 def test_of(study: RunRecord) -> str:
@@ -116,20 +190,30 @@ def say_where(study: RunRecord, settings: Settings) -> None:
 
 
 def _promote(
-    study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking, device: torch.device
+    study: RunRecord,
+    rule: Selection,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+    sure: bool,
 ) -> Promotion:
     trials, name = candidates(study, tracking), study.tags["kdexp.study"]
+    known = under(rule, trials, study, tracking)
+    trials = known if sure or any(passes(one, rule) for one in known) else trials
     if rule.size == "bytes" and available():
         trials = contenders(trials, rule, settings, tracking)
     chosen = select(trials, rule, name)
-    run = tracking.read(chosen.run_id)
+    again = _its_repeats(study, chosen, tracking)
+    # where a recipe was repeated, the first of its repeats: none is chosen by its number
+    run = again[0] if again else tracking.read(chosen.run_id)
     recipe = recipe_of(run, tracking)
     verify(run, recipe, chosen.variant, splits_of(run, recipe, settings), tracking, device)
     new_look = "test_accuracy" not in metrics_of(run, chosen.variant)
     if new_look:
         why = f"**Selected** by study *{name}*{_as(chosen.variant)}."
         look_at_test(run, recipe, why, settings, tracking, device, chosen.variant)
-        run = tracking.read(chosen.run_id)
+        run = tracking.read(run.run_id)
+    repeats = _look_at_repeats(study, chosen, again, settings, tracking, device)
     found = metrics_of(run, chosen.variant)
     text = (
         f"Validation accuracy {found['val_accuracy']:.2%}, test accuracy"
@@ -143,13 +227,15 @@ def _promote(
         {"mlflow.parentRunId": study.run_id, "kdexp.selected": rule.goal},
         study.experiment_id,
     ):
-        if other.run_id != chosen.run_id:
+        if other.run_id != run.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
-    tracking.tag(chosen.run_id, {"kdexp.selected": rule.goal})
+    tracking.tag(run.run_id, {"kdexp.selected": rule.goal})
     promotion = Promotion(
         study=name,
         candidate=chosen,
+        run_id=run.run_id,
         rule=rule,
+        val_accuracy=found["val_accuracy"],
         val_interval=(found["val_accuracy_low"], found["val_accuracy_high"]),
         test_accuracy=found["test_accuracy"],
         test_interval=(found["test_accuracy_low"], found["test_accuracy_high"]),
@@ -159,17 +245,21 @@ def _promote(
         looks=looks(study, tracking),
         trials=tuple(trials),
         model=model,
+        test_repeats=repeats,
+        gain=gain(_trials(study, tracking)),
     )
     _report_on_study(study, promotion, tracking)
     return promotion
 
 
 def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
-    """Every trial of a study that ended with weights, by trial number."""
+    """Every trial of a study that ended with weights, by trial number, with its repeats."""
+    runs = _trials(study, tracking)
+    repeats = _repeats(runs)
     ended = {
         int(run.tags["kdexp.trial"]): Outcome.recorded(run)
-        for run in _trials(study, tracking)
-        if run.tags.get("kdexp.weights_sha256")
+        for run in runs
+        if run.tags.get("kdexp.weights_sha256") and REPEATS not in run.tags
     }
     return [
         Candidate(
@@ -180,17 +270,79 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
             bytes=end.size.bytes,
             val_accuracy=end.val_accuracy,
             val_samples=end.val_samples or None,
+            repeated=with_repeats(
+                Repeated(number, end.size.parameters, _measure(end, 0)),
+                repeats[number],
+                min((int(run.tags["kdexp.trial"]) for run in repeats[number]), default=None),
+            ),
         )
         for number, end in ended.items()
     ]
 
 
-def gain(trials: Sequence[Candidate]) -> float | None:
-    """What distillation gained: validation accuracy of trial 0 (defaults) over trial 1 (labels
-    only).
-    """
-    accuracy = {trial.trial: trial.val_accuracy for trial in trials if trial.variant == AS_TRAINED}
-    return accuracy[0] - accuracy[1] if 0 in accuracy and 1 in accuracy else None
+def under(
+    rule: Selection, trials: Sequence[Candidate], study: RunRecord, tracking: Tracking
+) -> list[Candidate]:
+    """A study's trials, where it repeats them with the verdict of `rule` on each."""
+    sweep = sweep_of(study, tracking)
+    if not sweep.repeats or rule.goal != "smallest":
+        return list(trials)
+    if rule == sweep.selection:
+        trials = [_settled(one, study) for one in trials]
+    return judged(trials, plan_of(sweep.study, rule, int(study.tags[FOLDS])), rule)
+
+
+def _settled(one: Candidate, study: RunRecord) -> Candidate:
+    """What was found sure stays sure, whatever other recipes' repeats say later of the noise."""
+    sure = str(one.trial) in study.tags.get(SURE, "").split()
+    return (
+        replace(one, repeated=replace(one.repeated, settled="sure"))
+        if sure and one.repeated
+        else one
+    )
+
+
+def gain(runs: Sequence[RunRecord]) -> Gain | None:
+    """What distillation gained, by the runs of a study's trials and repeats."""
+    accuracies: tuple[dict[str, float], ...] = ({}, {})
+    for run in runs:
+        number = int(run.tags.get(REPEATS, run.tags["kdexp.trial"]))
+        if number < CONTROLS and not _is(run, "pruned"):
+            drawn = f"{run.params.get('training.seed')} {run.params.get('data.fold', '0')}"
+            accuracies[number][drawn] = run.metrics["val_accuracy"]
+    taught, untaught = accuracies
+    pairs = [taught[drawn] - untaught[drawn] for drawn in taught if drawn in untaught]
+    return Gain(tuple(pairs)) if pairs else None
+
+
+def _repeats(runs: Sequence[RunRecord]) -> dict[int, list[RunRecord]]:
+    """By the trial whose recipe they repeat."""
+    found: dict[int, list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        if REPEATS in run.tags:
+            found[int(run.tags[REPEATS])].append(run)
+    return found
+
+
+def with_repeats(known: Repeated, runs: Sequence[RunRecord], since: int | None) -> Repeated:
+    """A recipe with what the runs of its repeats came to; `since` orders the recipes tried."""
+    complete = [run for run in runs if _is(run, "complete")]
+    return replace(
+        known,
+        repeats=tuple(
+            _measure(Outcome.recorded(run), int(run.params["data.fold"])) for run in complete
+        ),
+        diverged=any(_is(run, "diverged") for run in runs),
+        since=since,
+    )
+
+
+def _measure(end: Outcome, fold: int) -> Measure:
+    return Measure(round(end.val_accuracy * end.val_samples), end.val_samples, fold)
+
+
+def _is(run: RunRecord, state: State) -> bool:
+    return run.tags.get("kdexp.state") == state
 
 
 def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
@@ -200,20 +352,58 @@ def sweep_of(study: RunRecord, tracking: Tracking) -> Sweep:
 
 
 def looks(study: RunRecord, tracking: Tracking) -> int:
-    """How many models of a study have been looked at on test: those of its trials and of their
-    fresh seeds, and variants.
+    """How many models of a study have been looked at on test: those of its trials (each with its
+    repeats), of their fresh seeds, and variants.
     """
     kinds: tuple[Kind, ...] = ("trial", "confirmation")
     runs = [
         run for kind in kinds for run in tracking.find(kind, {"mlflow.parentRunId": study.run_id})
     ]
-    return sum(name.rpartition("/")[2] == "test_accuracy" for run in runs for name in run.metrics)
+    return len(
+        {
+            (run.tags.get(REPEATS, run.run_id), name)
+            for run in runs
+            for name in run.metrics
+            if name.rpartition("/")[2] == "test_accuracy"
+        }
+    )
 
 
 def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
     runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id})
     ended = [run for run in runs if run.status == "FINISHED" and "val_accuracy" in run.metrics]
     return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
+
+
+def _its_repeats(study: RunRecord, chosen: Candidate, tracking: Tracking) -> list[RunRecord]:
+    """The runs that a sure recipe's verdict rests on, the first one first."""
+    if chosen.verdict is None or chosen.variant != AS_TRAINED:
+        return []
+    runs = _repeats(_trials(study, tracking))[chosen.trial]
+    return [run for run in runs if _is(run, "complete")]
+
+
+def _look_at_repeats(
+    study: RunRecord,
+    chosen: Candidate,
+    runs: Sequence[RunRecord],
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+) -> FreshSeeds | None:
+    """Look at the models of a sure recipe's repeats on test, each once."""
+    correct, samples = [], 0
+    for run in (tracking.read(run.run_id) for run in runs):
+        if "test_accuracy" not in run.metrics:
+            recipe = recipe_of(run, tracking)
+            images = splits_of(run, recipe, settings)
+            verify(run, recipe, AS_TRAINED, images, tracking, device)
+            why = f"**Repeats** trial {chosen.trial} of study *{study.tags['kdexp.study']}*."
+            look_at_test(run, recipe, why, settings, tracking, device)
+        found = tracking.read(run.run_id).metrics
+        samples = int(found["test_samples"])
+        correct.append(round(found["test_accuracy"] * samples))
+    return FreshSeeds(tuple(correct), samples) if correct else None
 
 
 def look_at_test(
@@ -340,19 +530,21 @@ def _as(variant: Variant) -> str:
 
 def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
     trials, chosen, (low, high) = done.trials, done.candidate, done.test_interval
+    sure = f" Its recipe: {said(chosen.verdict)}." if chosen.verdict else ""
     lines = [
         (
-            f"**Selected: trial {chosen.trial}{_as(chosen.variant)}**, run `{chosen.run_id}`:"
-            f" {chosen.parameters:,} parameters, {chosen.val_accuracy:.2%} on validation,"
+            f"**Selected: trial {chosen.trial}{_as(chosen.variant)}**, run `{done.run_id}`:"
+            f" {chosen.parameters:,} parameters, {done.val_accuracy:.2%} on validation,"
             f" **{done.test_accuracy:.2%}** on test (95 % interval {low:.2%} to {high:.2%},"
-            f" {done.test_samples:,} images)."
+            f" {done.test_samples:,} images).{sure}"
         ),
         "",
+        *([str(done.gain), ""] if done.gain else []),
         (
             f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')},"
             f" validation accuracy {requirement(done.rule)}. Load it:"
             f" `{load_call(done.model, chosen.variant)}`. Train it again: `kdexp reproduce"
-            f" {chosen.run_id}`."
+            f" {done.run_id}`."
         ),
         "",
         "| trial | parameters | validation accuracy | run |",
@@ -364,16 +556,17 @@ def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> N
         ),
     ]
     tell(study, "selected", "\n".join(lines), tracking)
-    tracking.tag(study.run_id, {"kdexp.selected_run": chosen.run_id})
-    metrics = {
+    tracking.tag(study.run_id, {"kdexp.selected_run": done.run_id})
+    metrics: dict[str, float] = {
         "trials": len({c.trial for c in trials}),
         "selected_parameters": chosen.parameters,
-        "selected_val_accuracy": chosen.val_accuracy,
+        "selected_val_accuracy": done.val_accuracy,
     }
-    gained = gain(trials)
-    tracking.log_metrics(
-        study.run_id, metrics | ({"distillation_gain": gained} if gained is not None else {})
-    )
+    if done.gain:
+        metrics["distillation_gain"] = done.gain.mean
+    if done.test_repeats:
+        metrics["selected_test_mean"] = done.test_repeats.mean
+    tracking.log_metrics(study.run_id, metrics)
     with tempfile.TemporaryDirectory() as temporary:
         frontier(trials, done.rule, chosen).savefig(Path(temporary) / "frontier.png", dpi=110)
         seal(study.run_id, tracking.log_files(study.run_id, Path(temporary)), tracking)

@@ -1,0 +1,149 @@
+"""What the answer of a real study is worth: the true accuracy of the recipe that it ends with.
+
+    python -m benchmarks.answers [--studies 20] [--seeds 20] [--file sweeps/digits.yaml]
+
+Each study has another seed and another split of the real digits into training, validation and test.
+Its answer's *true* accuracy is the mean test accuracy of fresh trainings of that recipe, each with
+another seed on yet another split, with a teacher of that split's own: no image that any of these
+students or teachers has seen is counted. Two ways to answer, on the same studies' seeds:
+
+    repeats     the file as it stands: what is selected is sure
+    one         the same number of trainings with study.repeats: 1, where one training decides
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import TypeVar
+
+import torch
+
+from benchmarks.report import Row, print_report
+from kdexp.config import Recipe, Sweep, load
+from kdexp.distill.datasets import load_splits, load_test
+from kdexp.distill.evaluate import evaluate
+from kdexp.distill.models import build
+from kdexp.distill.packs import Lane
+from kdexp.distill.teacher import prepare_teacher
+from kdexp.distill.train import train
+from kdexp.environment import configure
+from kdexp.runs.records import recipe_of
+from kdexp.runs.tracking import Tracking
+from kdexp.search.sweep import run_sweep
+from kdexp.select.promote import candidates, under
+from kdexp.selection import NothingPasses, select
+from kdexp.settings import Settings
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+ELSEWHERE = 100_000  # split seeds of the fresh trainings begin here
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and last the line of JSON."""
+    options = _options(arguments)
+    configure("cpu", 1)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        teachers = Path(temporary)
+        for row in _answers(options, teachers):
+            print(row, flush=True)
+            rows.append(row)
+    summary = [
+        _summary(way, [row for row in rows if row["way"] == way]) for way in ("repeats", "one")
+    ]
+    title = (
+        f"{options.studies} studies of {options.file.stem}, each answer trained"
+        f" {options.seeds} times more"
+    )
+    print_report(title, summary, {"summary": summary, "rows": rows})
+
+
+def _answers(options: argparse.Namespace, teachers: Path) -> Iterator[Row]:
+    base = load(options.file)
+    for number in range(options.studies):
+        for way, study in (("repeats", {}), ("one", {"repeats": 1})):
+            sweep = base.replace({"data.split_seed": number}).model_copy(
+                update={"study": base.study.model_copy(update={**study, "seed": number})}
+            )
+            yield {"way": way, "study": number, **_answer(sweep, options.seeds, teachers)}
+
+
+def _answer(sweep: Sweep, seeds: int, teachers: Path) -> Row:
+    """A study's answer, and what it is worth."""
+    bar = sweep.selection.accuracy_bar
+    with tempfile.TemporaryDirectory() as stores:
+        settings = Settings(stores=Path(stores), workers=1)
+        tracking = Tracking(settings)
+        finished(run_sweep(sweep, settings, tracking, CPU))
+        study = tracking.study(sweep.name)
+        trials = under(sweep.selection, candidates(study, tracking), study, tracking)
+        try:
+            chosen = select(trials, sweep.selection)
+        except NothingPasses:
+            return {"bar": bar, "parameters": None, "promised": None, "true": None}
+        recipe = recipe_of(tracking.read(chosen.run_id), tracking)
+    promised = chosen.verdict.mean if chosen.verdict else chosen.val_accuracy
+    true = fmean(accuracies(recipe, seeds, teachers))
+    return {"bar": bar, "parameters": chosen.parameters, "promised": promised, "true": true}
+
+
+def accuracies(recipe: Recipe, seeds: int, teachers: Path) -> Iterator[float]:
+    """Test accuracies of a recipe with so many other seeds on other splits."""
+    for seed in range(seeds):
+        fresh = recipe.replace(
+            {"training.seed": seed, "data.split_seed": ELSEWHERE + seed, "data.fold": 0}
+        )
+        splits = load_splits(fresh.data)
+        teacher = finished(prepare_teacher(fresh.teacher, fresh.data, splits, teachers))
+        *_, (last,) = _kept(fresh, splits, teacher)
+        module = build(fresh.student, splits.train)
+        module.load_state_dict(last)
+        yield evaluate(module.eval(), load_test(fresh.data)).accuracy
+
+
+def _kept(recipe, splits, teacher):
+    for (report,) in train([Lane.of(recipe)], splits, recipe.data, teacher.soft):
+        if report.weights is not None:
+            yield (report.weights,)
+
+
+def finished(work: Generator[object, None, T]) -> T:
+    """What a generator comes to."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def _summary(way: str, rows: Sequence[Row]) -> Row:
+    answers = [row for row in rows if row["true"] is not None]
+    bar = rows[0]["bar"]
+    return {
+        "way": way,
+        "studies": len(rows),
+        "no_answer": len(rows) - len(answers),
+        "under_bar": sum(row["true"] < bar for row in answers),
+        "mean_over_bar_points": 100 * fmean(row["true"] - bar for row in answers),
+        "mean_promised_less_true_points": 100 * fmean(r["promised"] - r["true"] for r in answers),
+        "median_parameters": median(row["parameters"] for row in answers),
+    }
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.answers", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--studies", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--file", type=Path, default=Path("sweeps/digits.yaml"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
