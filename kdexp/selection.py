@@ -247,7 +247,14 @@ def _nearest_sure(candidates: Sequence[Candidate], rule: Selection, study: str) 
     of = f" of study '{study}'" if study else ""
     head = f"No student{of} is sure to reach {100 * rule.accuracy_bar:.2f} % at {level:g} %"
     if not repeated:
-        return f"{head}: no trial has repeats. {_larger(within, rule)}"
+        once = any(c.val_accuracy >= rule.accuracy_bar for c in within)
+        all_the_same = (
+            f" One training reached it: kdexp select {study or 'STUDY'} takes that; more trainings"
+            " (--trials) repeat it."
+        )
+        return (
+            f"{head}: no trial has repeats.{all_the_same if once else ''} {_larger(within, rule)}"
+        )
     nearest, found = max(repeated, key=lambda pair: (pair[1].low, -pair[0].trial))
     head = (
         f"{head}. Nearest: trial {nearest.trial} ({size_of(nearest, rule.size):,} {unit}):"

@@ -36,7 +36,7 @@ from kdexp.settings import Settings
 from kdexp.workers.pool import Pool, PoolSize
 from kdexp.workers.work import Done, Ended, Job, Prepared, Task
 
-RECIPE = tiny_sweep().recipe
+RECIPE = tiny_sweep().recipe.replace({"teacher.per_fold": False})
 
 
 def on(fold: int, recipe: Recipe = RECIPE, **values: Any) -> Recipe:

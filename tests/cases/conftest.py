@@ -32,7 +32,7 @@ training: {batch_size: 64, learning_rate: 1.0e-2, epochs: 2}
 search:
   distillation.alpha: {low: 0.0, high: 1.0}
   student.hidden: {low: 8, high: 32, step: 8}
-study: {trials: 3}
+study: {trials: 3, repeats: 1}
 selection: {accuracy_bar: 0.2}
 """
 OWN_DATA = (
