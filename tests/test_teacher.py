@@ -18,7 +18,7 @@ from kdexp.config import Augment, Data, Distillation, Teacher, Training
 from kdexp.distill import teacher as module_under_test
 from kdexp.distill.batches import pixels, views
 from kdexp.distill.datasets import Splits
-from kdexp.distill.evaluate import logits_of
+from kdexp.distill.evaluate import evaluate, logits_of
 from kdexp.distill.execution import choose
 from kdexp.distill.logits import CacheProgress
 from kdexp.distill.models import build, weights_hash
@@ -35,7 +35,9 @@ from kdexp.distill.train import EpochReport, draw, draw_erased, train
 DATA = Data(
     dataset="digits", channels=1, validation_fraction=0.2, augment=Augment(flip=False, shift=1)
 )
-TEACHER = Teacher(architecture="cnn", channels=(8, 16), hidden=16, epochs=2, learning_rate=0.01)
+TEACHER = Teacher(
+    architecture="cnn", channels=(8, 16), hidden=16, epochs=2, learning_rate=0.01, per_fold=False
+)
 
 
 def prepared(
@@ -202,7 +204,7 @@ def fold(number: int) -> Data:
     return DATA.model_copy(update={"fold": number})
 
 
-def test_a_teacher_holds_out_fold_0_whatever_its_students_hold_out(tmp_path, digits) -> None:
+def test_a_shared_teacher_holds_out_fold_0_whatever_its_students_hold_out(tmp_path, digits) -> None:
     other, events = prepared(tmp_path / "other", digits.cut_by(fold(3)), data=fold(3))
     assert epochs(events) == TEACHER.epochs
     usual, _ = prepared(tmp_path / "usual", digits)
@@ -578,3 +580,15 @@ def test_what_is_erased_of_an_image_its_teacher_does_not_see_either(tmp_path, di
     assert not torch.allclose(whole, live, rtol=4e-3, atol=2e-2)
     other, _ = prepared(tmp_path, digits, training=Training(epochs=12, seed=5, random_erasing=0.5))
     assert other.logits_sha256 != cached.logits_sha256
+
+
+def test_each_fold_has_a_teacher_of_its_own_unless_it_is_shared(tmp_path, digits) -> None:
+    alone = TEACHER.model_copy(update={"per_fold": True})
+    usual, _ = prepared(tmp_path, digits, teacher=alone)
+    other, events = prepared(tmp_path, digits.cut_by(fold(3)), teacher=alone, data=fold(3))
+    assert epochs(events) == TEACHER.epochs
+    assert other.sha256 != usual.sha256
+    module = build(alone, digits.train)
+    module.load_state_dict(read_weights(other.weights, module))
+    held_out = evaluate(module, digits.cut_by(fold(3)).validation)
+    assert (other.val_correct, other.val_samples) == (held_out.correct, held_out.samples)
