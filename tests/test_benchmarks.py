@@ -127,12 +127,11 @@ def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlate
     options = honesty._options(
         ["--candidates", "2", "--images", "500", "--shared", "0.4", "--seed-sd", "0"]
     )
-    generator = np.random.default_rng(1)
     off = []
-    for _ in range(4000):
-        study = honesty.draw(options, generator)
-        found = np.array([candidate.val_accuracy for candidate in study.candidates])
-        off.append((found - study.true) / np.sqrt(study.true * (1 - study.true) / 500))
+    for seed in range(4000):
+        study = honesty.draw(options, 0.075, seed)
+        found, true = np.array([each.first.accuracy for each in study.every]), np.array(study.true)
+        off.append((found - true) / np.sqrt(true * (1 - true) / 500))
     assert np.cov(np.array(off).T) == pytest.approx(np.array([[1, 0.4], [0.4, 1]]), abs=0.06)
     assert np.mean(off) == pytest.approx(0, abs=0.04)
 
@@ -140,12 +139,30 @@ def test_the_simulated_noise_of_a_model_is_binomial_and_that_of_two_is_correlate
 def test_confidence_and_fresh_seeds_each_make_the_selector_more_honest_at_the_cost_of_size(
     capsys,
 ) -> None:
-    honesty.main(["--repetitions", "60"])
+    names = ["today", "confirm", "confidence", "both"]
+    honesty.main(["--repetitions", "60", "--exponents", "0.075", "--policies", *names])
     plain, confirmed, sure, both = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     for better, worse in ((confirmed, plain), (sure, plain), (both, confirmed), (both, sure)):
         assert better["under_bar_%"] < worse["under_bar_%"]
         assert better["size_ratio"] > worse["size_ratio"]
     assert both["under_bar_%"] <= 10
+
+
+def test_repeats_on_fresh_folds_are_honest_and_smaller(capsys) -> None:
+    options = ["--repetitions", "30", "--exponents", "0.15", "--policies", "both", "repeats"]
+    honesty.main(options)
+    both, repeats = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert repeats["under_bar_%"] <= 10
+    assert repeats["none_%"] == 0
+    assert repeats["size_ratio"] < both["size_ratio"]
+
+
+def test_a_whole_study_spends_its_trainings_and_comes_to_an_answer(capsys) -> None:
+    options = ["--repetitions", "1", "--trainings", "25", "--exponents", "0.15"]
+    honesty.main([*options, "--policies", "both", "repeats"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["trainings"] <= 25 for row in rows] == [True, True]
+    assert rows[1]["none_%"] == 0
 
 
 @pytest.mark.slow
