@@ -1,30 +1,37 @@
 """Which recipe is trained again, and what its repeats prove: sure, hopeless, or still open. Pure.
 
 A repeat is trained with a fresh seed and holds out a fresh fold. A recipe's first training is what
-made it a candidate, so its luck is not held against the bar: the verdict rests on repeats alone.
+made it a candidate, so its luck does not count: the verdict rests on repeats alone.
 
-    sure        the lower end of the repeats' mean is at least the bar
-    hopeless    no repeats are left, or it would probably not become sure by the last one
+    sure        the lower end of its repeats' mean is at least the bar
+    hopeless    no repeats are left, or it would hardly become sure by the last one
     open        neither
 
-Four sources of error are counted in.
+With e = 1 - level, whatever the recipes' true accuracies are:
 
-*Seeds and images.* The mean of n trainings on fresh folds of N images is as good as n N / (1 + s)
-independent images, where s is the variance that seeds add, in units of the images' own
-p (1 - p) / N: a quasi-binomial (McCullagh & Nelder 1989, Generalized Linear Models, 4.5). s is
-estimated from all repeats of the study and a stated prior. A fold that is held out m times is as
-good as N m / (m + s) images: never more than N. The lower end is Wilson's, with that many images.
+- A recipe that is truly under the bar is found sure with probability e at most, looks counted
+  in.
+- That any recipe of a study is found sure that has more than 1 + tolerance times the errors that
+  the bar allows, has probability e at most, all recipes that are tried counted in. (Such a
+  tolerance is usual in determining feasibility: Andradottir & Kim 2010, Naval Res. Logist. 57:119.)
 
-*Looking after every repeat.* After k of at most K repeats, a part (k / K)^2 of a recipe's error is
-spent (Lan & DeMets 1983, Biometrika 70:659; the power family: Kim & DeMets 1987, Biometrika
-74:149). The quantiles are exact for a Brownian motion (Armitage, McPherson & Rowe 1969, J. R.
-Stat. Soc. A 132:235), so the lower end is that of a repeated confidence interval (Jennison &
-Turnbull 1989).
+What is counted:
 
-*Trying several recipes.* The study's error is 1 - level. Every recipe that is repeated gets a part
-of what is left of it, and gives that back if it is found sure: the fallback procedure (Wiens &
-Dmitrienko 2005, J. Biopharm. Stat. 15:929; online: Tian & Ramdas 2021, Stat. Methods Med. Res.
-30:976). Going from sure to smaller therefore costs nothing, and only failures do.
+*Seeds and images.* n trainings on fresh folds of N images are as good as n N / (1 + s) independent
+images, where s is what seeds add to the images' variance, in units of that: a quasi-binomial
+(McCullagh & Nelder 1989, Generalized Linear Models, 4.5). It is estimated from all repeats of the
+study and a stated prior. A fold that is held out m times is as good as N m / (m + s): never more
+than N. The lower end is Wilson's, of so many images.
+
+*Looking after every repeat.* After k of at most K repeats (k / K)^2 of a recipe's error is spent
+(Lan & DeMets 1983, Biometrika 70:659; powers: Kim & DeMets 1987, Biometrika 74:149). The quantiles
+are those of a Brownian motion (Armitage, McPherson & Rowe 1969, J. R. Stat. Soc. A 132:235), so the
+ends of all looks hold together (Jennison & Turnbull 1989, J. R. Stat. Soc. B 51:305).
+
+*Trying several recipes.* Each gets a part of what is left of the study's e, and gives it back if it
+is found sure: the fallback procedure (Wiens & Dmitrienko 2005, J. Biopharm. Stat. 15:929; one by
+one: Tian & Ramdas 2021, Stat. Methods Med. Res. 30:976). From sure to smaller costs nothing; only
+failures do.
 
 *Which comes next* proves nothing, so a model may choose it: see `next_repeat`.
 """
@@ -62,13 +69,13 @@ __all__ = [
 State = Literal["sure", "hopeless", "open"]
 Floats = NDArray[np.float64]
 
-# what seeds add to the variance of the images, before any repeat: 0.2 points, 6,000 images at
-# 92.4 % (docs/results.md); it counts as much as so many degrees of freedom
+# what seeds add to the images' variance, before any repeat (0.2 points, 6,000 images, 92.4 %:
+# docs/results.md), and how many degrees of freedom that counts for
 SEEDS, SEEDS_WEIGHT = 0.35, 10.0
 SPENDING: Final = 2.0  # power of the share of repeats done: 3 is close to O'Brien & Fleming 1979
-PART: Final = 0.25  # of the error that is left, for the next recipe that is tried
+PART: Final = 0.25  # of the error that is left, for the recipe that is tried next
 HOPELESS: Final = 0.1  # probability to become sure
-WORTH: Final = 0.004  # expected saving of log size, a training
+WORTH: Final = 0.004  # expected saving of log size for each training that it may take
 SHARED: Final = 0.7  # of the variance of images that is common to all students (docs/results.md)
 SPREAD, SPREAD_WEIGHT = 0.04, 4.0  # of log errors around the law of sizes, before any trial
 SLOPE, SLOPE_SD = -0.1, 0.1  # of log errors over log size, before any trial
@@ -123,7 +130,9 @@ class Plan:
 
     bar: float
     level: float = 0.95
-    """Of the study's answer as a whole, all recipes that were tried counted in."""
+    """Of each recipe against the bar; of the study's answer, all that were tried counted in,
+    against the bar less the tolerance.
+    """
     most: int = 9
     """Repeats of one recipe."""
     folds: int = 10
@@ -131,7 +140,7 @@ class Plan:
     limit: int | None = None
     """Size over which nothing is repeated."""
     tolerance: float = 0.02
-    """How much under the bar is no harm, as a share of the errors that it allows."""
+    """Share of the errors that the bar allows: 0.02 is 0.15 points at 92.4 %."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +174,13 @@ def verdicts(every: Sequence[Repeated], plan: Plan) -> dict[int, Verdict]:
 def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
     """The number of the trial to repeat next; None where the search should go on.
 
-    `left` is how many trainings may still begin. A repeat is worth it where the size that it is
-    expected to save, probability to become sure x log (smallest sure size / its size), is not
-    small. With nothing sure yet and few trainings left it is the likeliest to become sure.
+    `left` is how many trainings may still begin. The next is the recipe whose repeats are expected
+    to save most,
+
+        probability to become sure * log(smallest sure size / its size) / repeats until the last
+
+    and none where that is little. With nothing sure yet and few trainings left, it is the recipe
+    that is likeliest to become sure, so that a study ends with an answer.
     """
     if left <= 0:
         return None
@@ -179,16 +192,16 @@ def next_repeat(every: Sequence[Repeated], plan: Plan, left: int) -> int | None:
     able = [recipe for recipe in able if study.passing(recipe) >= LIKELY]
     if not able:
         return None
+    # rounded: what is equal but for the order of a sum goes by size and number
     promise = {recipe.trial: round(study.promise(recipe, left), 9) for recipe in able}
     if study.smallest is None and left <= plan.most + AT_ONCE:
         best = max(able, key=lambda recipe: (promise[recipe.trial], -recipe.size, -recipe.trial))
-        return best.trial if promise[best.trial] > 0.01 else None
-    # rounded: what is equal but for the order of a sum goes by number
+        return best.trial if promise[best.trial] > HOPELESS / 10 else None
     worth = {
-        r.trial: round(
-            promise[r.trial] * math.log(study.reference / r.size) / (plan.most - len(r.repeats)), 9
-        )
-        for r in able
+        recipe.trial: promise[recipe.trial]
+        * math.log(study.reference / recipe.size)
+        / (plan.most - len(recipe.repeats))
+        for recipe in able
     }
     best = max(able, key=lambda recipe: (worth[recipe.trial], -recipe.trial))
     return best.trial if worth[best.trial] >= WORTH else None
@@ -252,11 +265,12 @@ class _Study:
         self.seeds = seed_variance(every)
         self.allowed = min(max(1 - plan.bar, 1e-3), 0.9)
         """Share of errors at the bar, where its logarithm is defined."""
+        self._tolerated = plan.tolerance * (1 - plan.bar)
         self._counted: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
 
     def verdict(self, recipe: Repeated) -> Verdict:
         """What a recipe's repeats prove."""
-        low, repeats = self._low(recipe, 1 - self.plan.level), recipe.repeats
+        low, repeats = self._low(recipe, self._errors[recipe.trial]), recipe.repeats
         accuracies = [each.accuracy for each in repeats]
         return Verdict(
             state=self._state(recipe),
@@ -296,16 +310,12 @@ class _Study:
         """
         done, samples = recipe.repeats, recipe.first.samples
         last = min(self.plan.most, len(done) + left)
-        if last <= len(done):
+        if last <= len(done) or not self._near(recipe):
             return 0.0
         rest = ((look % self.plan.folds, samples) for look in range(len(done) + 1, last + 1))
         images = self._images((*((each.fold, each.samples) for each in done), *rest))
-        bar, total = self.plan.bar, images[-1]
-        relative = _relative(images)
-        z1 = boundaries(1 - self.plan.level, relative, self.plan.most)[-1]
-        z2 = boundaries(self._errors[recipe.trial], relative, self.plan.most)[-1]
-        se = math.sqrt(bar * (1 - bar) / total)
-        most_errors = (1 - bar) - max(z1 * se, z2 * se - self.plan.tolerance * (1 - bar))
+        total = images[-1]
+        most_errors = 1 - self.plan.bar - self._margin(recipe, images)
         weight, errors = 0.0, 0.0
         if done:
             mean, now = self._known(done)
@@ -314,8 +324,17 @@ class _Study:
         if needed <= 0:
             return 0.0
         expected, variance = self._expected[recipe.trial]
-        noise = bar / (self.allowed * total * (1 - weight))
+        noise = self.plan.bar / (self.allowed * total * (1 - weight))
         return float(ndtr((math.log(needed) - expected) / math.sqrt(variance + noise)))
+
+    def _margin(self, recipe: Repeated, images: Sequence[float]) -> float:
+        """How much over the bar the mean must be at the last of these looks."""
+        alone, among = (
+            boundaries(error, _relative(images), self.plan.most)[-1]
+            for error in (1 - self.plan.level, self._errors[recipe.trial])
+        )
+        error = math.sqrt(self.plan.bar * (1 - self.plan.bar) / images[-1])
+        return max(alone * error, among * error - self._tolerated)
 
     def passing(self, recipe: Repeated) -> float:
         """The probability that it truly meets the bar."""
@@ -347,18 +366,12 @@ class _Study:
             elif recipe.settled == "sure":
                 proved = True
             else:
-                proved = self._proved(recipe, PART * left)
+                proved = self._low(recipe, PART * left) >= self.plan.bar
             if proved:
                 sure.add(recipe.trial)
             else:
                 left *= 1 - PART
         return {recipe.trial: errors.get(recipe.trial, PART * left) for recipe in self.every}, sure
-
-    def _proved(self, recipe: Repeated, error: float) -> bool:
-        one, all_ = self._low(recipe, 1 - self.plan.level), self._low(recipe, error)
-        return one >= self.plan.bar and all_ >= self.plan.bar - self.plan.tolerance * (
-            1 - self.plan.bar
-        )
 
     def _state(self, recipe: Repeated) -> State:
         if recipe.trial in self._sure:
@@ -369,8 +382,15 @@ class _Study:
             return "open"
         return "hopeless" if self.promise(recipe, self.plan.most) < HOPELESS else "open"
 
-    def _low(self, recipe: Repeated, error: float) -> float:
-        """The highest of the lower ends at every look, all of which hold at once."""
+    def _low(self, recipe: Repeated, part: float) -> float:
+        """What is at least the bar where both are: its own lower end; and that of its part of the
+        study's error, with the tolerance.
+        """
+        alone, among = self._end(recipe, 1 - self.plan.level), self._end(recipe, part)
+        return min(alone, among + self._tolerated)
+
+    def _end(self, recipe: Repeated, error: float) -> float:
+        """The highest of the lower ends at every look, all of which hold together."""
         known = [self._known(recipe.repeats[: n + 1]) for n in range(len(recipe.repeats))]
         z = boundaries(error, _relative([images for _, images in known]), self.plan.most)
         ends = (
@@ -401,7 +421,8 @@ class _Study:
         return self._counted[held]
 
     def _near(self, recipe: Repeated) -> bool:
-        return not recipe.diverged and _log_errors(recipe.first) < math.log(self.allowed) + NEAR
+        near = _log_errors(recipe.first) < math.log(self.allowed) + NEAR
+        return not recipe.diverged and (near or bool(recipe.repeats))
 
     @cached_property
     def _expected(self) -> dict[int, tuple[float, float]]:
