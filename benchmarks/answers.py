@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import TypeVar
 
 import torch
 
@@ -33,12 +32,12 @@ from kdexp.distill.train import train
 from kdexp.environment import configure
 from kdexp.runs.records import recipe_of
 from kdexp.runs.tracking import Tracking
+from kdexp.search.scheduler import finished
 from kdexp.search.sweep import run_sweep
 from kdexp.select.promote import candidates, under
 from kdexp.selection import NothingPasses, select
 from kdexp.settings import Settings
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 ELSEWHERE = 100_000  # split seeds of the fresh trainings begin here
 
@@ -100,25 +99,11 @@ def accuracies(recipe: Recipe, seeds: int, teachers: Path) -> Iterator[float]:
         )
         splits = load_splits(fresh.data)
         teacher = finished(prepare_teacher(fresh.teacher, fresh.data, splits, teachers))
-        *_, (last,) = _kept(fresh, splits, teacher)
         module = build(fresh.student, splits.train)
-        module.load_state_dict(last)
+        for (report,) in train([Lane.of(fresh)], splits, fresh.data, teacher.soft):
+            if report and report.weights:
+                module.load_state_dict(report.weights)
         yield evaluate(module.eval(), load_test(fresh.data)).accuracy
-
-
-def _kept(recipe, splits, teacher):
-    for (report,) in train([Lane.of(recipe)], splits, recipe.data, teacher.soft):
-        if report.weights is not None:
-            yield (report.weights,)
-
-
-def finished(work: Generator[object, None, T]) -> T:
-    """What a generator comes to."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def _summary(way: str, rows: Sequence[Row]) -> Row:

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.honesty import BAR, _options, draw
-from kdexp.repeats import next_repeat
 from kdexp.runs.plots import BLUE, GREEN, GREY, ORANGE
 
 SEED = 3
@@ -26,8 +25,7 @@ def main(file: Path) -> None:
     trained = draw(_options([]), 0.15, SEED)
     sizes = [recipe.size for recipe in trained.every]
     once = [recipe.first.accuracy for recipe in trained.every]
-    while (trial := next_repeat(trained.every, trained.plan, 1000)) is not None:
-        trained.repeat(trial)
+    trained.repeat_all()
     lucky = min((s, n) for n, (s, a) in enumerate(zip(sizes, once, strict=True)) if a >= BAR)[1]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -144,6 +144,11 @@ class Trained:
         self.every[trial] = replace(self.every[trial], settled=state)
         return self.every[trial]
 
+    def repeat_all(self) -> None:
+        """Repeats until none is worth it."""
+        while (trial := next_repeat(self.every, self.plan, 1000)) is not None:
+            self.repeat(trial)
+
     def sure(self) -> int | None:
         """The smallest that is sure."""
         found = [(each.size, each.trial) for each in self.every if each.settled == "sure"]
@@ -186,8 +191,7 @@ def static(options: argparse.Namespace, exponent: float, seed: int, policy: Poli
     trained = draw(options, exponent, seed)
     passing = [recipe.size for recipe, true in zip(trained.every, trained.true) if true >= BAR]
     if policy.repeats:
-        while (trial := next_repeat(trained.every, trained.plan, 1000)) is not None:
-            trained.repeat(trial)
+        trained.repeat_all()
         chosen = trained.sure()
     else:
         chosen = trained.selected(policy, np.inf)

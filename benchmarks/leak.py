@@ -23,13 +23,10 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TypeVar
-
-from scipy.stats import t
+from statistics import fmean
 
 from benchmarks.report import Row, print_report
 from kdexp.config import Recipe, load
@@ -40,6 +37,8 @@ from kdexp.distill.randomness import seed_of
 from kdexp.distill.teacher import CachedTeacher, prepare_teacher
 from kdexp.distill.train import TeacherLogits, train
 from kdexp.environment import configure
+from kdexp.intervals import mean_interval
+from kdexp.search.scheduler import finished
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 RECIPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
@@ -50,7 +49,6 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     ),
 }
 """The sweep file of each, and what is not as trial 0 has it."""
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,23 +84,18 @@ def blocks(recipe: Recipe, splits: Splits, students: int, folder: Path) -> Itera
 def summed_up(rows: Sequence[Row]) -> Row:
     """The mean over blocks, and the 95 % interval of the difference."""
     differences = [row["difference"] for row in rows]
-    mean, many = fmean(differences), len(differences)
-    half = (
-        float(t.ppf(0.975, many - 1)) * stdev(differences) / math.sqrt(many)
-        if many > 1
-        else math.inf
-    )
+    low, high = mean_interval(differences) if len(rows) > 1 else (-math.inf, math.inf)
     means = {
         name: round(fmean(row[name] for row in rows), 3)
         for name in ("shared", "own", "teacher_shared", "teacher_own")
     }
     return {
         "pairs": sum(row["pairs"] for row in rows),
-        "blocks": many,
+        "blocks": len(rows),
         **means,
-        "difference": round(mean, 3),
-        "low": round(mean - half, 3),
-        "high": round(mean + half, 3),
+        "difference": round(fmean(differences), 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
     }
 
 
@@ -136,7 +129,7 @@ def _block(
 
 def _teacher(recipe: Recipe, splits: Splits, folder: Path, whole: bool) -> CachedTeacher:
     """One that holds out the validation images of these splits."""
-    return _end(
+    return finished(
         prepare_teacher(recipe.teacher, recipe.data, splits, folder, whole=whole)  # of fold 0
     )
 
@@ -151,15 +144,6 @@ def _accuracy(recipe: Recipe, seeds: Sequence[int], splits: Splits, soft: Teache
             if report and report.weights:
                 correct[slot] = report.val_correct
     return 100 * fmean(correct) / len(splits.validation)
-
-
-def _end(steps: Generator[object, None, T]) -> T:
-    """What comes of a generator."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

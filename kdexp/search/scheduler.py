@@ -194,17 +194,17 @@ class _Claimed:
 
     @cached_property
     def key(self) -> tuple[str, ...]:
-        """Trials can train as one if their keys are equal. New ones: the fuse key. Resumed ones:
-        also the recorded execution, threads and epoch.
+        """Trials can train as one if their keys are equal: for resumed ones also the recorded
+        execution, threads and epoch.
         """
-        fold = f"fold {self.trial.recipe.data.fold}"
+        alike = _alike(self.trial.recipe)
         if self.checkpoint is None or self.form is None:
-            return (self.lane.fuse_key, fold)
+            return alike
         how = self.form.execution
         # which may cut their last epoch short
         together = how.shared or self.lane.training.max_steps
         epoch = self.checkpoint.snapshot.epoch if together else ""
-        return (self.lane.fuse_key, fold, repr(how), str(self.form.threads), str(epoch))
+        return (*alike, repr(how), str(self.form.threads), str(epoch))
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,7 @@ class _Assigned:
     @property
     def key(self) -> tuple[str, ...]:
         """What a trial that begins must have to join."""
-        recipe = next(iter(self.job.tasks.values())).recipe
-        return (Lane.of(recipe).fuse_key, f"fold {recipe.data.fold}")
+        return _alike(next(iter(self.job.tasks.values())).recipe)
 
 
 class Scheduler:
@@ -734,6 +733,11 @@ def finished(work: Generator[object, None, T]) -> T:
             next(work)
         except StopIteration as end:
             return end.value
+
+
+def _alike(recipe: Recipe) -> tuple[str, ...]:
+    """What new trials must share to train as one."""
+    return (Lane.of(recipe).fuse_key, f"fold {recipe.data.fold}")
 
 
 def _started(claimed: _Claimed) -> TrialStarted:

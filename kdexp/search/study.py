@@ -284,10 +284,11 @@ class OpenStudy:
         untrained = self._untrained()
         if self._begun() >= self.sweep.study.trials:
             return None
-        number = None if self._waits else self._to_repeat()
+        waits = self._waits
+        number = None if waits else self._to_repeat()
         if number is not None:
             self._enqueue_repeat(number)
-        elif untrained >= IN_VAIN and not self._waits:
+        elif untrained >= IN_VAIN and not waits:
             return None
         # what is repeated is known: nothing is to be chosen
         vain = untrained if number is None else STUBBORN
@@ -361,7 +362,8 @@ class OpenStudy:
 
     def _smallest(self, trials: Sequence[FrozenTrial]) -> Passing | None:
         if self.sweep.repeats:
-            sure = (Passing(recipe.trial, recipe.size) for recipe in self._sure(trials))
+            every = self._sure(self._repeated(trials))
+            sure = (Passing(recipe.trial, recipe.size) for recipe in every)
             return min(sure, key=lambda passing: (passing.size, passing.trial), default=None)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         passing = [
@@ -434,10 +436,10 @@ class OpenStudy:
     @property
     def sure(self) -> list[int]:
         """The trials whose recipes are sure to meet the bar."""
-        return [recipe.trial for recipe in self._sure(answered(self._trained))]
+        every = self._repeated(answered(self._trained))
+        return [recipe.trial for recipe in self._sure(every)]
 
-    def _sure(self, trials: Sequence[FrozenTrial]) -> list[Repeated]:
-        every = self._repeated(trials)
+    def _sure(self, every: Sequence[Repeated]) -> list[Repeated]:
         states = surenesses(every, self._plan)
         return [recipe for recipe in every if states[recipe.trial].state == "sure"]
 
@@ -461,10 +463,10 @@ class OpenStudy:
         left = self.sweep.study.trials - self._begun()
         if not self.sweep.repeats or left <= 0:
             return None
-        every, sure = self._repeated(trials), self._smallest(trials) is not None
+        every = self._repeated(trials)
         controls = self._controls_to_repeat(every)
         number = next_repeat(every, self._plan, left - len(controls))
-        if number is not None and (left > len(controls) or not sure):
+        if number is not None and (left > len(controls) or not self._sure(every)):
             return number
         due = left <= len(controls) or self._untrained() >= IN_VAIN
         return controls[0] if controls and due else None
@@ -548,11 +550,13 @@ class OpenStudy:
         accuracy = ended.val_accuracy
         limits = constraints(self._aim, size, accuracy, rule, ended.val_samples)
         met = bool(limits) and max(limits.values()) <= 0
-        if ended.state == "complete" or (met and self._repeats(number) is None):
-            told = values(self._aim, size, accuracy)
-            measured = self._measure(number, ended) if self.sweep.repeats else None
-            if measured:
-                limits = self._pooled(number, measured, size, limits)
+        trials = answered(self._trained) if self.sweep.repeats else []
+        own = _by_number(trials).get(number)
+        if ended.state == "complete" or (met and not (own and "repeats" in own.user_attrs)):
+            told, measured = values(self._aim, size, accuracy), None
+            if own:
+                measured = self._measure(own, ended)
+                limits = self._pooled(own, trials, measured, size, limits)
             self._tell(number, told, TrialState.COMPLETE, limits, ended.state, measured)
         elif ended.state == "diverged":
             told = worst(
@@ -574,25 +578,24 @@ class OpenStudy:
                 number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
             )
 
-    def _repeats(self, number: int) -> int | None:
-        """The trial whose recipe this one repeats."""
-        found = answered(lambda: self._study.get_trials(deepcopy=False))[number]
-        return found.user_attrs.get("repeats")
-
-    def _measure(self, number: int, ended: Outcome) -> Measure:
-        recipe = self._recipe(answered(lambda: self._study.get_trials(deepcopy=False))[number])
+    def _measure(self, trial: FrozenTrial, ended: Outcome) -> Measure:
+        recipe = self._recipe(trial)
         assert recipe is not None
         correct = round(ended.val_accuracy * ended.val_samples)
         return Measure(correct, ended.val_samples, recipe.data.fold)
 
     def _pooled(
-        self, number: int, measured: Measure, size: int, limits: Mapping[str, float]
+        self,
+        trial: FrozenTrial,
+        trials: Sequence[FrozenTrial],
+        measured: Measure,
+        size: int,
+        limits: Mapping[str, float],
     ) -> dict[str, float]:
         """What a sampler is told of a recipe's accuracy: the mean over its repeats; that it meets
         the bar once it is sure.
         """
-        trials = answered(self._trained)
-        own = self._repeats(number)
+        own = trial.user_attrs.get("repeats")
         every = {recipe.trial: recipe for recipe in self._repeated(trials)}
         if own not in every:
             return unsure(limits)

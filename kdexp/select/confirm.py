@@ -35,6 +35,7 @@ from kdexp.select.promote import (
     candidates,
     look_at_test,
     looks,
+    measured,
     register,
     say_where,
     sweep_of,
@@ -150,8 +151,8 @@ def _confirm(
             chosen = _next(left, rule, tried, work.sweep.name)
             work.check_trial(tracking.read(chosen.run_id))
             runs = yield from work.train(chosen, seeds, TRAIN_ONLY)
-            measured = _measured(runs, "val_accuracy", "val_samples")
-            verdict = Verdict(chosen, measured, rule, _diverged(runs, TRAIN_ONLY))
+            seen = measured(runs, "val_accuracy", "val_samples")
+            verdict = Verdict(chosen, seen, rule, _diverged(runs, TRAIN_ONLY))
         chosen = verdict.candidate
         yield _said(verdict, tracking)
         if verdict.confirmed and train_and_validation:
@@ -191,8 +192,8 @@ def _until_sure(
     chosen = select(every, rule, work.sweep.name)
     repeats = chosen.verdict.repeats if chosen.verdict else 0
     runs = yield from _what_is_new(work.train(chosen, repeats, TRAIN_ONLY))
-    measured = _measured(runs, "val_accuracy", "val_samples")
-    return Verdict(chosen, measured, rule, _diverged(runs, TRAIN_ONLY), chosen.verdict), runs
+    seen = measured(runs, "val_accuracy", "val_samples")
+    return Verdict(chosen, seen, rule, _diverged(runs, TRAIN_ONLY), chosen.verdict), runs
 
 
 def _what_is_new(work: Generator[SeedEvent, None, T]) -> Generator[SeedEvent, None, T]:
@@ -258,11 +259,6 @@ def _advice(tried: Sequence[Verdict]) -> str:
     )
 
 
-def _measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSeeds:
-    count = int(runs[0].metrics[samples])
-    return FreshSeeds(tuple(round(run.metrics[accuracy] * count) for run in runs), count)
-
-
 # --- test, once ---
 
 
@@ -288,15 +284,13 @@ def _look(
                 )
                 look_at_test(known, recipe, why, work.settings, tracking, work.device)
         found = tuple(tracking.read(run.run_id) for run in runs)
-        test = _measured(found, "test_accuracy", "test_samples")
+        test = measured(found, "test_accuracy", "test_samples")
         text = (
             f"Fresh seed 1 of trial {trial}: validation accuracy {verdict.seeds}; test accuracy"
             f" {test}"
         )
         model = register(found[0], recipe, name, "confirmed", text, work.settings, tracking)
-    tta = (
-        _measured(found, "test_accuracy_tta", "test_samples") if recipe.data.augment.flip else None
-    )
+    tta = measured(found, "test_accuracy_tta", "test_samples") if recipe.data.augment.flip else None
     return Confirmation(
         verdict, tuple(tried), found, images, test, tta, looks(work.study, tracking), model
     )

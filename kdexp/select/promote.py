@@ -69,6 +69,7 @@ __all__ = [
     "load_call",
     "look_at_test",
     "looks",
+    "measured",
     "on_test",
     "promote",
     "register",
@@ -145,12 +146,12 @@ class Gain:
         if self.interval is None:
             return f"The teacher gave {gained}: one seed each, that says little."
         low, high = (100 * end for end in self.interval)
-        said = (
+        effect = (
             "helped" if low > 0 else "did harm" if high < 0 else "made no difference to be sure of"
         )
         return (
-            f"The teacher {said}: {gained} (95 % interval {low:+.2f} to {high:+.2f}, {pairs} pairs"
-            " of trainings alike but for it)."
+            f"The teacher {effect}: {gained} (95 % interval {low:+.2f} to {high:+.2f},"
+            f" {pairs} pairs of trainings alike but for it)."
         )
 
 
@@ -392,7 +393,6 @@ def _look_at_repeats(
     device: torch.device,
 ) -> FreshSeeds | None:
     """Look at the models of a sure recipe's repeats on test, each once."""
-    correct, samples = [], 0
     for run in (tracking.read(run.run_id) for run in runs):
         if "test_accuracy" not in run.metrics:
             recipe = recipe_of(run, tracking)
@@ -400,10 +400,14 @@ def _look_at_repeats(
             verify(run, recipe, AS_TRAINED, images, tracking, device)
             why = f"**Repeats** trial {chosen.trial} of study *{study.tags['kdexp.study']}*."
             look_at_test(run, recipe, why, settings, tracking, device)
-        found = tracking.read(run.run_id).metrics
-        samples = int(found["test_samples"])
-        correct.append(round(found["test_accuracy"] * samples))
-    return FreshSeeds(tuple(correct), samples) if correct else None
+    found = [tracking.read(run.run_id) for run in runs]
+    return measured(found, "test_accuracy", "test_samples") if found else None
+
+
+def measured(runs: Sequence[RunRecord], accuracy: str, samples: str) -> FreshSeeds:
+    """What runs of one recipe came to, by the metrics that hold it."""
+    count = int(runs[0].metrics[samples])
+    return FreshSeeds(tuple(round(run.metrics[accuracy] * count) for run in runs), count)
 
 
 def look_at_test(
