@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -109,6 +110,16 @@ def digits() -> Splits:
             augment=Augment(flip=False, shift=1),
         )
     )
+
+
+def drain(generator: Generator[Any, None, Any]) -> tuple[list[Any], Any]:
+    """Every event of a generator, and what it returns."""
+    events = []
+    while True:
+        try:
+            events.append(next(generator))
+        except StopIteration as end:
+            return events, end.value
 
 
 @cache

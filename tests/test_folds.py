@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, stores_in, tiny_sweep
+from conftest import CPU, drain, stores_in, tiny_sweep
 
 from kdexp.config import Recipe
 from kdexp.distill.datasets import DataError, load_splits
@@ -42,15 +41,6 @@ RECIPE = tiny_sweep().recipe.replace({"teacher.per_fold": False})
 def on(fold: int, recipe: Recipe = RECIPE, **values: Any) -> Recipe:
     """The repeat of a recipe that holds out this fold, with a seed of its own."""
     return recipe.replace({"data.fold": fold, "training.seed": 100 + fold, **values})
-
-
-def drain(generator: Generator[Any, None, Any]) -> tuple[list[Any], Any]:
-    events = []
-    while True:
-        try:
-            events.append(next(generator))
-        except StopIteration as end:
-            return events, end.value
 
 
 @pytest.fixture(scope="module")

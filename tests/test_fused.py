@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import drain
 
 from kdexp.config import Sweep
 from kdexp.distill.models import ModelError
@@ -20,15 +21,6 @@ from kdexp.select.reproduce import reproduce
 from kdexp.selection import select
 
 CPU = torch.device("cpu")
-
-
-def drain(generator):
-    events = []
-    while True:
-        try:
-            events.append(next(generator))
-        except StopIteration as end:
-            return events, end.value
 
 
 @pytest.fixture

@@ -292,17 +292,12 @@ def test_two_commands_share_the_repeats(settings, tracking, tmp_path, machines) 
     assert answers[0] == answers[1]
 
 
-def test_confirm_goes_on_from_the_studys_repeats_under_another_bar(study, monkeypatch) -> None:
+def test_confirm_goes_on_from_the_studys_repeats_under_another_bar(study) -> None:
     settings, _ = study
     tracking = Tracking(settings)
     before = len(tracking.find("trial", {}))
     rule = Selection(accuracy_bar=0.35)
-    work, events = confirm(tracking.study("again"), rule, 8, False, settings, tracking, CPU), []
-    try:
-        while True:
-            events.append(next(work))
-    except StopIteration as end:
-        done = end.value
+    done = finished(confirm(tracking.study("again"), rule, 8, False, settings, tracking, CPU))
     assert done.verdict.confirmed
     assert done.verdict.repeats.state == "sure"
     assert done.verdict.repeats.low >= 0.35

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from conftest import CPU, tiny_sweep
+from conftest import CPU, drain, tiny_sweep
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
@@ -45,15 +45,6 @@ from kdexp.select.promote import candidates, gain, promote, sweep_of
 from kdexp.select.reproduce import reproduce
 from kdexp.selection import NothingPasses
 from kdexp.settings import Settings
-
-
-def drain(generator):
-    events = []
-    while True:
-        try:
-            events.append(next(generator))
-        except StopIteration as end:
-            return events, end.value
 
 
 def rows(settings: Settings, query: str) -> list:
