@@ -9,6 +9,9 @@ students or teachers has seen is counted. Two ways to answer, on the same studie
 
     repeats     the file as it stands: what is selected is sure
     one         the same number of trainings with study.repeats: 1, where one training decides
+
+`whole` is what the same fresh trainings would come to with nothing held out: on the validation
+images too. The first repeat, which is registered, was trained without them.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from kdexp.distill.packs import Lane
 from kdexp.distill.teacher import prepare_teacher
 from kdexp.distill.train import train
 from kdexp.environment import configure
+from kdexp.intervals import mean_interval
 from kdexp.runs.records import recipe_of
 from kdexp.runs.tracking import Tracking
 from kdexp.search.scheduler import finished
@@ -84,11 +88,16 @@ def _answer(sweep: Sweep, seeds: int, teachers: Path) -> Row:
         try:
             chosen = select(trials, sweep.selection)
         except NothingPasses:
-            return {"bar": bar, "parameters": None, "promised": None, "true": None}
+            return {"bar": bar, "parameters": None, "promised": None, "true": None, "whole": None}
         recipe = recipe_of(tracking.read(chosen.run_id), tracking)
-    promised = chosen.verdict.mean if chosen.verdict else chosen.val_accuracy
-    true = fmean(accuracies(recipe, seeds, teachers))
-    return {"bar": bar, "parameters": chosen.parameters, "promised": promised, "true": true}
+    answer = {"bar": bar, "parameters": chosen.parameters}
+    if chosen.verdict is None:
+        true = fmean(accuracies(recipe, seeds, teachers))
+        return {**answer, "promised": chosen.val_accuracy, "true": true, "whole": None}
+    held_out = recipe.replace({"training.keep": "last"})  # as its repeats were trained
+    whole = held_out.replace({"data.train_on_validation": True})
+    true, of_whole = (fmean(accuracies(each, seeds, teachers)) for each in (held_out, whole))
+    return {**answer, "promised": chosen.verdict.mean, "true": true, "whole": of_whole}
 
 
 def accuracies(recipe: Recipe, seeds: int, teachers: Path) -> Iterator[float]:
@@ -109,6 +118,15 @@ def accuracies(recipe: Recipe, seeds: int, teachers: Path) -> Iterator[float]:
 def _summary(way: str, rows: Sequence[Row]) -> Row:
     answers = [row for row in rows if row["true"] is not None]
     bar = rows[0]["bar"]
+    gained = [row["whole"] - row["true"] for row in answers if row["whole"] is not None]
+    whole = (
+        {
+            "mean_whole_less_true_points": 100 * fmean(gained),
+            "interval": [round(100 * end, 2) for end in mean_interval(gained)],
+        }
+        if len(gained) > 1
+        else {}
+    )
     return {
         "way": way,
         "studies": len(rows),
@@ -117,6 +135,7 @@ def _summary(way: str, rows: Sequence[Row]) -> Row:
         "mean_over_bar_points": 100 * fmean(row["true"] - bar for row in answers),
         "mean_promised_less_true_points": 100 * fmean(r["promised"] - r["true"] for r in answers),
         "median_parameters": median(row["parameters"] for row in answers),
+        **whole,
     }
 
 

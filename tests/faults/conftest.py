@@ -18,10 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import migrated_store, tiny_sweep, until
 
 Fault = Callable[[], None]
+REPEATING = {
+    "student__hidden": 8,
+    "training__epochs": 2,
+    "training__learning_rate": 0.02,
+    "search__student.channels": {"choices": [[2, 3], [2, 4], [3, 4], [3, 6], [4, 6], [4, 8]]},
+    "study__objective": "smallest",
+    "study__trials": 10,
+    "study__repeats": 5,
+    "study__retries": 100,
+    "selection__accuracy_bar": 0.25,
+}
+"""A study that aims at the smallest: what passes is trained again, on other folds."""
 SWEEP = ("sweep", "tiny.yaml", "--workers", "1", "--threads", "1")
 PRELOAD = (
     "kdexp.workers.preload",
@@ -124,8 +137,9 @@ class Dies:
         original, calls = getattr(holder, last), [0]
 
         def dying(*args: Any, **kwargs: Any) -> Any:
-            calls[0] += self.only in repr(args)
-            fatal = calls[0] == self.call and self.only in repr(args)
+            counts = self.only in repr((args, kwargs))
+            calls[0] += counts
+            fatal = counts and calls[0] == self.call
             if fatal and not self.after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = original(*args, **kwargs)
@@ -211,6 +225,25 @@ def facts(folder: Path, mlflow_db: Path | None = None) -> Facts:
     )
 
 
+def told(storage: str) -> list[tuple[Any, ...]]:
+    """All that the sampler knows of each trial of the one study there, and what it repeats."""
+    (name,) = optuna.get_all_study_names(storage)
+    return [
+        (
+            trial.params,
+            dict(trial.constraints),
+            trial.values,
+            [trial.user_attrs.get(key) for key in ("repeats", "repeat", "measured")],
+        )
+        for trial in optuna.load_study(study_name=name, storage=storage).trials
+    ]
+
+
+def embedded(folder: Path) -> str:
+    """Optuna's storage of a study in a folder."""
+    return f"sqlite:///{folder / 'mlruns' / 'optuna.db'}"
+
+
 def statuses(folder: Path, mlflow_db: Path | None = None) -> Counter[tuple[str, str]]:
     """How many runs there are by (kind, status)."""
     query = "select value, status from runs join tags using (run_uuid) where key = 'kdexp.kind'"
@@ -258,6 +291,13 @@ def unbroken(folder: Path, arguments: Sequence[str] = SWEEP, **changes: Any) -> 
     end = Life(written(folder, **changes), arguments).end()
     assert end.code == 0, end.err
     return facts(folder)
+
+
+@pytest.fixture(scope="session")
+def repeating(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, list[tuple[Any, ...]]]:
+    """The study with repeats, unbroken, and what its sampler was told."""
+    folder = tmp_path_factory.mktemp("repeating") / "place"
+    return unbroken(folder, **REPEATING), told(embedded(folder))
 
 
 @pytest.fixture(scope="session")

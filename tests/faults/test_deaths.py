@@ -5,6 +5,7 @@ the same study.
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import (
+    REPEATING,
     SWEEP,
     Dies,
     Facts,
     Life,
+    embedded,
     facts,
     no_run_is_left_open,
     statuses,
+    told,
     unbroken,
     written,
 )
@@ -87,6 +91,31 @@ def test_killed(place: Path, whole: Facts, moment: str) -> None:
     assert facts(place) == whole
     assert no_run_is_left_open(place)
     assert statuses(place)["teacher", "FINISHED"] == 1
+
+
+IN_REPEATS = (
+    Dies("kdexp.search.study:OpenStudy._enqueue_repeat", call=1, after=True),
+    Dies("kdexp.runs.tracking:Tracking.start", call=2, only="kdexp.repeats", after=True),
+    Dies("kdexp.runs.recording:Recording.take", call=1, only="fold=2"),
+    Dies("kdexp.search.study:OpenStudy.tell", call=2),
+    Dies("kdexp.search.study:OpenStudy._pooled", call=1, after=True),
+)
+"""Between the choice of a repeat and its trial; with its run made; in the middle of it; measured and
+not told; while it is told.
+"""
+
+
+def test_killed_in_the_middle_of_repeats(
+    tmp_path: Path, repeating: tuple[Facts, list[tuple]]
+) -> None:
+    place = written(tmp_path / "place", **REPEATING)
+    for moment in IN_REPEATS:
+        assert Life(place, SWEEP, moment).end().code == -signal.SIGKILL, (moment, "never came")
+    end = Life(place, SWEEP).end()
+    assert end.code == 0, end.err
+    assert re.search(r"Sure: \d of \d repeats", end.out)
+    assert (facts(place), told(embedded(place))) == repeating
+    assert no_run_is_left_open(place)
 
 
 def test_killed_while_the_store_is_made(place: Path, whole: Facts) -> None:

@@ -20,7 +20,18 @@ import pytest
 import sqlalchemy
 from conftest import until
 
-from faults.conftest import SWEEP, Dies, Facts, Life, Sets, facts, statuses, written
+from faults.conftest import (
+    REPEATING,
+    SWEEP,
+    Dies,
+    Facts,
+    Life,
+    Sets,
+    facts,
+    statuses,
+    told,
+    written,
+)
 from faults.servers import BadProxy, MlflowServer, Postgresql
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgresql]
@@ -169,6 +180,20 @@ def runs_of(server: MlflowServer, study: str) -> Counter[tuple[str, str]]:
         return Counter(mlflow.execute(query, (study,)).fetchall())
 
 
+def weights_of(server: MlflowServer, study: str) -> dict[int, str]:
+    """The digest of what each trial came to, which has one finished run."""
+    query = (
+        "select number.value, weights.value from runs join tags study using (run_uuid) join tags"
+        " number using (run_uuid) join tags weights using (run_uuid) where runs.status ="
+        " 'FINISHED' and study.key = 'kdexp.study' and study.value = ? and number.key ="
+        " 'kdexp.trial' and weights.key = 'kdexp.weights_sha256'"
+    )
+    with closing(sqlite3.connect(server.database, timeout=60)) as mlflow:
+        rows = mlflow.execute(query, (study,)).fetchall()
+    assert len(dict(rows)) == len(rows), "a trial has two finished runs"
+    return {int(number): weights for number, weights in rows}
+
+
 def claimed(server: Postgresql) -> list[tuple[int, str]]:
     """Token and claimant of each trial."""
     engine = sqlalchemy.create_engine(server.url)
@@ -287,6 +312,32 @@ def test_a_machine_that_is_killed_with_three_trials_has_three_successors(
     assert [token for token, _ in claimed(postgresql)] == [2, 2, 2]
     assert len({claimant for _, claimant in claimed(postgresql)}) == 3
     assert any("Selected: trial" in end.out for end in ends)
+
+
+def test_two_machines_that_are_killed_in_the_middle_of_repeats_come_to_the_same_verdicts(
+    tmp_path: Path,
+    postgresql: Postgresql,
+    server: MlflowServer,
+    repeating: tuple[Facts, list[tuple]],
+) -> None:
+    """Each goes on where the other was killed: as on one machine that never was."""
+    changes = {**REPEATING, "name": "repeats"}
+    one, two, command = of_two(tmp_path, postgresql.url, server.url, **changes)
+    moments = (
+        Dies("kdexp.runs.recording:Recording.take", only="fold=2"),
+        Dies("kdexp.runs.tracking:Tracking.start", only="kdexp.repeats", after=True),
+        Dies("kdexp.search.study:OpenStudy.tell", call=2),
+    )
+    for folder, moment in zip((one, two, one), moments, strict=True):
+        assert Life(folder, command, Sets(GRACE, moment)).end().code == -signal.SIGKILL
+    end = Life(two, command, Sets(GRACE)).end()
+    assert end.code == 0, end.err
+    assert told(postgresql.url) == repeating[1]
+    assert weights_of(server, "repeats") == repeating[0].weights
+    select = ["select", "repeats", *command[-4:]]
+    answers = [Life(folder, select).end() for folder in (one, two)]
+    assert answers[0].out == answers[1].out
+    assert "sure" in answers[0].out
 
 
 OUTAGE = float(os.environ.get("KDEXP_TEST_OUTAGE", "10"))
