@@ -24,12 +24,12 @@ from conftest import migrated_store, tiny_sweep, until
 
 Fault = Callable[[], None]
 REPEATING = {
-    "student__hidden": 8,
+    "student__channels": [6, 12],
     "training__epochs": 2,
     "training__learning_rate": 0.02,
-    "search__student.channels": {"choices": [[2, 3], [2, 4], [3, 4], [3, 6], [4, 6], [4, 8]]},
+    "search__student.channels": {"choices": [[2, 4], [3, 6], [4, 6], [4, 8], [6, 8], [6, 12]]},
     "study__objective": "smallest",
-    "study__trials": 10,
+    "study__trials": 12,
     "study__repeats": 5,
     "study__retries": 100,
     "selection__accuracy_bar": 0.25,
