@@ -1,6 +1,7 @@
 """What the answer of a real study is worth: the true accuracy of the recipe that it ends with.
 
     python -m benchmarks.answers [--studies 20] [--seeds 20] [--file sweeps/digits.yaml]
+                                 [--ways repeats one] [--keep docs/results/answers.jsonl]
 
 Each study has another seed and another split of the real digits into training, validation and test.
 Its answer's *true* accuracy is the mean test accuracy of fresh trainings of that recipe, each with
@@ -19,12 +20,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 
-from benchmarks.report import Row, print_report
+from benchmarks.report import Kept, Row, print_report
 from kdexp.config import Recipe, Sweep, load
 from kdexp.distill.datasets import load_splits, load_test
 from kdexp.distill.evaluate import evaluate
@@ -43,6 +46,7 @@ from kdexp.selection import NothingPasses, select
 from kdexp.settings import Settings
 
 CPU = torch.device("cpu")
+WAYS = ("repeats", "one")
 ELSEWHERE = 100_000  # split seeds of the fresh trainings begin here
 
 
@@ -52,13 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configure("cpu", 1)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        teachers = Path(temporary)
-        for row in _answers(options, teachers):
+        for row in _answers(options, Path(temporary)):
             print(row, flush=True)
             rows.append(row)
-    summary = [
-        _summary(way, [row for row in rows if row["way"] == way]) for way in ("repeats", "one")
-    ]
+    summary = [_summary(way, [row for row in rows if row["way"] == way]) for way in options.ways]
     title = (
         f"{options.studies} studies of {options.file.stem}, each answer trained"
         f" {options.seeds} times more"
@@ -67,13 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _answers(options: argparse.Namespace, teachers: Path) -> Iterator[Row]:
-    base = load(options.file)
+    base, kept = load(options.file), Kept(options.keep)
+    file = f"{options.file.stem} {sha256(base.model_dump_json().encode()).hexdigest()[:12]}"
     for number in range(options.studies):
-        for way, study in (("repeats", {}), ("one", {"repeats": 1})):
+        for way in options.ways:
+            study = {"seed": number} | ({"repeats": 1} if way == "one" else {})
             sweep = base.replace({"data.split_seed": number}).model_copy(
-                update={"study": base.study.model_copy(update={**study, "seed": number})}
+                update={"study": base.study.model_copy(update=study)}
             )
-            yield {"way": way, "study": number, **_answer(sweep, options.seeds, teachers)}
+            key = {"file": file, "seeds": options.seeds, "way": way, "study": number}
+            yield kept.row(key, partial(_answer, sweep, options.seeds, teachers))
 
 
 def _answer(sweep: Sweep, seeds: int, teachers: Path) -> Row:
@@ -146,6 +150,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--studies", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--file", type=Path, default=Path("sweeps/digits.yaml"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--keep", type=Path, help="a file of what was measured, a line each")
     return parser.parse_args(arguments)
 
 

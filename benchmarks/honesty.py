@@ -3,6 +3,7 @@ and repeats on fresh folds, by simulation.
 
     python -m benchmarks.honesty [--repetitions 1000] [--candidates 200]      static draws
     python -m benchmarks.honesty --trainings 40 80 [--repetitions 200]        whole adaptive studies
+                                 [--keep docs/results/honesty.jsonl]          hours: it goes on
     python -m benchmarks.honesty --measure-shared
 
 A simulation around the real rules: `selection.select`, `selection.confirms`, `kdexp.repeats`. A
@@ -36,13 +37,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import optuna
 
-from benchmarks.report import Row, print_report
+from benchmarks.report import Kept, Row, print_report
 from kdexp.config import Data, Distillation, Selection, Student, Sweep, Training
 from kdexp.distill.datasets import load_splits
 from kdexp.distill.evaluate import logits_of
@@ -64,6 +66,8 @@ LOST = 0.003  # by hyperparameters that are not the best, sd
 STEPS = 30  # of size in adaptive studies
 SLOPE = 0.0053  # of accuracy over the distance to the best hyperparameters: 0.24 points on average
 NAMES = ("today", "confirm", "confidence", "both", "repeats")
+WORLD = ("images", "folds", "shared", "seed_sd", "level", "most_repeats", "tries")
+"""Options besides those that a row says."""
 NOT_SURE = 1e-3  # the constraint of what meets the bar and is not sure
 
 
@@ -179,7 +183,7 @@ class Trained:
         """As it is counted, without the trainings that came before."""
         size = None if trial is None else self.every[trial].size
         true = np.nan if trial is None else self.true[trial]
-        return Answer(size, true, smallest, self.trainings - before)
+        return Answer(size, float(true), float(smallest), self.trainings - before)
 
     def _train(self, true: float, fold: int) -> Measure:
         self.trainings += 1
@@ -308,27 +312,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_shared()
         return
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rows = list(simulate(options))
+    rows = list(simulate(options, Kept(options.keep)))
     title = (
         f"{options.repetitions:,} studies around a bar of {BAR:.1%}, {options.images:,} images a"
         f" fold ({options.shared:.0%} shared), seed-to-seed sd {100 * options.seed_sd:.2f} points"
     )
-    print_report(title, rows, {"rows": rows, **vars(options)})
+    print_report(title, rows, {"rows": rows, **vars(options), "keep": str(options.keep)})
 
 
-def simulate(options: argparse.Namespace) -> Iterator[Row]:
+def simulate(options: argparse.Namespace, kept: Kept) -> Iterator[Row]:
     """A row for each law, number of trainings and policy; policies see the same studies."""
     for exponent in options.exponents:
         for trainings in options.trainings or (None,):
             for policy in policies(options):
-                found = [
-                    adaptive(options, exponent, options.seed + n, policy, trainings)
-                    if trainings
-                    else static(options, exponent, options.seed + n, policy)
-                    for n in range(options.repetitions)
-                ]
                 study = f"{trainings} trainings" if trainings else f"{options.candidates} drawn"
-                yield {"exponent": exponent, "study": study, "policy": policy.name} | _row(found)
+                row = {"exponent": exponent, "study": study, "policy": policy.name}
+                found = [
+                    _kept(kept, row, options, policy, trainings, options.seed + number)
+                    for number in range(options.repetitions)
+                ]
+                yield row | _row(found)
+
+
+def _kept(
+    kept: Kept,
+    row: Row,
+    options: argparse.Namespace,
+    policy: Policy,
+    trainings: int | None,
+    seed: int,
+) -> Answer:
+    def measure() -> Row:
+        if trainings is None:
+            return asdict(static(options, row["exponent"], seed, policy))
+        return asdict(adaptive(options, row["exponent"], seed, policy, trainings))
+
+    world = [getattr(options, name) for name in WORLD]
+    found = kept.row(row | {"seed": seed, "world": world}, measure)
+    return Answer(**{field.name: found[field.name] for field in fields(Answer)})
 
 
 def policies(options: argparse.Namespace) -> list[Policy]:
@@ -417,6 +438,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--level", type=float, default=0.95)
     parser.add_argument("--most-repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=8787)
+    parser.add_argument("--keep", type=Path, help="a file of what was simulated, a line each")
     return parser.parse_args(arguments)
 
 

@@ -1,12 +1,13 @@
 """How every benchmark reports: the machine, one table, and last one line of JSON with the same
-figures.
+figures. What takes hours keeps each result as it comes, and goes on from there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,30 @@ from rich.table import Table
 
 from kdexp.environment import cpu_name
 
-__all__ = ["Row", "machine", "print_report"]
+__all__ = ["Kept", "Row", "machine", "print_report"]
 
 Row = dict[str, Any]
+
+
+class Kept:
+    """Results in a file of JSON lines, each written as it comes; without a file, in none."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file and file.exists() else []
+        self._rows = [json.loads(line) for line in lines]
+
+    def row(self, key: Row, measure: Callable[[], Row]) -> Row:
+        """The row that has these values; measured now where there is none."""
+        for row in self._rows:
+            if key.items() <= row.items():
+                return row
+        row = {**key, **measure()}
+        self._rows.append(row)
+        if self.file:
+            with self.file.open("a") as file:
+                file.write(f"{json.dumps(row)}\n")
+        return row
 
 
 def print_report(title: str, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from conftest import tiny_sweep
 
 from benchmarks import contenders, honesty, leak
+from benchmarks.report import Kept
 from kdexp.config import Recipe, load
 from kdexp.distill.datasets import Split
 from kdexp.distill.losses import distillation_loss
@@ -217,3 +218,32 @@ def test_a_contender_trains_and_reports(tmp_path, name) -> None:
     assert figures["name"] == name
     assert figures["step_seconds"] > 0
     assert 0 <= figures["val_accuracy"] <= 1
+
+
+def test_what_a_long_benchmark_has_measured_is_kept_and_not_measured_again(tmp_path) -> None:
+    file, asked = tmp_path / "kept.jsonl", []
+
+    def row(kept: Kept, number: int) -> dict:
+        return kept.row({"study": number}, lambda: asked.append(number) or {"true": number / 3})
+
+    first = Kept(file)
+    assert [row(first, number) for number in (1, 2, 1)] == [
+        {"study": 1, "true": 1 / 3},
+        {"study": 2, "true": 2 / 3},
+        {"study": 1, "true": 1 / 3},
+    ]
+    assert row(Kept(file), 2) == {"study": 2, "true": 2 / 3}
+    assert asked == [1, 2]
+
+
+def test_simulated_studies_go_on_from_what_is_kept(tmp_path, capsys) -> None:
+    options = ["--trainings", "14", "--repetitions", "2", "--exponents", "0.15"]
+    options += ["--policies", "repeats"]
+    honesty.main(options)
+    plain = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    file = tmp_path / "kept.jsonl"
+    for repetitions in ("1", "2"):
+        honesty.main([*options, "--repetitions", repetitions, "--keep", str(file)])
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert len(file.read_text().splitlines()) == int(repetitions)
+    assert rows == plain
