@@ -11,7 +11,7 @@ RUN useradd --create-home --uid 1000 kdexp \
 
 # The dependencies first: gigabytes that change only with these two files.
 WORKDIR /opt/kdexp
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints.txt LICENSE ./
 RUN mkdir kdexp \
     && touch README.md kdexp/__init__.py \
     && pip install -c constraints.txt '.[export,postgresql]'
@@ -21,7 +21,7 @@ RUN pip install --no-deps --force-reinstall .
 
 USER kdexp
 WORKDIR /kdexp
-COPY --chown=kdexp:kdexp sweeps sweeps
+COPY --chown=kdexp:kdexp kdexp/sweeps sweeps
 VOLUME ["/kdexp/mlruns", "/kdexp/data"]
 ENTRYPOINT ["kdexp"]
 CMD ["--help"]

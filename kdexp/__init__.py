@@ -5,6 +5,7 @@ The map of the package. A folder is a room; imports point down only (tests/test_
 to that).
 
     cli, screen          parse · print
+    init                 a sweep file to begin with
     ui, doctor           MLflow's UI · whether the stores fit what is installed
 
     search/              a study, from its first proposal to its last trial

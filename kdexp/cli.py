@@ -154,9 +154,9 @@ class Stopped(KdexpError):
     """Ended before its time by a person or the system, with nothing lost."""
 
 
-def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(*options: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that takes these common options as its `settings`, and those of RULE, if it asks
-    for it, as its `rule`.
+    for it, as its `rule`. Its help ends with the example.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +187,7 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
         typed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in typed}
-        app.command()(run)
+        app.command(epilog=f"Example: {example}")(run)
         return run
 
     return register
@@ -203,7 +203,17 @@ def _root(
     """The options of kdexp itself; without a command, its help."""
 
 
-@command("workers", "pack", "stores", "storage", "tracking_uri", "data_dir", "device", "threads")
+@command(
+    "workers",
+    "pack",
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp sweep digits.yaml --workers 2",
+)
 def sweep(
     file: SweepFile,
     settings: Settings,
@@ -250,7 +260,14 @@ def sweep(
     _select(config.name, config.selection, settings, tracking, chosen, console, sure=True)
 
 
-@command("stores", "tracking_uri", "data_dir", "device", "threads")
+@command(
+    "stores",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp train digits.yaml --set training.epochs=5",
+)
 def train(
     file: SweepFile,
     settings: Settings,
@@ -290,7 +307,9 @@ def train(
     )
 
 
-@command("stores", "tracking_uri", "data_dir", "device", "threads")
+@command(
+    "stores", "tracking_uri", "data_dir", "device", "threads", example="kdexp teacher digits.yaml"
+)
 def teacher(
     file: SweepFile,
     settings: Settings,
@@ -319,7 +338,14 @@ def teacher(
     )
 
 
-@command("stores", "storage", "tracking_uri", "data_dir", "device")
+@command(
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    example="kdexp select digits --bar 0.97",
+)
 def select(
     study: StudyName,
     settings: Settings,
@@ -342,7 +368,15 @@ def select(
     )
 
 
-@command("stores", "storage", "tracking_uri", "data_dir", "device", "threads")
+@command(
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp confirm digits --seeds 20",
+)
 def confirm(
     study: StudyName,
     settings: Settings,
@@ -395,7 +429,14 @@ def confirm(
     show_confirmation(console, done, settings.tracking_shown)
 
 
-@command("stores", "tracking_uri", "data_dir", "device", "threads")
+@command(
+    "stores",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp reproduce 5f31205e083946b19c1115d763c0761a",
+)
 def reproduce(
     run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run to train again.")],
     settings: Settings,
@@ -421,7 +462,12 @@ def reproduce(
         raise KdexpError(comparison.failure)
 
 
-@command("stores", "tracking_uri", "data_dir")
+@command(
+    "stores",
+    "tracking_uri",
+    "data_dir",
+    example="kdexp export 5f31205e083946b19c1115d763c0761a --precision int8",
+)
 def export(
     run_id: Annotated[
         str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")
@@ -450,7 +496,7 @@ def export(
     )
 
 
-@command("stores", "tracking_uri")
+@command("stores", "tracking_uri", example="kdexp ui --port 5001")
 def ui(
     settings: Settings,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
@@ -462,7 +508,39 @@ def ui(
     serve(Tracking(settings, make=False), port, _console())
 
 
-@command("stores", "storage", "tracking_uri")
+@app.command(epilog="Example: kdexp init photos --output photos.yaml")
+def init(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="digits|fashion-mnist|FOLDER",
+            help="A data set by name, or a folder with a sub-folder of images for each class.",
+        ),
+    ] = "digits",
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default: named as what it is for, here.")
+    ] = None,
+) -> None:
+    """Write a commented sweep file to begin with, and the schema that editors check it by."""
+    from kdexp.init import begin
+
+    begun = begin(what, expanded(output) if output else None)
+    for line in begun.said:
+        print(line)
+    print(f"Written:  {begun.file}, {begun.schema}\n\nNext:     kdexp sweep {begun.file}")
+
+
+@app.command(epilog="Example: kdexp schema > sweep.schema.json")
+def schema() -> None:
+    """Print the JSON schema of a sweep file: every key, what it may be, its default."""
+    import json
+
+    from kdexp.config import Sweep
+
+    print(json.dumps(Sweep.model_json_schema(), indent=1))
+
+
+@command("stores", "storage", "tracking_uri", example="kdexp doctor --upgrade")
 def doctor(
     settings: Settings,
     upgrade: Annotated[

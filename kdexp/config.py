@@ -115,24 +115,26 @@ def _later(model: BaseModel) -> dict[str, Any]:
 class Augment(Frozen):
     """The finite set of views: (flip or not) x every shift of up to `shift` pixels each way."""
 
-    flip: bool = True
-    shift: int = Field(0, ge=0, le=8)
+    flip: bool = Field(True, description="also mirrored, left to right")
+    shift: int = Field(0, ge=0, le=8, description="also moved by up to so many pixels each way")
 
 
 class Data(Frozen):
     """Which images, and how they are split, normalised and augmented."""
 
-    dataset: DatasetName = "fashion_mnist"
+    dataset: DatasetName = Field("fashion_mnist", description="which images")
     path: str | None = Field(
         None, description="image_folder only: the folder, relative to the data folder"
     )
     image_size: int | None = Field(
         None, ge=1, le=1024, description="image_folder only: resize to this square"
     )
-    channels: Literal[1, 3] = 3
-    mean: float = 0.5
-    std: float = Field(0.5, gt=0)
-    validation_fraction: Fraction = 0.1
+    channels: Literal[1, 3] = Field(3, description="1: grey, 3: colour; grey images are repeated")
+    mean: float = Field(0.5, description="taken off every pixel, which is 0 to 1 then")
+    std: float = Field(0.5, gt=0, description="by which it is divided after that")
+    validation_fraction: Fraction = Field(
+        0.1, description="share of the training images that is held out to judge by"
+    )
     fold: int = Field(
         0,
         ge=0,
@@ -145,8 +147,8 @@ class Data(Frozen):
     test_fraction: Fraction = Field(
         0.2, description="for datasets without a test split of their own"
     )
-    split_seed: int = Field(8787, ge=0)
-    augment: Augment = Augment()
+    split_seed: int = Field(8787, ge=0, description="which images are held out")
+    augment: Augment = Field(Augment(), description="views of an image that are trained on")
 
     @model_validator(mode="after")
     def _folder_keys_belong_to_image_folder(self) -> Self:
@@ -174,7 +176,11 @@ class Network(Frozen):
     `package.module:callable`, called as callable(channels=, image_size=, classes=, **options).
     """
 
-    architecture: str = "cnn"
+    architecture: str = Field(
+        "cnn",
+        description="cnn, residual, separable, a torchvision name, or"
+        " package.module:callable of your own",
+    )
     channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None, strict=False, description="families: one per stage, each of half the height and width"
     )
@@ -188,7 +194,9 @@ class Network(Frozen):
         le=65536,
         description="families: width of the hidden layer; 0: none, pooled globally",
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="families")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="families: share left out before each layer of the head"
+    )
     stem: Literal["imagenet", "small"] = Field(
         "imagenet", description="torchvision: small for images under 64 pixels"
     )
@@ -237,14 +245,18 @@ class Network(Frozen):
 class Training(Frozen):
     """How a network is trained. `epochs` is the recipe's "max iteration"."""
 
-    batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(3e-4, gt=0)
-    epochs: int = Field(500, ge=1)
+    batch_size: int = Field(128, ge=2, description="images of a step")
+    learning_rate: float = Field(3e-4, gt=0, description="the schedule's highest")
+    epochs: int = Field(500, ge=1, description="passes over the training images")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
-    seed: int = Field(8787, ge=0, lt=2**63)
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: float = Field(1e-6, ge=0)
-    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    seed: int = Field(8787, ge=0, lt=2**63, description="of weights, order of images, dropout")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="adamw: decay apart from the gradient; sgd: Nesterov momentum 0.9"
+    )
+    weight_decay: float = Field(1e-6, ge=0, description="as the optimizer understands it")
+    schedule: Literal["cosine", "one_cycle", "constant"] = Field(
+        "cosine", description="of the learning rate over all steps"
+    )
     final_learning_rate: float = Field(1e-6, ge=0, description="where the cosine ends")
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of a label spread over all classes"
@@ -277,7 +289,7 @@ class Teacher(Network, Training):
     arXiv:1910.01348.
     """
 
-    architecture: str = "resnet50"
+    architecture: str = Field("resnet50", description="as the student's")
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
     members: int = Field(
         1,
@@ -285,7 +297,7 @@ class Teacher(Network, Training):
         le=16,
         description="an ensemble: trained with seed, seed + 1, …, their logits averaged",
     )
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, description="passes over the training images")
     epoch: int | None = Field(
         None, ge=1, description="the weights after this one of `epochs`, whatever `keep` says"
     )
@@ -295,7 +307,7 @@ class Teacher(Network, Training):
         description="trained anew for each fold that students hold out; false: one for all, which"
         " has seen the labels of the others",
     )
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="the schedule's highest")
 
     @property
     def shared(self) -> bool:
@@ -323,12 +335,18 @@ class Distillation(Frozen):
     `loss` puts another divergence in the place of KL (see distill/losses.py).
     """
 
-    alpha: float = Field(0.3, ge=0, le=1)
-    temperature: float = Field(5.0, gt=0)
+    alpha: float = Field(
+        0.3, ge=0, le=1, description="weight of the teacher; 1 - alpha is that of the labels"
+    )
+    temperature: float = Field(
+        5.0, gt=0, description="by which logits are divided: the higher, the softer"
+    )
     scale_by_t_squared: bool | None = Field(
         None, description="null: where the loss's gradient falls with T²; not correlation's"
     )
-    loss: Literal["kl", "standardized", "decoupled", "correlation"] = "kl"
+    loss: Literal["kl", "standardized", "decoupled", "correlation"] = Field(
+        "kl", description="how student and teacher are held against each other"
+    )
     beta: float = Field(
         2.0, ge=0, description="decoupled: weight of the wrong classes among each other"
     )
@@ -353,11 +371,11 @@ class Distillation(Frozen):
 class Recipe(Frozen):
     """The complete description of one training."""
 
-    data: Data = Data()
-    teacher: Teacher = Teacher()
-    student: Student = Student()
-    distillation: Distillation = Distillation()
-    training: Training = Training()
+    data: Data = Field(Data(), description="which images, and how they are cut and shown")
+    teacher: Teacher = Field(Teacher(), description="the network that teaches")
+    student: Student = Field(Student(), description="the network whose size the study shrinks")
+    distillation: Distillation = Field(Distillation(), description="what is learned of the teacher")
+    training: Training = Field(Training(), description="how the student is trained")
 
     @model_validator(mode="after")
     def _epochs_are_chosen_on_images_held_out(self) -> Self:
@@ -400,10 +418,10 @@ class Recipe(Frozen):
 class Range(Frozen):
     """Numbers from low to high, both included."""
 
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
+    low: int | float = Field(description="the least value")
+    high: int | float = Field(description="the greatest value")
+    log: bool = Field(False, description="searched on a logarithmic scale")
+    step: int | float | None = Field(None, description="only every so many from low on")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -465,7 +483,9 @@ class Range(Frozen):
 class Choices(Frozen):
     """A finite list of values."""
 
-    choices: tuple[Scalar | tuple[int, ...] | None, ...] = Field(min_length=1)
+    choices: tuple[Scalar | tuple[int, ...] | None, ...] = Field(
+        min_length=1, description="one of these"
+    )
 
     @model_validator(mode="after")
     def _each_is_another(self) -> Self:
@@ -510,7 +530,9 @@ class Study(Frozen):
     sampler: Literal["tpe", "random", "gp", "grid"] = Field(
         "gp", description="grid: every combination of choices once"
     )
-    pruner: Literal["none", "median", "hyperband", "successive_halving"] = "none"
+    pruner: Literal["none", "median", "hyperband", "successive_halving"] = Field(
+        "none", description="Optuna's, by which a trial that lags behind is ended"
+    )
     early_stop: bool = Field(
         False,
         description="end a trial that can no longer be selected: see kdexp/search/stopping.py",
@@ -524,7 +546,7 @@ class Study(Frozen):
     retries: int = Field(
         3, ge=0, description="how often a trial that broke off without getting on is tried again"
     )
-    seed: int = Field(8787, ge=0, lt=2**32)
+    seed: int = Field(8787, ge=0, lt=2**32, description="of the sampler, and of what is repeated")
 
     @model_validator(mode="after")
     def _a_frontier_is_trained_to_its_end(self) -> Self:
@@ -546,12 +568,16 @@ class Selection(Frozen):
     """Which trial wins: the smallest whose validation accuracy meets the bar, or the most accurate
     within the size limit (and over the bar)."""
 
-    accuracy_bar: float = Field(0.924, ge=0, le=1)
-    size: Size = "parameters"
+    accuracy_bar: float = Field(
+        0.924, ge=0, le=1, description="validation accuracy that the selected model must reach"
+    )
+    size: Size = Field("parameters", description="in which smaller is better")
     limit: int | None = Field(
         None, ge=1, description="no selected model is larger, in units of `size`"
     )
-    goal: Literal["smallest", "most_accurate"] = "smallest"
+    goal: Literal["smallest", "most_accurate"] = Field(
+        "smallest", description="the smallest over the bar, or the most accurate within the limit"
+    )
     confidence: float | None = Field(
         None,
         gt=0.5,
@@ -564,10 +590,12 @@ class Selection(Frozen):
 class Sweep(Recipe):
     """A whole sweep file."""
 
-    name: str
-    search: dict[str, Dimension] = {}
-    study: Study = Study()
-    selection: Selection = Selection()
+    name: str = Field(description="of the study; what is begun again under it goes on")
+    search: dict[str, Dimension] = Field(
+        {}, description="ranges and choices by dotted path, such as training.learning_rate"
+    )
+    study: Study = Field(Study(), description="how the search space is searched")
+    selection: Selection = Field(Selection(), description="which trial wins")
 
     @field_validator("name")
     @classmethod
