@@ -113,7 +113,7 @@ def test_killed_in_the_middle_of_repeats(
         assert Life(place, SWEEP, moment).end().code == -signal.SIGKILL, (moment, "never came")
     end = Life(place, SWEEP).end()
     assert end.code == 0, end.err
-    assert re.search(r"Sure: \d of \d repeats", end.out)
+    assert re.search(r"Sure: +\d of \d repeats", end.out)
     assert (facts(place), told(embedded(place))) == repeating
     assert no_run_is_left_open(place)
 
