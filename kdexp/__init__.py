@@ -21,6 +21,8 @@ to that).
       promote              the selected model: a look at the test split, the registry
       confirm, fresh       its verdict by fresh seeds · trained for it
       export, variants     a run's student as a file · the smaller forms of a student
+      predict, benchmark   what a student says of images from anywhere · its forms side by side
+      students             which student a command is about
       reproduce            a run trained again
       compare, verify      two runs' records · a record against itself and its weights
 
@@ -48,6 +50,8 @@ to that).
       datasets, batches    data sets as tensors · mini-batches: views of images, and pixels
       folders, images, inspection
                            a folder's images · one file as pixels · each opened once
+      inputs               images from anywhere, prepared as in training
+      footprint, latency   memory that activations need · time that an image takes
 
     config, reading      what to run · text to config, or one clear line
     settings             where to run it

@@ -116,7 +116,10 @@ Bar = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(min=0, max=1, help="Accuracy bar on validation; default: the sweep's."),
 ]
-SizeUnit = Annotated[Optional[str], typer.Option(help="parameters, multiply_adds or bytes.")]  # noqa: UP045
+SizeUnit = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="parameters, multiply_adds, bytes or activation_bytes."),
+]
 Limit = Annotated[Optional[int], typer.Option(min=1, help="No model larger than this.")]  # noqa: UP045
 Confidence = Annotated[
     Optional[float],  # noqa: UP045
@@ -127,6 +130,13 @@ Confidence = Annotated[
 ]
 MostAccurate = Annotated[
     bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")
+]
+Student = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_ID",
+        help="The MLflow run of the student, or a registered model: models:/NAME@ALIAS.",
+    ),
 ]
 COMMON: dict[str, tuple[Any, Any]] = {
     "stores": (Stores, Path("mlruns")),
@@ -494,6 +504,91 @@ def export(
     show_export(
         _console(), written(run_id, precision, output, settings, Tracking(settings, make=False))
     )
+
+
+@command(
+    "stores",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp predict models:/digits@smallest photos --out predictions.csv",
+)
+def predict(
+    run_id: Student,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATHS...", help="Image files, and folders that hold images."),
+    ],
+    settings: Settings,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a CSV file with a row for each image.")
+    ] = None,
+) -> None:
+    """Name the two likeliest classes of images of any size, and how probable they are, by a run's
+    student.
+    """
+    from kdexp.select.predict import check_output, write_csv
+
+    out = expanded(out) if out else None
+    if out:
+        check_output(out)
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.runs.tracking import Tracking
+    from kdexp.screen import Screen, show_predictions
+    from kdexp.select.predict import predict as answers
+
+    tracking, chosen = Tracking(settings, make=False), configure(settings.device, settings.threads)
+    events = answers(run_id, [expanded(path) for path in paths], settings, tracking, chosen)
+    with Screen(console) as screen, closing(events):
+        done = yield_all(events, screen)
+    if out:
+        write_csv(done, out)
+    show_predictions(console, done, out)
+
+
+@command(
+    "stores",
+    "tracking_uri",
+    "data_dir",
+    "threads",
+    example="kdexp benchmark models:/digits@smallest --floor 0.96",
+)
+def benchmark(
+    run_id: Student,
+    settings: Settings,
+    floor: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="ACCURACY",
+            help="Fail where the chosen form is less accurate on validation, such as 0.92.",
+        ),
+    ] = None,
+    form: Annotated[
+        Optional[Literal["as-trained", "float32", "float16", "int8"]],  # noqa: UP045
+        typer.Option(
+            help="The chosen form; default: the registered one of models:/…, else the most"
+            " accurate."
+        ),
+    ] = None,
+) -> None:
+    """Put a student's forms side by side: size, memory, accuracy on validation, speed."""
+    from kdexp.environment import configure
+    from kdexp.runs.tracking import Tracking
+    from kdexp.screen import show_benchmark
+    from kdexp.select.benchmark import below
+    from kdexp.select.benchmark import benchmark as measured
+    from kdexp.selection import AS_TRAINED
+
+    configure(settings.device, settings.threads)
+    asked = AS_TRAINED if form == "as-trained" else form
+    done = measured(run_id, asked, settings, Tracking(settings, make=False))
+    show_benchmark(_console(), done)
+    if floor is not None and (failure := below(done, floor)):
+        raise KdexpError(failure)
 
 
 @command("stores", "tracking_uri", example="kdexp ui --port 5001")

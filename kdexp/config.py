@@ -70,7 +70,7 @@ SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 
 DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
-Size = Literal["parameters", "multiply_adds", "bytes"]
+Size = Literal["parameters", "multiply_adds", "bytes", "activation_bytes"]
 Precision = Literal["float32", "float16", "int8"]
 Variant = Literal["as trained", "float32", "float16", "int8"]
 Objective = Literal["smallest", "accuracy", "pareto"]

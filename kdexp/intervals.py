@@ -1,5 +1,5 @@
-"""How sure a measured accuracy is: Wilson's interval of a share, and the lower end of a mean over
-seeds. Pure.
+"""How sure a measured accuracy is: Wilson's interval of a share, Tango's of the difference of two
+on the same images, and the lower end of a mean over seeds. Pure.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
+from scipy.optimize import brentq
 from scipy.special import stdtrit  # Student's t, inverted
 
-__all__ = ["mean_interval", "mean_low", "wilson_interval", "wilson_low"]
+__all__ = ["mean_interval", "mean_low", "paired_interval", "wilson_interval", "wilson_low"]
+
+TINY = 1e-18  # in the place of a spread of 0, at an end
 
 
 def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
@@ -58,3 +61,31 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     quantile = float(stdtrit(count - 1, (1 + level) / 2))
     half = quantile * stdev(values) / math.sqrt(count)
     return mean - half, mean + half
+
+
+def paired_interval(
+    gained: int, lost: int, samples: int, z: float = 1.959964
+) -> tuple[float, float]:
+    """Tango's score interval of the difference of two shares on the same samples, z standard errors
+    wide each way (default 95 %): how much more often the one is right than the other.
+
+    `gained` samples only the one has right, `lost` only the other. The ends are the differences d
+    whose score is ± z, with q the likeliest share of lost samples were d the true difference:
+
+        score(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d)))
+
+    Tango 1998, Statistics in Medicine 17:891. Never empty, also where nothing is gained or lost.
+    """
+    difference = (gained - lost) / samples
+
+    def score(d: float) -> float:
+        a, b = 2 * samples, (2 * samples - gained + lost) * d - gained - lost
+        q = (math.sqrt(max(b * b + 4 * a * lost * d * (1 - d), 0.0)) - b) / (2 * a)
+        spread = samples * (2 * q + d * (1 - d))
+        above = gained - lost - samples * d
+        return above / math.sqrt(max(spread, TINY)) if above else 0.0
+
+    edge = 1 - 1e-12
+    low = -1.0 if difference == -1 else brentq(lambda d: score(d) - z, -edge, difference)
+    high = 1.0 if difference == 1 else brentq(lambda d: score(d) + z, difference, edge)
+    return float(low), float(high)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -20,11 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.distill import models
 from kdexp.distill.datasets import Inspection
 from kdexp.distill.deploy import available
+from kdexp.distill.images import shown
 from kdexp.distill.logits import CacheProgress
 from kdexp.distill.teacher import CachedTeacher, WeightsRead
 from kdexp.distill.train import EpochReport
@@ -42,9 +45,11 @@ from kdexp.search.sweep import (
     TrialSkipped,
     TrialStarted,
 )
+from kdexp.select.benchmark import Benchmark, Form
 from kdexp.select.confirm import Confirmation, Verdict
 from kdexp.select.export import Exported
 from kdexp.select.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.select.predict import Predictions, Reading
 from kdexp.select.promote import Promotion, load_call
 from kdexp.select.reproduce import Checked, Comparison, Difference
 from kdexp.selection import (
@@ -65,9 +70,11 @@ __all__ = [
     "differences_table",
     "interval",
     "percent",
+    "show_benchmark",
     "show_comparison",
     "show_confirmation",
     "show_export",
+    "show_predictions",
     "show_promotion",
     "teacher_line",
     "trials_table",
@@ -164,6 +171,8 @@ class Screen:
                 self._epoch(event, None)
             case CacheProgress():
                 self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
+            case Reading():
+                self._step(None, "images", event.done, event.total, "")
             case WeightsRead():
                 self.console.print(f"weights   {event.said}", markup=False)
             case TrialFinished():
@@ -538,6 +547,107 @@ def show_export(console: Console, done: Exported) -> None:
         "   in Python\n"
         f"          images: uint8, 0 to 255, of shape (any number, {shape})",
         markup=False,
+    )
+
+
+def show_predictions(console: Console, done: Predictions, file: Path | None) -> None:
+    """A row for each image where they are few, what could not be read, and how many of each class
+    there are.
+    """
+    if len(done.rows) <= ROWS:
+        console.print(_predictions_table(done))
+        console.print()
+    for line in done.unreadable[:ROWS]:
+        console.print(f"not read  {line}", style="yellow", markup=False)
+    if len(done.unreadable) > ROWS:
+        console.print(f"not read  and {len(done.unreadable) - ROWS:,} more", style="yellow")
+    for note in done.notes:
+        console.print(f"          {note}", style="yellow", markup=False)
+    counts = sorted(done.counts.items(), key=lambda pair: -pair[1])
+    broken = f", {len(done.unreadable):,} not read" if done.unreadable else ""
+    console.print(
+        f"Images:   {len(done.rows):,}{broken}{_left_out(done.left_out)}\n"
+        f"Answers:  {', '.join(f'{count:,} × {name}' for name, count in counts)}\n"
+        f"Student:  run {done.run_id}, {done.variant}",
+        markup=False,
+    )
+    if file:
+        console.print(f"Written:  {shown(file)}, {len(done.rows):,} rows", markup=False)
+    elif len(done.rows) > ROWS:
+        console.print("Each image by itself: --out predictions.csv")
+
+
+def _left_out(kinds: Mapping[str, int]) -> str:
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    return f", {sum(kinds.values()):,} left out: {listed}" if kinds else ""
+
+
+def _predictions_table(done: Predictions) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("image", "label", "probability", "second label", "probability"):
+        right = name == "probability"
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for row in done.rows:  # Text: names may hold what rich takes for markup
+        first = (Text(row.path), Text(row.label), percent(row.probability))
+        table.add_row(*first, Text(row.second_label), percent(row.second_probability))
+    table.width = Console(width=1000).measure(table).maximum
+    return table
+
+
+def show_benchmark(console: Console, done: Benchmark) -> None:
+    """The forms side by side, what the numbers are, and what may have to be installed."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("form", no_wrap=True)
+    for name in BENCHMARK:
+        table.add_column(name, justify="right", no_wrap=True)
+    for form in done.forms:
+        style = "bold green" if form == done.chosen else None
+        table.add_row(form.variant, *_form_cells(done, form), style=style)
+    table.width = Console(width=1000).measure(table).maximum
+    console.print(table)
+    seen = "" if done.held_out else " on images that it was trained on"
+    chosen = done.chosen
+    console.print(
+        f"\nChosen:   {chosen.variant}: val accuracy {percent(chosen.accuracy)} (95 % interval"
+        f" {interval(done.interval(chosen))}, {done.samples:,} images){seen}\n"
+        "          activations: the most that are live at once for one image, in float32\n"
+        "          p50, p90: for one image; images a second: 100 at once; measured now, on one"
+        " thread\n"
+        f"Run ID:   {done.run_id}",
+        markup=False,
+    )
+    if done.missing:
+        console.print(f"Not here: {done.missing}", style="yellow", markup=False)
+
+
+BENCHMARK = (
+    "bytes",
+    "file bytes",
+    "multiply-adds",
+    "activations",
+    "val accuracy",
+    "points over as trained",
+    "same answers",
+    "p50",
+    "p90",
+    "images/s",
+)
+
+
+def _form_cells(done: Benchmark, form: Form) -> tuple[str, ...]:
+    difference, (low, high) = done.against(form)
+    points = f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+    return (
+        f"{form.bytes:,}",
+        f"{form.file_bytes:,}",
+        f"{form.multiply_adds:,}",
+        "?" if form.activation_bytes is None else f"{form.activation_bytes:,}",
+        percent(form.accuracy),
+        "" if form.variant == AS_TRAINED else points,
+        "" if form.variant == AS_TRAINED else percent(form.same),
+        f"{1e3 * form.latency.p50:.3f} ms",
+        f"{1e3 * form.latency.p90:.3f} ms",
+        f"{form.latency.images_a_second:,.0f}",
     )
 
 

@@ -46,7 +46,7 @@ class NothingPasses(KdexpError):
 
 
 class Sized(Protocol):
-    """Whatever has all three sizes."""
+    """Whatever has all sizes."""
 
     @property
     def parameters(self) -> int: ...
@@ -54,6 +54,8 @@ class Sized(Protocol):
     def multiply_adds(self) -> int: ...
     @property
     def bytes(self) -> int: ...
+    @property
+    def activation_bytes(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Candidate:
     """What its recipe came to with other seeds on other folds, where a study repeats."""
     verdict: Verdict | None = None
     """What its repeats say by the rule in question; None where nothing is repeated."""
+    activation_bytes: int | None = None
+    """None where a former version recorded the run."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +235,23 @@ def said(found: Verdict) -> str:
 
 
 def size_of(candidate: Sized, size: Size) -> int:
-    """A candidate's size in the unit chosen."""
-    return int(getattr(candidate, size))
+    """A candidate's size in the unit chosen. Raises KdexpError where its record is too old for
+    that.
+    """
+    found: int | None = getattr(candidate, size)
+    if found is None:
+        raise KdexpError(
+            f"{_which(candidate)} has no {size} on record: a former version of kdexp recorded it,"
+            " or its network cannot be looked at step by step. Select by another size (--size);"
+            " kdexp benchmark RUN_ID says what it is."
+        )
+    return found
+
+
+def _which(candidate: Sized) -> str:
+    if isinstance(candidate, Candidate):
+        return f"Trial {candidate.trial} (run {candidate.run_id})"
+    return "A student"
 
 
 def _within(candidate: Candidate, rule: Selection) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdexp.distill.batches import pixels
 from kdexp.distill.evaluate import evaluate, logits_of, wilson_interval
+from kdexp.intervals import paired_interval
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,39 @@ def test_flip_augmentation_averages_the_probabilities_of_an_image_and_its_mirror
         nn.functional.nll_loss(mean.log(), split.labels).item(), rel=1e-5
     )
     assert result.loss != pytest.approx(evaluate(module, split).loss, rel=1e-3)
+
+
+def test_the_paired_interval_equals_the_published_one() -> None:
+    """Fagerland, Lydersen & Laake 2014, Statistics in Medicine 33:2850, on Bentur et al.: 1 of 21
+    gained, 7 lost.
+    """
+    assert paired_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+def test_the_paired_interval_of_two_that_are_right_on_the_same_images_is_not_empty() -> None:
+    z2 = 1.959964**2
+    assert paired_interval(0, 0, 300) == pytest.approx((-z2 / (300 + z2), z2 / (300 + z2)))
+
+
+@given(
+    st.integers(1, 5000).flatmap(
+        lambda n: st.tuples(st.integers(0, n), st.integers(0, n), st.just(n))
+    )
+)
+def test_the_paired_interval_holds_the_difference_and_is_turned_around_with_it(triple) -> None:
+    gained, lost, samples = triple[0], min(triple[1], triple[2] - triple[0]), triple[2]
+    low, high = paired_interval(gained, lost, samples)
+    assert -1 <= low < high <= 1
+    assert low - 1e-9 <= (gained - lost) / samples <= high + 1e-9
+    assert paired_interval(lost, gained, samples) == pytest.approx((-high, -low), abs=1e-8)
+
+
+def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    generator, shares, samples = torch.Generator().manual_seed(8787), (0.06, 0.03, 0.91), 287
+    draws = torch.multinomial(
+        torch.tensor(shares), 2000 * samples, replacement=True, generator=generator
+    ).view(2000, samples)
+    ends = [
+        paired_interval(int((draw == 0).sum()), int((draw == 1).sum()), samples) for draw in draws
+    ]
+    assert sum(low <= 0.03 <= high for low, high in ends) / 2000 == pytest.approx(0.95, abs=0.015)

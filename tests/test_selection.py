@@ -4,6 +4,8 @@ miss.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +44,16 @@ rules = st.builds(
     goal=st.sampled_from(["smallest", "most_accurate"]),
     confidence=st.none() | st.sampled_from([0.6, 0.95]),
 )
+
+
+def test_by_a_size_that_a_former_version_did_not_record_nothing_is_selected() -> None:
+    rule = Selection(accuracy_bar=0.9, size="activation_bytes")
+    new = replace(made(0, 9, 0.95), activation_bytes=800)
+    smaller = replace(made(1, 5, 0.93), activation_bytes=900)
+    assert select([new, smaller], rule) == new
+    with pytest.raises(KdexpError, match=r"Trial 2 \(run run2\) has no activation_bytes on record"):
+        select([new, made(2, 1, 0.99)], rule)
+    assert select([new, made(2, 1, 0.99)], Selection(accuracy_bar=0.9)).trial == 2
 
 
 def made(trial: int, parameters: int, accuracy: float) -> Candidate:

@@ -130,6 +130,7 @@ def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(
             "parameters",
             "multiply_adds",
             "model_bytes",
+            "activation_bytes",
             "val_accuracy",
             "val_accuracy_low",
             "val_accuracy_high",
@@ -145,6 +146,7 @@ def test_every_trial_is_a_child_run_with_params_curves_metrics_and_artifacts(
         assert run.metrics["val_accuracy"] == best
         for artifact in (
             "config.json",
+            "input.json",
             "environment.json",
             "model_summary.txt",
             "weights.safetensors",

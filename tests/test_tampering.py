@@ -384,7 +384,7 @@ def test_an_image_more_or_less_is_said_and_no_reason_to_stop(
     assert "1 of 287 images apart" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["parameters", "multiply_adds", "model_bytes"])
+@pytest.mark.parametrize("name", ["parameters", "multiply_adds", "model_bytes", "activation_bytes"])
 def test_a_student_that_is_said_to_be_smaller_is_not_selected(store: Store, name: str) -> None:
     chosen = other_trial(store)
     forged(store, chosen.run_id, **{name: 7.0})

@@ -33,6 +33,7 @@ __all__ = [
     "load_example",
     "load_splits",
     "load_test",
+    "made_grey",
     "stratified",
 ]
 
@@ -288,9 +289,7 @@ def _cut(whole: Split, data: Data) -> tuple[Split, Split]:
 def _split(raw: Raw, data: Data) -> Split:
     images, labels, classes = raw
     if data.channels == 1 and images.shape[1] == 3:
-        images = np.round(images.transpose(0, 2, 3, 1) @ np.array([0.299, 0.587, 0.114]))[
-            :, None
-        ].astype(np.uint8)
+        images = made_grey(images)
     if len(images) != len(labels):
         raise DataError(
             f"{data.dataset}: {len(images):,} images but {len(labels):,} labels; fetch the files"
@@ -312,6 +311,14 @@ def _split(raw: Raw, data: Data) -> Split:
         data.mean,
         data.std,
     )
+
+
+def made_grey(
+    images: UInt8[np.ndarray, "samples 3 height width"],
+) -> UInt8[np.ndarray, "samples 1 height width"]:
+    """Coloured images of a data set in grey: ITU-R 601's luma, rounded."""
+    luma = images.transpose(0, 2, 3, 1) @ np.array([0.299, 0.587, 0.114])
+    return np.round(luma)[:, None].astype(np.uint8)
 
 
 def _digits() -> Raw:

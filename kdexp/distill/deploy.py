@@ -41,8 +41,8 @@ class DeployError(KdexpError):
 
 
 class Deployed(nn.Module):
-    """An ONNX file's content, run as it will be, behind the interface of the student in it:
-    normalised images to logits.
+    """An ONNX file's content, run as it will be, by as many threads as torch has now, behind the
+    interface of the student in it: normalised images to logits.
     """
 
     def __init__(self, content: bytes, like: Split) -> None:
@@ -66,8 +66,14 @@ class Deployed(nn.Module):
             .round()
             .to("cpu", torch.uint8)
         )
+        return self.from_pixels(pixels).to(images.device)
+
+    def from_pixels(
+        self, pixels: UInt8[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of a batch of pixels as they are stored, on the CPU: what the file itself does."""
         (logits,) = self.session.run(None, {"pixels": pixels.contiguous().numpy()})
-        return torch.from_numpy(logits).to(images.device)
+        return torch.from_numpy(logits)
 
 
 def available() -> bool:

@@ -24,7 +24,7 @@ from typing import Literal
 
 from kdexp.distill.images import DataError, is_image, shown
 
-__all__ = ["Folder", "Role", "Sample", "listed", "survey"]
+__all__ = ["Folder", "Role", "Sample", "images_below", "listed", "survey"]
 
 Role = Literal["training", "validation", "test"]
 NAMES = {
@@ -85,6 +85,25 @@ def survey(root: Path, path: str) -> Folder:
         raise DataError(
             f"{shown(error.filename or root)}: cannot be read: {error.strerror}"
         ) from None
+
+
+def images_below(paths: Iterable[Path]) -> tuple[list[Path], dict[str, int]]:
+    """These files, whatever they are called, and the images in these folders and all below, each
+    once; how many others were left out, by suffix or by what they are.
+
+    Raises DataError.
+    """
+    left_out, found = Counter[str](), dict[Path, None]()
+    for path in paths:
+        try:
+            path.lstat()
+            found |= dict.fromkeys(_images(path, path, left_out) if path.is_dir() else [path])
+        except OSError as error:
+            where = shown(error.filename or path)
+            raise DataError(
+                f"{where}: {error.strerror}; give image files, or folders of them"
+            ) from None
+    return list(found), dict(left_out)
 
 
 def _survey(root: Path, path: str) -> Folder:

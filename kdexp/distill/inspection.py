@@ -20,7 +20,7 @@ import numpy as np
 from kdexp.distill.folders import Folder, Role, Sample, listed
 from kdexp.distill.images import DataError, Picture, Unreadable, read, shown
 
-__all__ = ["Inspection", "Seen", "changed", "inspect"]
+__all__ = ["Inspection", "Seen", "changed", "inspect", "seen_of", "what_was_done"]
 
 # of 16 bits: where no value is above, every image comes out in the darkest eighth of the scale
 DARK = 8192
@@ -86,7 +86,7 @@ def inspect(
                 if role in keep:
                     picture = read(sample.file, size, channels)
                     pixels[role][place] = picture.pixels
-                    seen[role].append(_seen(picture))
+                    seen[role].append(seen_of(picture))
                 else:
                     seen[role].append(_glance(sample.file, _stamp(sample.file), size, channels))
             except Unreadable as why:
@@ -102,7 +102,7 @@ def inspect(
         for sample, each in zip(splits[role], seen[role], strict=True)
     ]
     _check_ranges([(sample.file, each) for sample, _, each in every])
-    notes = (*_what_was_done([each for *_, each in every]), *_equals(folder, every))
+    notes = (*what_was_done([each for *_, each in every]), *_equals(folder, every))
     counts = {role: len(samples) for role, samples in splits.items()}
     digests = {folder.name(sample.file): each.digest for sample, _, each in every}
     return pixels, Inspection(counts, len(folder.classes), folder.left_out, notes, digests)
@@ -142,7 +142,8 @@ def changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     )
 
 
-def _seen(picture: Picture) -> Seen:
+def seen_of(picture: Picture) -> Seen:
+    """What is kept of it."""
     return Seen(
         hashlib.blake2b(picture.pixels.tobytes(), digest_size=8).hexdigest(),
         picture.done,
@@ -154,7 +155,7 @@ def _seen(picture: Picture) -> Seen:
 # changed
 @cache
 def _glance(file: Path, stamp: tuple[int, ...], size: int, channels: int) -> Seen:
-    return _seen(read(file, size, channels))
+    return seen_of(read(file, size, channels))
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
@@ -186,7 +187,8 @@ def _check_ranges(every: Sequence[tuple[Path, Seen]]) -> None:
         )
 
 
-def _what_was_done(every: Sequence[Seen]) -> Iterator[str]:
+def what_was_done(every: Sequence[Seen]) -> Iterator[str]:
+    """What was done to some of these images, in words with their number."""
     counts = Counter(done for each in every for done in each.done)
     for done, text in DONE.items():
         if counts[done]:

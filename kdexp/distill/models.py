@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from kdexp import KdexpError
 from kdexp.config import FAMILIES, Network, Teacher
 from kdexp.distill.datasets import Split
+from kdexp.distill.footprint import activation_bytes
 from kdexp.distill.randomness import drawing
 from kdexp.own import load_own, own_line
 
@@ -58,12 +60,14 @@ class ModelError(KdexpError):
 @dataclass(frozen=True)
 class Size:
     """What a network costs: trainable numbers, multiply-adds for one image (torchinfo's count),
-    bytes stored.
+    bytes stored, bytes that its activations take at once (footprint.py).
     """
 
     parameters: int
     multiply_adds: int
     bytes: int
+    activation_bytes: int | None = None
+    """None where a former version recorded it, or where a network's steps cannot be looked at."""
 
 
 def build(network: Network, like: Split) -> nn.Module:
@@ -254,10 +258,18 @@ def _head(network: Network, features: int, classes: int) -> list[nn.Module]:
 
 
 def measure(module: nn.Module, like: Split) -> Size:
-    """Parameters, multiply-adds and bytes of a network on one image like those of a split."""
+    """Parameters, multiply-adds, bytes and activations of a network on one image like those of a
+    split.
+    """
     stored = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     parameters = sum(p.numel() for p in module.parameters())
-    return Size(parameters, _multiply_adds(_torchinfo(module, like)), stored)
+    return Size(parameters, _multiply_adds(_torchinfo(module, like)), stored, _live(module, like))
+
+
+def _live(module: nn.Module, like: Split) -> int | None:
+    with suppress(Exception):  # a network of one's own may do what no step by step look allows
+        return activation_bytes(module, like)
+    return None
 
 
 def _multiply_adds(info: torchinfo.ModelStatistics) -> int:

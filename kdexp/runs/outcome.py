@@ -31,11 +31,17 @@ class Outcome:
     def recorded(cls, run: RunRecord) -> Outcome:
         """As a finished run holds it."""
         metrics = run.metrics
-        sizes = (int(metrics[name]) for name in ("parameters", "multiply_adds", "model_bytes"))
+        live = metrics.get("activation_bytes")
+        size = Size(
+            int(metrics["parameters"]),
+            int(metrics["multiply_adds"]),
+            int(metrics["model_bytes"]),
+            None if live is None else int(live),
+        )
         return cls(
             run.run_id,
             run.tags["kdexp.state"],  # type: ignore[arg-type]
-            Size(*sizes),
+            size,
             metrics["val_accuracy"],
             int(metrics.get("val_samples", 0)),
             int(metrics.get("kept_epoch", 0)),

@@ -32,7 +32,7 @@ from kdexp.runs import describe
 from kdexp.runs.bench import Bench
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.plots import curves
-from kdexp.runs.records import seal
+from kdexp.runs.records import INPUT, input_text, seal
 from kdexp.runs.tracking import EpochMetrics, Kind, Tracking, TrackingAway
 from kdexp.settings import without_credentials
 from kdexp.workers.pool import Died, Pool, PoolSize
@@ -375,6 +375,7 @@ def _log_record(recording: Recording, summary: str) -> None:
             json.dumps(recording.environment, indent=2), "utf-8"
         )
         (folder / "model_summary.txt").write_text(summary, "utf-8")
+        (folder / INPUT).write_text(input_text(recording.prepared.splits.train), "utf-8")
         seal(run_id, tracking.log_files(run_id, folder), tracking)
     log_datasets(run_id, recipe.data, recording.prepared.splits, tracking)
 
@@ -407,6 +408,7 @@ def _conclude(recording: Recording, ended: Ended) -> Outcome:
             "parameters": size.parameters,
             "multiply_adds": size.multiply_adds,
             "model_bytes": size.bytes,
+            **({"activation_bytes": size.activation_bytes} if size.activation_bytes else {}),
             **(_measured(outcome) if held_out else {}),
             "kept_epoch": outcome.kept_epoch,
             "epochs_trained": outcome.epochs,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from kdexp import KdexpError
 from kdexp.config import Recipe, upgrade
 from kdexp.distill.datasets import Split
+from kdexp.distill.inputs import Input
 from kdexp.distill.models import build, weights_hash
 from kdexp.files import sha256_of
 from kdexp.reading import validate
@@ -27,6 +29,7 @@ from kdexp.runs.tracking import RunRecord, Tracking
 __all__ = [
     "ARTIFACTS",
     "FOLDS",
+    "INPUT",
     "REPEAT",
     "REPEATS",
     "SURE",
@@ -34,6 +37,8 @@ __all__ = [
     "RecordError",
     "artifact_of",
     "environment_of_run",
+    "input_of",
+    "input_text",
     "load_student",
     "log_text",
     "recipe_of",
@@ -50,6 +55,9 @@ REPEATS, REPEAT = "kdexp.repeats", "kdexp.repeat"
 """On a trial's run: the number of the trial whose recipe it repeats, and which repeat it is."""
 FOLDS, SURE = "kdexp.folds", "kdexp.sure"
 """On a study's run: how many folds there are; the trials that were found to be sure."""
+
+INPUT = "input.json"
+"""The file that says what a run's student takes and answers, so that it needs no data set."""
 
 
 class RecordError(KdexpError):
@@ -70,6 +78,21 @@ def recipe_of(run: RunRecord, tracking: Tracking) -> Recipe:
         ) from None
     source = f"config.json of run {run.run_id}, recorded by another version of kdexp"
     return validate(Recipe, upgrade(stored), source)
+
+
+def input_text(split: Split) -> str:
+    """What a student of images like those of a split takes and answers, as it is recorded."""
+    return json.dumps(asdict(Input.of(split)), indent=2, ensure_ascii=False)
+
+
+def input_of(run: RunRecord, tracking: Tracking) -> Input | None:
+    """What a run's student takes and answers; None where an earlier version recorded the run.
+    Raises RecordError.
+    """
+    if INPUT not in sealed(run):
+        return None
+    stored = json.loads(text_of(run, INPUT, tracking))
+    return Input(**{**stored, "classes": tuple(stored["classes"])})
 
 
 def environment_of_run(run: RunRecord, tracking: Tracking) -> dict[str, str]:

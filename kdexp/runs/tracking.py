@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -430,6 +431,32 @@ class Tracking:
             if _code(error) in MISSING:
                 return False
             raise
+
+    def model_version(self, address: str) -> tuple[str, str]:
+        """What a registered model's address, models:/name@alias or models:/name/version, stands
+        for: the run and its artifact folder. Raises TrackingError.
+        """
+        by_alias = re.fullmatch(r"models:/([^/]+)@([^@/]+)", address)
+        by_version = re.fullmatch(r"models:/([^/]+)/(\d+)", address)
+        if not (by_alias or by_version):
+            raise TrackingError(
+                f"{address}: no address of a registered model; write models:/NAME@ALIAS, as kdexp"
+                " select prints it, or models:/NAME/VERSION"
+            )
+        try:
+            if by_alias:
+                found = self._do(self.client.get_model_version_by_alias, *by_alias.groups())
+            else:
+                assert by_version
+                found = self._do(self.client.get_model_version, *by_version.groups())
+        except TrackingError as error:
+            if _code(error) not in MISSING:
+                raise
+            raise TrackingError(
+                f"{address}: not in {self.shown}; kdexp select registers a study's model, kdexp ui"
+                " shows what there is"
+            ) from None
+        return str(found.run_id), str(found.source).partition(f"/{found.run_id}/artifacts/")[2]
 
     def describe(self, name: str, version: str, description: str) -> None:
         """Describe a version of a registered model anew."""

@@ -18,7 +18,8 @@ from kdexp.distill.evaluate import Evaluation, evaluate
 from kdexp.distill.models import Size
 from kdexp.files import write_atomically
 from kdexp.runs.records import load_student, recipe_of
-from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.runs.tracking import Tracking
+from kdexp.select.students import check_student
 from kdexp.select.variants import file_of, made, metrics_of, splits_of
 from kdexp.select.verify import verify
 from kdexp.selection import AS_TRAINED
@@ -53,7 +54,8 @@ def export(
     Raises KdexpError.
     """
     run, file = tracking.read(run_id), output or Path(f"{run_id}-{precision}.onnx")
-    _check(run, file, tracking)
+    check_student(run, "export", tracking)
+    _check(file)
     recipe = recipe_of(run, tracking)
     splits = splits_of(run, recipe, settings)
     held_out = not recipe.data.train_on_validation
@@ -89,24 +91,7 @@ def _write(content: bytes, file: Path) -> None:
         ) from None
 
 
-def _check(run: RunRecord, file: Path, tracking: Tracking) -> None:
-    kind = run.tags.get("kdexp.kind")
-    if kind == "study":
-        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
-        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
-        raise KdexpError(
-            f"Run {run.run_id} is a whole study; export one of its trials: kdexp export {example}"
-        )
-    if kind in (None, "teacher"):
-        raise KdexpError(
-            f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only students can be"
-            " exported."
-        )
-    if not run.tags.get("kdexp.weights_sha256"):
-        raise KdexpError(
-            f"Run {run.run_id} holds no weights (status {run.status},"
-            f" {run.tags.get('kdexp.state', 'no state recorded')}); export a finished one."
-        )
+def _check(file: Path) -> None:
     if file.is_dir():
         raise KdexpError(
             f"--output {file}: is a folder; name a file in it, such as {file / 'student.onnx'}"

@@ -271,6 +271,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
             bytes=end.size.bytes,
             val_accuracy=end.val_accuracy,
             val_samples=end.val_samples or None,
+            activation_bytes=end.size.activation_bytes,
             repeated=with_repeats(
                 Repeated(number, end.size.parameters, _measure(end, 0)),
                 repeats[number],

@@ -187,6 +187,7 @@ def _metrics(student: nn.Module, recipe: Recipe, content: bytes, like: Split) ->
         "parameters": size.parameters,
         "multiply_adds": size.multiply_adds,
         "model_bytes": stored_bytes(content),
+        **({"activation_bytes": size.activation_bytes} if size.activation_bytes else {}),
         **(
             {}
             if recipe.data.train_on_validation
@@ -246,5 +247,8 @@ class _Maker:
             parameters=int(found["parameters"]),
             multiply_adds=int(found["multiply_adds"]),
             bytes=int(found["model_bytes"]),
+            activation_bytes=int(found["activation_bytes"])
+            if "activation_bytes" in found
+            else None,
             val_accuracy=found["val_accuracy"],
         )
