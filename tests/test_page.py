@@ -102,8 +102,8 @@ def an_answer(candidate: Candidate, trials=()) -> describe.Answer:
 def test_a_studys_first_line_is_the_answer_and_how_sure_it_is() -> None:
     first, links = describe.answered(an_answer(chosen())).split("\n\n")[:2]
     assert first == (
-        "**6,698 parameters · 27 KB · 96.40% on test** (bar 96.00% on validation: met once, 98.95%;"
-        " not sure: `kdexp confirm digits`)"
+        "**6,698 parameters · 27 KB · 96.40% on test** (met the bar of 96.00% once, by 98.95% on"
+        " validation: not sure, `kdexp confirm digits`)"
     )
     for address in (
         f"[selected run](#/experiments/1/runs/{'a' * 32}?workflowType=machine_learning)",
@@ -114,7 +114,7 @@ def test_a_studys_first_line_is_the_answer_and_how_sure_it_is() -> None:
         assert address in links
     verdict = Sureness("sure", 0.9774, 0.011, 0.9626, repeats=8, most=9)
     first = describe.answered(an_answer(chosen(verdict=verdict))).split("\n\n")[0]
-    assert first.endswith("met, 8 of 9 repeats, 97.74 ± 1.10 %, sure)")
+    assert first.endswith("(sure to meet the bar of 96.00%: 97.74% on validation over 8 repeats)")
 
 
 def test_a_description_of_many_trials_is_not_cut_off() -> None:

@@ -6,6 +6,7 @@ the second says where to look on.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,6 @@ from kdexp.selection import (
     clears,
     passes,
     requirement,
-    said,
     size_of,
     standing,
 )
@@ -379,11 +379,13 @@ def unanswered(
 
 def _answer(found: Answer) -> str:
     """What is selected, how good it is, and how sure that is, in one line."""
-    chosen, bar = found.candidate, f"bar {found.rule.accuracy_bar:.2%} on validation: met"
+    chosen, bar = found.candidate, f"the bar of {found.rule.accuracy_bar:.2%}"
     if chosen.verdict:
-        sure = f"{bar}, {said(chosen.verdict)}"
+        repeats = f"{chosen.verdict.repeats} repeat{'s' if chosen.verdict.repeats > 1 else ''}"
+        sure = f"sure to meet {bar}: {chosen.verdict.mean:.2%} on validation over {repeats}"
     else:
-        sure = f"{bar} once, {found.val_accuracy:.2%}; not sure: `kdexp confirm {found.study}`"
+        confirm = f"`kdexp confirm {shlex.quote(found.study)}`"
+        sure = f"met {bar} once, by {found.val_accuracy:.2%} on validation: not sure, {confirm}"
     return (
         f"**{chosen.parameters:,} parameters · {_bytes(chosen.bytes)} ·"
         f" {found.test_accuracy:.2%} on test** ({sure})"

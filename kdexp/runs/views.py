@@ -82,7 +82,7 @@ def of_sweep(sweep: Sweep, now_ms: int) -> dict[str, str]:
     repeated = _state(
         f"{first} and tags.`kdexp.repeats` IS NOT NULL",
         ["tags.`kdexp.repeats`", "tags.`kdexp.repeat`", "params.`data.fold`", *columns],
-        [*_scatters(sweep), _curve("epoch/val_accuracy", "validation accuracy, by epoch")],
+        [*_scatters(sweep), _curve("epoch/val_accuracy")],
     )
     return _tag(TRIALS, "kdexp: trials", once, now_ms) | _tag(
         REPEATED, "kdexp: repeats of trials", repeated, now_ms
@@ -95,14 +95,13 @@ def of_answer(sweep: Sweep, run_ids: Sequence[str], now_ms: int) -> dict[str, st
     charts = [
         {
             "type": "DIFFERENCE",
-            "displayName": "what differs",
             "chartName": "What differs",
             "compareGroups": ["Parameters", "Model metrics"],
             "showChangeFromBaseline": True,
             "showDifferencesOnly": True,
             "baselineColumnUuid": run_ids[0] if run_ids else "",
         },
-        _curve("epoch/val_accuracy", "validation accuracy, by epoch"),
+        _curve("epoch/val_accuracy"),
         *_scatters(sweep),
     ]
     found = _state(f"attributes.run_id IN ({these})", _columns(sweep), charts)
@@ -121,12 +120,9 @@ def _columns(sweep: Sweep) -> list[str]:
 
 
 def _charts(sweep: Sweep) -> list[dict[str, Any]]:
-    return [
-        *_scatters(sweep),
-        *_parallel(sweep),
-        _curve("epoch/val_accuracy", "validation accuracy, by epoch"),
-        _curve("epoch/loss", "training loss, by epoch"),
-    ]
+    size, *others = _scatters(sweep)
+    curves = [_curve("epoch/val_accuracy"), _curve("epoch/loss")]
+    return [size, *_parallel(sweep), curves[0], *others, curves[1]]
 
 
 def _scatters(sweep: Sweep) -> list[dict[str, Any]]:
@@ -135,7 +131,6 @@ def _scatters(sweep: Sweep) -> list[dict[str, Any]]:
     return [
         {
             "type": "SCATTER",
-            "displayName": f"validation accuracy by {size.replace('_', '-')}",
             "xaxis": {"key": size, "type": "METRIC"},
             "yaxis": {"key": "val_accuracy", "type": "METRIC"},
         }
@@ -147,7 +142,6 @@ def _parallel(sweep: Sweep) -> list[dict[str, Any]]:
     """What was searched, with what came of it last; nothing where nothing was."""
     chart = {
         "type": "PARALLEL",
-        "displayName": "what was searched, and what came of it",
         "selectedParams": list(sweep.search),
         "selectedMetrics": [METRIC[sweep.selection.size], "val_accuracy"],
         "showAllRuns": True,
@@ -155,14 +149,15 @@ def _parallel(sweep: Sweep) -> list[dict[str, Any]]:
     return [chart] if sweep.search else []
 
 
-def _curve(metric: str, name: str) -> dict[str, Any]:
+def _curve(metric: str) -> dict[str, Any]:
     return {
         "type": "LINE",
-        "displayName": name,
         "metricKey": metric,
         "selectedMetricKeys": [metric],
         "xAxisKey": "step",
         "useGlobalXaxisKey": False,
+        "lineSmoothness": 0,
+        "useGlobalLineSmoothing": False,
     }
 
 
@@ -170,7 +165,8 @@ def _state(
     runs: str, columns: Sequence[str], charts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What a view consists of: a filter of runs, and how they are shown, smallest first."""
-    own = {"uuid": "kdexp", "name": "kdexp", "columns": 2, "cardHeight": 400}
+    # one column: beside the runs and MLflow's assistant there is no room for two
+    own = {"uuid": "kdexp", "name": "kdexp", "columns": 1, "cardHeight": 400}
     others = [{"uuid": f"kdexp-{name}", "name": name, "display": False} for name in FOLDED]
     return {
         "searchFilter": runs,

@@ -144,7 +144,11 @@ def test_a_studys_page_is_the_answer(printed, studies, tmp_path, chromium) -> No
     """Its first line, every trial with size and accuracy, the selected run in one click."""
     study = studies.study("tiny")
     page = dom(
-        chromium, printed["tiny", "result"], tmp_path / "p", "on test (bar", "Selected: trial"
+        chromium,
+        printed["tiny", "result"],
+        tmp_path / "p",
+        "on test (met the bar",
+        "Selected: trial",
     )
     shown = words(page)
     for run in trials_of("tiny", studies):
@@ -181,9 +185,9 @@ def test_all_trials_are_shown_by_size_and_by_what_was_searched(
     assert len(runs) == 4
     url = printed["tiny", "trials"]
     assert f"viewStateShareKey={TRIALS}&compareRunsMode=CHART" in url
-    page = dom(chromium, url, tmp_path / "p", "validation accuracy by parameters", "trial 3")
+    page = dom(chromium, url, tmp_path / "p", "parameters vs. val_accuracy", "trial 3")
     shown = words(page)
-    for chart in ("what was searched, and what came of it", "validation accuracy, by epoch"):
+    for chart in ("Parallel Coordinates", "Showing all runs", "epoch/val_accuracy"):
         assert chart in shown
     scatters = re.findall(r'class="scatterlayer.*?</g></g></g>', page, re.S)
     assert scatters
@@ -212,12 +216,12 @@ def test_repeats_are_left_out_at_first_and_can_be_seen(
     url = printed["small", "trials"]
     listed = words(dom(chromium, url, tmp_path / "p", "documented defaults", "labels only"))
     assert "repeats trial" not in listed
-    chosen = f"key={REPEATED}"
-    again = words(dom(chromium, url.replace(f"key={TRIALS}", chosen), tmp_path / "q", "repeats"))
+    chosen = f"Key={REPEATED}"
+    again = words(dom(chromium, url.replace(f"Key={TRIALS}", chosen), tmp_path / "q", "repeats"))
     for run in repeats:
         assert run.name in again
-    chosen = f"key={WHY}"
-    why = dom(chromium, url.replace(f"key={TRIALS}", chosen), tmp_path / "r", "What differs")
+    chosen = f"Key={WHY}"
+    why = dom(chromium, url.replace(f"Key={TRIALS}", chosen), tmp_path / "r", "What differs")
     assert "distillation.alpha" in words(why)
 
 
