@@ -9,7 +9,8 @@ to that).
     ui, doctor           MLflow's UI · whether the stores fit what is installed
 
     search/              a study, from its first proposal to its last trial
-      sweep                data and teacher once, then the trials, as a stream of events
+      sweep, live          data and teacher once, then the trials, as a stream of events · the
+                           study's page meanwhile
       scheduler            decides and records: asks Optuna, hands out jobs, writes the runs, tells
       study, storage       Optuna (only these know it): a study · its database
       space                values as Optuna stores them; which recipes are nearly the same
@@ -31,6 +32,7 @@ to that).
       recording, prepare   the MLflow run of one training · data and teacher, ready and on record
       outcome, records     what came of a training · recipe and student of a run
       describe, plots      a run in words · in pictures
+      views                the pages of MLflow's UI: their addresses, what they show
       schema, bench        which version a database is for · what every command works with
 
     workers/             who trains; neither servers nor studies are known here

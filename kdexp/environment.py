@@ -20,7 +20,16 @@ from kdexp.config import Recipe
 from kdexp.imported import own_modules
 from kdexp.own import own_file
 
-__all__ = ["configure", "core", "cpu_name", "differing", "own_networks", "record", "remember_code"]
+__all__ = [
+    "commit",
+    "configure",
+    "core",
+    "cpu_name",
+    "differing",
+    "own_networks",
+    "record",
+    "remember_code",
+]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt(3)
 PACKAGE = Path(__file__).resolve().parent
@@ -90,7 +99,7 @@ def remember_code() -> None:
     """The code of this process, and of all forked from it, is what lies on the disk now, whatever
     is edited later.
     """
-    _source(), _core(), _commit()
+    _source(), _core(), commit()
 
 
 def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
@@ -103,7 +112,7 @@ def record(device: str, recipe: Recipe, threads: int) -> dict[str, str]:
         "kdexp": __version__,
         "source": _source(),
         "core": _core(),
-        "commit": _commit(),
+        "commit": commit(),
         **own_networks(recipe),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -170,7 +179,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 @cache
-def _commit() -> str:
+def commit() -> str:
     """The commit of kdexp's own checkout, with + where its package has changes; 'none' where it is
     installed.
     """

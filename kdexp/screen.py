@@ -61,6 +61,7 @@ from kdexp.selection import (
     requirement,
     said,
     size_of,
+    standing,
 )
 from kdexp.urls import sqlite_file
 from kdexp.workers.pool import PoolSize
@@ -394,11 +395,9 @@ def trials_table(trials: Sequence[Candidate], rule: Selection, selected: Candida
         trials, key=lambda c: (not passes(c, rule), size_of(c, rule.size), -c.val_accuracy)
     )[:ROWS]
     for c in sorted(shown, key=lambda c: (size_of(c, rule.size), -c.val_accuracy)):
-        mark = "selected" if c == selected else "yes" if passes(c, rule) else "no"
-        if c.verdict and not c.verdict.repeats and c.val_accuracy >= rule.accuracy_bar:
-            mark = "not repeated"
-        if c.verdict and c.verdict.repeats:
-            mark = f"{said(c.verdict)}{' (selected)' if c == selected else ''}"
+        mark = standing(c, rule)
+        if c == selected:
+            mark = "selected" if mark == "yes" else f"{mark} (selected)"
         first = (
             str(c.trial),
             *([c.variant] if varied else []),

@@ -14,7 +14,7 @@ from statistics import linear_regression, stdev
 from typing import Final, Protocol
 
 from kdexp import KdexpError
-from kdexp.config import Selection, Size, Study, Variant
+from kdexp.config import Selection, Size, Study, Sweep, Variant
 from kdexp.intervals import mean_low, wilson_low
 from kdexp.repeats import Measure, Plan, Repeated, Verdict, verdict, verdicts
 
@@ -28,6 +28,7 @@ __all__ = [
     "clears",
     "confirms",
     "judged",
+    "of_one",
     "passes",
     "plan_of",
     "rank",
@@ -35,6 +36,7 @@ __all__ = [
     "said",
     "select",
     "size_of",
+    "standing",
 ]
 
 AS_TRAINED: Final = "as trained"
@@ -118,6 +120,14 @@ class FreshSeeds:
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.2f} % ± {100 * self.sd:.2f} over {len(self.correct)} fresh seeds"
+
+
+def of_one(sweep: Sweep) -> Selection:
+    """By which one training is judged: where trials are repeated, their repeats are to be sure, not
+    it.
+    """
+    rule = sweep.selection
+    return rule.model_copy(update={"confidence": None}) if sweep.repeats else rule
 
 
 def plan_of(study: Study, rule: Selection, folds: int) -> Plan:
@@ -232,6 +242,18 @@ def said(found: Verdict) -> str:
         f"{found.repeats} of {found.most} repeats, {100 * found.mean:.2f}{spread} %, "
         + {"sure": "sure", "hopeless": "hopeless", "open": "not sure yet"}[found.state]
     )
+
+
+def standing(candidate: Candidate, rule: Selection) -> str:
+    """How a candidate stands by a rule, in a few words: 'yes', 'no', 'not repeated', or what its
+    repeats say.
+    """
+    found = candidate.verdict
+    if found and found.repeats:
+        return said(found)
+    if found and candidate.val_accuracy >= rule.accuracy_bar:
+        return "not repeated"
+    return "yes" if passes(candidate, rule) else "no"
 
 
 def size_of(candidate: Sized, size: Size) -> int:

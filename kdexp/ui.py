@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -12,11 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 
 from rich.console import Console
 
 from kdexp import KdexpError
-from kdexp.runs.tracking import Tracking
+from kdexp.runs import views
+from kdexp.runs.tracking import RunRecord, Tracking
 
 __all__ = ["serve"]
 
@@ -77,9 +78,9 @@ def serve(tracking: Tracking, port: int, console: Console) -> None:
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, kind)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             server.wait(10)
 
 
@@ -106,6 +107,25 @@ def _pages(tracking: Tracking, address: str) -> Iterator[str]:
     if not studies:
         yield f"{address}   (no study yet: kdexp sweep sweeps/digits.yaml)"
     for study in studies:
-        page = f"{address}/#/experiments/{study.experiment_id}/runs"
-        yield f"{study.tags['kdexp.study']:<24} trials {page}"
-        yield f"{'':<24} study  {page}/{study.run_id}"
+        name, experiment = study.tags["kdexp.study"], study.experiment_id
+        view = views.TRIALS if _has_view(study, tracking) else ""
+        yield f"{name:<24} result {address}/{views.run_page(experiment, study.run_id)}"
+        yield f"{'':<24} trials {address}/{views.view_page(experiment, view)}"
+        if tracking.has_model(name):
+            yield f"{'':<24} models {address}/{views.model_page(name)}"
+
+
+def _has_view(study: RunRecord, tracking: Tracking) -> bool:
+    """Whether the view of a study's trials is there; that of a former version's study is made now,
+    where that is allowed.
+    """
+    there = views.VIEW_TAG + views.TRIALS
+    with suppress(KdexpError):
+        if there in tracking.experiment_tags(study.experiment_id):
+            return True
+        from kdexp.select.promote import sweep_of  # imports torch
+
+        tags = views.of_sweep(sweep_of(study, tracking), time.time_ns() // 1_000_000)
+        tracking.tag_experiment(study.experiment_id, tags)
+        return True
+    return False

@@ -1,13 +1,111 @@
-"""What MLflow shows of a run in words: its description, in Markdown. Pure."""
+"""What MLflow shows of a run in words: its description, in Markdown. Pure.
+
+MLflow shows the first lines only until somebody asks for more: so the first one is the answer, and
+the second says where to look on.
+"""
 
 from __future__ import annotations
 
-from kdexp.config import Network, Recipe, Selection, Sweep
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdexp.config import Network, Recipe, Selection, Sweep, flatten
 from kdexp.distill.models import Size
 from kdexp.distill.teacher import CachedTeacher
 from kdexp.runs.outcome import Outcome
+from kdexp.runs.views import (
+    REPEATED,
+    TRIALS,
+    WHY,
+    model_page,
+    picture,
+    run_page,
+    view_page,
+)
+from kdexp.selection import (
+    AS_TRAINED,
+    Candidate,
+    FreshSeeds,
+    clears,
+    passes,
+    requirement,
+    size_of,
+    standing,
+)
 
-__all__ = ["concluded", "named", "of_study", "of_teacher", "of_training"]
+__all__ = [
+    "Answer",
+    "InStudy",
+    "Progress",
+    "answered",
+    "concluded",
+    "confirmed",
+    "looked_at",
+    "named",
+    "of_study",
+    "of_teacher",
+    "of_training",
+    "unanswered",
+    "under_way",
+]
+
+ROWS = 30  # of a table of trials: MLflow cuts off a description of more than 8,000 characters
+
+
+@dataclass(frozen=True)
+class InStudy:
+    """What a trial is held against: its study."""
+
+    experiment_id: str
+    run_id: str
+    """The study's."""
+    rule: Selection
+    """By which one training is judged."""
+    defaults: Recipe
+    """What trial 0 trains."""
+    repeats: int | None = None
+    """The trial that this one repeats."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    done: int
+    smallest: int | None
+    """The size of the smallest that is sure, or where nothing is repeated, over the bar."""
+    best: float | None
+    """The best validation accuracy of one training."""
+    seconds_left: float | None
+    at: str
+    """The time of day."""
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a study came to: its selected model, looked at on test."""
+
+    study: str
+    experiment_id: str
+    study_run: str
+    run_id: str
+    """Of the model."""
+    candidate: Candidate
+    rule: Selection
+    val_accuracy: float
+    test_accuracy: float
+    test_interval: tuple[float, float]
+    test_samples: int
+    test_repeats: FreshSeeds | None
+    gain: str
+    """What distillation gained, in words; or nothing."""
+    trials: Sequence[Candidate]
+    alias: str
+    load: str
+    """How the model is loaded in Python; empty where it is not registered."""
 
 
 def of_training(recipe: Recipe, size: Size, teacher: CachedTeacher) -> str:
@@ -59,15 +157,19 @@ def of_training(recipe: Recipe, size: Size, teacher: CachedTeacher) -> str:
 
 
 def concluded(
-    outcome: Outcome, recipe: Recipe, bad_step: int | None, teacher: CachedTeacher
+    outcome: Outcome,
+    recipe: Recipe,
+    bad_step: int | None,
+    teacher: CachedTeacher,
+    study: InStudy | None = None,
 ) -> str:
-    """A training's run once it has ended."""
+    """A training's run once it has ended; of a trial, by the study's rule."""
     how = {
         "complete": "Trained to the end",
         "pruned": "Pruned",
         "diverged": f"Diverged (loss not finite from step {bad_step})",
     }[outcome.state]
-    low, high = outcome.val_interval
+    (low, high), judged = outcome.val_interval, ""
     if recipe.data.train_on_validation:
         accuracy = "Trained on train and validation together,"
     else:
@@ -75,12 +177,71 @@ def concluded(
             f"**{outcome.val_accuracy:.2%}** validation accuracy (95 % interval {low:.2%} to"
             f" {high:.2%})"
         )
+        judged = f": **{_judged(outcome, study.rule)}**" if study else ""
     return (
-        f"{accuracy} with **{outcome.size.parameters:,}** parameters. {how} after {outcome.epochs} "
-        f"epochs; weights of epoch {outcome.kept_epoch}.\n\n"
+        f"{accuracy} with **{outcome.size.parameters:,}** parameters{judged}.\n\n"
+        f"{_place(recipe, study) if study else ''}"
+        f"{how} after {outcome.epochs} epochs; weights of epoch {outcome.kept_epoch}.\n\n"
         f"Train it again, bit for bit: `kdexp reproduce {outcome.run_id}`\n\n"
         f"{of_training(recipe, outcome.size, teacher)}"
     )
+
+
+def looked_at(
+    why: str, accuracy: float, interval: tuple[float, float], images: int, before: str
+) -> str:
+    """A training's run once its model was looked at on test; `before` is what it said till then."""
+    low, high = interval
+    return (
+        f"{why} Test accuracy **{accuracy:.2%}** (95 % interval {low:.2%} to {high:.2%},"
+        f" {images:,} images, looked at once).\n\n{before}"
+    )
+
+
+def _judged(ended: Outcome, rule: Selection) -> str:
+    """Whether one training meets the bar, and by how much it does not."""
+    bar, short = f"the bar of {rule.accuracy_bar:.2%}", rule.accuracy_bar - ended.val_accuracy
+    if short > 0:
+        return f"misses {bar} by {100 * short:.2f} points"
+    if rule.confidence and not clears(ended.val_accuracy, ended.val_samples, rule):
+        return f"meets {bar}, but not at {100 * rule.confidence:g} % confidence"
+    if rule.limit and size_of(ended.size, rule.size) > rule.limit:
+        return f"meets {bar}, but is over the limit of {rule.limit:,} {_unit(rule)}"
+    return f"meets {bar}"
+
+
+def _place(recipe: Recipe, study: InStudy) -> str:
+    """What a trial has of its own, and where the others are."""
+    if study.repeats is not None:
+        what = f"Trial {study.repeats} again, with another seed and on other images"
+    elif changes := _changes(recipe, study.defaults):
+        what = f"Unlike trial 0: {', '.join(changes)}"
+    else:
+        what = "The sweep file's own values, its *documented defaults*"
+    links = _links(
+        {
+            "study": run_page(study.experiment_id, study.run_id),
+            "all trials": view_page(study.experiment_id, TRIALS),
+        }
+    )
+    return f"{what}.\n\n{links}\n\n"
+
+
+def _changes(recipe: Recipe, defaults: Recipe) -> list[str]:
+    """What a recipe has in place of the defaults, as 'learning rate 0.001 for 0.0003'."""
+    own, theirs = flatten(recipe), flatten(defaults)
+    paths = [path for path in own if own[path] != theirs.get(path)]
+    return [
+        f"{path.rpartition('.')[2].replace('_', ' ')} {_value(own[path])} for"
+        f" {_value(theirs.get(path))}"
+        for path in paths
+    ]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def of_teacher(recipe: Recipe, teacher: CachedTeacher) -> str:
@@ -96,7 +257,7 @@ def of_teacher(recipe: Recipe, teacher: CachedTeacher) -> str:
 
 def of_study(sweep: Sweep) -> str:
     """A study's run."""
-    rule, unit = sweep.selection, sweep.selection.size.replace("_", "-")
+    rule, unit = sweep.selection, _unit(sweep.selection)
     searched = ", ".join(f"`{path}`" for path in sweep.search)
     passes = "is sure" if sweep.repeats else "passes"
     again = (
@@ -116,14 +277,188 @@ def of_study(sweep: Sweep) -> str:
     what = "trainings" if sweep.repeats else "trials"
     return (
         f"A *study*: {sweep.study.trials} {what} search {searched} for the smallest student whose"
-        f" validation accuracy reaches **{rule.accuracy_bar:.2%}**{_limit(rule, unit)}, {aim}. Each"
+        f" validation accuracy reaches **{rule.accuracy_bar:.2%}**{_limit(rule)}, {aim}. Each"
         " child run is one trial. Trial 0 is the documented defaults, trial 1 the same without the"
         f" teacher (alpha = 0).{again}"
     )
 
 
-def _limit(rule: Selection, unit: str) -> str:
-    return f" with at most {rule.limit:,} {unit}" if rule.limit else ""
+def under_way(
+    sweep: Sweep, found: Progress, experiment_id: str, run_id: str, shown: str, before: str
+) -> str:
+    """A study's run while its trials are trained; `shown` is the place of its picture, `before`
+    what it had come to with fewer trials, if there is any.
+    """
+    unit, trials = _unit(sweep.selection), f"{found.done} of {sweep.study.trials}"
+    what, sure = ("trainings", "sure") if sweep.repeats else ("trials", "over the bar")
+    best = "" if found.best is None else f", best {found.best:.2%}"
+    parts = [
+        f"{trials} {what}",
+        f"smallest {sure} so far {found.smallest:,} {unit}"
+        if found.smallest
+        else f"none {sure} yet{best}",
+        *([_time_left(found.seconds_left)] if found.seconds_left else []),
+    ]
+    line = f"**{' · '.join(parts)}** (written at {found.at})"
+    if found.stopped:
+        line = f"Stopped: the same command goes on. {line}"
+    links = _links({"all trials": view_page(experiment_id, TRIALS)})
+    return "\n\n".join(
+        filter(None, [line, links, shown and picture(run_id, shown), before or of_study(sweep)])
+    )
+
+
+def _time_left(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    hours = f"{minutes / 60:.1f} h" if minutes >= 100 else f"{minutes} min"
+    return f"about {hours} left" if minutes else "under a minute left"
+
+
+def answered(found: Answer) -> str:
+    """A study's run once its model is selected."""
+    chosen, low, high = found.candidate, *found.test_interval
+    variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}"
+    again = f" Train it again: `kdexp reproduce {found.run_id}`."
+    return "\n\n".join(
+        [
+            _answer(found),
+            _ways_on(found),
+            picture(found.study_run, "frontier.png"),
+            (
+                f"**Selected: trial {chosen.trial}{variant}**, run `{found.run_id}`:"
+                f" {chosen.parameters:,} parameters, {chosen.multiply_adds:,} multiply-adds,"
+                f" {chosen.bytes:,} bytes; {found.val_accuracy:.2%} on validation,"
+                f" {found.test_accuracy:.2%} on test (95 % interval {low:.2%} to {high:.2%},"
+                f" {found.test_samples:,} images){_on_test(found.test_repeats)}."
+            ),
+            *([found.gain] if found.gain else []),
+            (
+                f"Rule: {found.rule.goal.replace('_', ' ')} by {_unit(found.rule)}, validation"
+                f" accuracy {requirement(found.rule)}{_limit(found.rule)}."
+                + (f" Load it: `{found.load}`." if found.load else "")
+                + again
+            ),
+            _table(found.trials, found.rule, chosen, found.experiment_id),
+        ]
+    )
+
+
+def confirmed(
+    chosen: Candidate,
+    rule: Selection,
+    verdict: str,
+    tested: str,
+    run_id: str,
+    load: str,
+    failed: Sequence[str],
+) -> str:
+    """What fresh seeds say of a study's recipe: `verdict` on validation, `tested` on test."""
+    load_it = f" The first of them: `{load}`." if load else ""
+    return (
+        f"**Confirmed: trial {chosen.trial}**, run `{chosen.run_id}`: {chosen.parameters:,}"
+        f" parameters, validation accuracy **{verdict}** (required: {requirement(rule)}), test"
+        f" accuracy {tested}.{load_it} Train it again: `kdexp reproduce {run_id}`."
+        + (f"\n\nNot confirmed: {'; '.join(failed)}." if failed else "")
+    )
+
+
+def unanswered(
+    why: str, trials: Sequence[Candidate], rule: Selection, experiment_id: str, run_id: str
+) -> str:
+    """A study's run where none of its trials passes, and why."""
+    first, _, rest = why.partition(". ")
+    return "\n\n".join(
+        [
+            f"**{first}.** {rest}",
+            _links({"all trials": view_page(experiment_id, TRIALS)}),
+            picture(run_id, "frontier.png"),
+            _table(trials, rule, None, experiment_id),
+        ]
+    )
+
+
+def _answer(found: Answer) -> str:
+    """What is selected, how good it is, and how sure that is, in one line."""
+    chosen, bar = found.candidate, f"the bar of {found.rule.accuracy_bar:.2%}"
+    if chosen.verdict:
+        repeats = f"{chosen.verdict.repeats} repeat{'s' if chosen.verdict.repeats > 1 else ''}"
+        sure = f"sure to meet {bar}: {chosen.verdict.mean:.2%} on validation over {repeats}"
+    else:
+        confirm = f"`kdexp confirm {shlex.quote(found.study)}`"
+        sure = f"met {bar} once, by {found.val_accuracy:.2%} on validation: not sure, {confirm}"
+    return (
+        f"**{chosen.parameters:,} parameters · {_bytes(chosen.bytes)} ·"
+        f" {found.test_accuracy:.2%} on test** ({sure})"
+    )
+
+
+def _ways_on(found: Answer) -> str:
+    """The pages that show more."""
+    repeats = {"repeats": view_page(found.experiment_id, REPEATED)}
+    model = {f"model @{found.alias}": model_page(found.study)}
+    return _links(
+        {
+            "selected run": run_page(found.experiment_id, found.run_id),
+            "all trials": view_page(found.experiment_id, TRIALS),
+            "beside trials 0 and 1": view_page(found.experiment_id, WHY),
+            **(repeats if found.test_repeats else {}),
+            **(model if found.load else {}),
+        }
+    )
+
+
+def _on_test(repeats: FreshSeeds | None) -> str:
+    if repeats is None:
+        return ""
+    spread = f" ± {100 * repeats.sd:.2f}" if len(repeats.correct) > 1 else ""
+    return (
+        f"; {100 * repeats.mean:.2f}{spread} % over its {len(repeats.correct)} repeats, each looked"
+        " at once"
+    )
+
+
+def _table(
+    trials: Sequence[Candidate], rule: Selection, chosen: Candidate | None, experiment_id: str
+) -> str:
+    """The trials, smallest first; of many, those that pass before the others."""
+    order = sorted(trials, key=lambda c: (c != chosen, not passes(c, rule), *_by_size(c, rule)))
+    shown = sorted(order[:ROWS], key=lambda c: _by_size(c, rule))
+    size = "" if rule.size == "parameters" else f" {_unit(rule)} |"
+    left = len(trials) - len(shown)
+    more = f"\n\n{left} more: [all trials]({view_page(experiment_id, TRIALS)})" if left else ""
+    rows = [
+        (
+            f"| [{c.trial}]({run_page(experiment_id, c.run_id)})"
+            f"{'' if c.variant == AS_TRAINED else f' as {c.variant}'} | {c.parameters:,} |"
+            + (f" {size_of(c, rule.size):,} |" if size else "")
+            + f" {c.val_accuracy:.2%} | {standing(c, rule)}"
+            f"{' **(selected)**' if c == chosen else ''} |"
+        )
+        for c in shown
+    ]
+    head = f"| trial | parameters |{size} validation accuracy | {requirement(rule)} |"
+    rule_off = f"|---|---:|{'---:|' if size else ''}---:|---|"
+    return "\n".join([head, rule_off, *rows]) + more
+
+
+def _by_size(candidate: Candidate, rule: Selection) -> tuple[int, float]:
+    return size_of(candidate, rule.size), -candidate.val_accuracy
+
+
+def _links(pages: Mapping[str, str]) -> str:
+    return " · ".join(f"[{text}]({page})" for text, page in pages.items())
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
+
+
+def _unit(rule: Selection) -> str:
+    return rule.size.replace("_", "-")
+
+
+def _limit(rule: Selection) -> str:
+    return f" with at most {rule.limit:,} {_unit(rule)}" if rule.limit else ""
 
 
 def named(network: Network) -> str:

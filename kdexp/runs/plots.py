@@ -1,8 +1,10 @@
-"""Pictures: a run's learning curves, a study's accuracy against size."""
+"""Pictures: a run's learning curves, a study's accuracy against size; and the colours of runs."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure  # the object interface: no display, no global state
 from matplotlib.ticker import LogLocator, NullLocator
@@ -10,10 +12,22 @@ from matplotlib.ticker import LogLocator, NullLocator
 from kdexp.config import Selection
 from kdexp.selection import Candidate, passes, requirement, size_of
 
-__all__ = ["curves", "frontier"]
+__all__ = ["colour", "curves", "frontier", "save"]
 
 # Okabe and Ito's palette: distinct also to the colour-blind.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_drawing = threading.Lock()  # Matplotlib draws in one thread at a time
+
+
+def colour(over_the_bar: bool, selected: bool = False) -> dict[str, str]:
+    """A trial's colour in MLflow's table and charts, as its run's tag."""
+    return {"mlflow.runColor": ORANGE if selected else BLUE if over_the_bar else GREY}
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Draw a picture into a file."""
+    with _drawing:
+        figure.savefig(file, dpi=110)
 
 
 def curves(history: Sequence[Mapping[str, float]], title: str, kept: int) -> Figure:
@@ -69,10 +83,13 @@ def curves(history: Sequence[Mapping[str, float]], title: str, kept: int) -> Fig
 
 
 def frontier(
-    candidates: Sequence[Candidate], rule: Selection, selected: Candidate | None
+    candidates: Sequence[Candidate],
+    rule: Selection,
+    selected: Candidate | None,
+    marked: str = "selected",
 ) -> Figure:
     """Every trial by size and validation accuracy, the bar and limit as lines, the selected one
-    marked.
+    `marked`.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -102,7 +119,7 @@ def frontier(
             markersize=13,
             markerfacecolor="none",
             color=ORANGE,
-            label=f"selected: trial {selected.trial}",
+            label=f"{marked}: trial {selected.trial}",
         )
     axes.axhline(
         100 * rule.accuracy_bar, color=GREEN, linewidth=1, label=f"bar: {requirement(rule)}"

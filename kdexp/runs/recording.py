@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdexp import KdexpError
-from kdexp.config import Data, Recipe, flatten
+from kdexp.config import Data, Recipe, Selection, flatten
 from kdexp.distill.checkpoints import Checkpoint, Checkpoints
 from kdexp.distill.datasets import Split, Splits
 from kdexp.distill.execution import choose, compiles
@@ -30,10 +30,12 @@ from kdexp.distill.train import EPOCH_METRICS, EpochReport
 from kdexp.environment import record
 from kdexp.runs import describe
 from kdexp.runs.bench import Bench
+from kdexp.runs.describe import InStudy
 from kdexp.runs.outcome import Outcome
-from kdexp.runs.plots import curves
+from kdexp.runs.plots import colour, curves, save
 from kdexp.runs.records import INPUT, input_text, seal
 from kdexp.runs.tracking import EpochMetrics, Kind, Tracking, TrackingAway
+from kdexp.selection import clears
 from kdexp.settings import without_credentials
 from kdexp.workers.pool import Died, Pool, PoolSize
 from kdexp.workers.work import Broke, Ended, Epoch, Job, Measured, Prepared, Row, Task
@@ -79,6 +81,8 @@ class Entry:
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    study: InStudy | None = None
+    """What a trial is held against."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Recording:
     delivered: float = float("-inf")
     ended: Ended | None = None
     outcome: Outcome | None = None
+    study: InStudy | None = None
+    """What it is held against."""
 
     def take(self, epoch: Epoch) -> None:
         """Take note of an epoch. MLflow is sent its share now and then, if it answers at once."""
@@ -249,7 +255,15 @@ def begin(
         }
         tracking.tag(run_id, again)
         recording = Recording(
-            run_id, recipe, prepared, bench, form, resumed.environment, size, history
+            run_id,
+            recipe,
+            prepared,
+            bench,
+            form,
+            resumed.environment,
+            size,
+            history,
+            study=entry.study,
         )
         recording.safe = len(history)
         return recording
@@ -268,7 +282,9 @@ def begin(
         },
         parent=entry.parent,
     )
-    recording = Recording(run_id, recipe, prepared, bench, form, environment, size)
+    recording = Recording(
+        run_id, recipe, prepared, bench, form, environment, size, study=entry.study
+    )
     try:
         _log_record(recording, summary(module, split))
     except BaseException as error:
@@ -383,7 +399,7 @@ def _log_record(recording: Recording, summary: str) -> None:
 def _conclude(recording: Recording, ended: Ended) -> Outcome:
     """Final metrics, weights and curves on the run."""
     tracking, run_id, recipe = recording.bench.tracking, recording.run_id, recording.recipe
-    teacher, size = recording.prepared.teacher, recording.size
+    teacher, size, study = recording.prepared.teacher, recording.size, recording.study
     samples = len(recording.prepared.splits.validation)
     outcome = Outcome(
         run_id,
@@ -399,7 +415,7 @@ def _conclude(recording: Recording, ended: Ended) -> Outcome:
         if ended.weights:
             save_file(dict(ended.weights), folder / "weights.safetensors")
         title = f"{describe.named(recipe.student)}, {size.parameters:,} parameters"
-        curves(recording.history, title, outcome.kept_epoch).savefig(folder / "curves.png", dpi=110)
+        save(curves(recording.history, title, outcome.kept_epoch), folder / "curves.png")
         seal(run_id, tracking.log_files(run_id, folder), tracking)
     held_out = not recipe.data.train_on_validation
     tracking.log_metrics(
@@ -424,10 +440,17 @@ def _conclude(recording: Recording, ended: Ended) -> Outcome:
             "kdexp.state": ended.state,
             "kdexp.weights_sha256": weights_hash(ended.weights) if ended.weights else "",
             **diverged,
-            "mlflow.note.content": describe.concluded(outcome, recipe, ended.bad_step, teacher),
+            **(_coloured(outcome, study.rule) if study else {}),
+            "mlflow.note.content": describe.concluded(
+                outcome, recipe, ended.bad_step, teacher, study
+            ),
         },
     )
     return outcome
+
+
+def _coloured(outcome: Outcome, rule: Selection) -> dict[str, str]:
+    return colour(clears(outcome.val_accuracy, outcome.val_samples, rule))
 
 
 def _measured(outcome: Outcome) -> dict[str, float]:

@@ -30,11 +30,16 @@ __all__ = [
     "ARTIFACTS",
     "FOLDS",
     "INPUT",
+    "LONGEST_NOTE",
+    "NOTE",
+    "PARTS",
     "REPEAT",
     "REPEATS",
+    "SELECTED_TRIAL",
     "SURE",
     "WEIGHTS",
     "RecordError",
+    "answer_of",
     "artifact_of",
     "environment_of_run",
     "input_of",
@@ -53,11 +58,21 @@ ARTIFACTS = "kdexp.artifacts"
 """The tag that holds the SHA-256 of a run's files, as JSON by their place."""
 REPEATS, REPEAT = "kdexp.repeats", "kdexp.repeat"
 """On a trial's run: the number of the trial whose recipe it repeats, and which repeat it is."""
+SELECTED_TRIAL = "kdexp.selected_trial"
+"""On a trial's run: the goal that its recipe is selected by. The model may be a repeat's."""
 FOLDS, SURE = "kdexp.folds", "kdexp.sure"
 """On a study's run: how many folds there are; the trials that were found to be sure."""
 
 INPUT = "input.json"
 """The file that says what a run's student takes and answers, so that it needs no data set."""
+
+
+NOTE, LONGEST_NOTE = "mlflow.note.content", 8000
+"""A run's description, and how many characters MLflow takes."""
+PARTS = "mlflow.kdexp.note."
+"""What the tags begin with that keep the parts of a study's description: MLflow's page shows none
+that begins with mlflow. Former versions wrote kdexp.selected_note, kdexp.confirmed_note.
+"""
 
 
 class RecordError(KdexpError):
@@ -187,6 +202,15 @@ def sealed(run: RunRecord) -> dict[str, str]:
             f"Run {run.run_id}: its tag {ARTIFACTS} is no list of checksums any more; put it back,"
             " or delete the tag: its files are then no longer compared with it"
         ) from None
+
+
+def answer_of(tags: Mapping[str, str]) -> str:
+    """What a study has come to, for its description; nothing yet where nothing was selected."""
+    parts = (
+        tags.get(f"{PARTS}{part}", tags.get(f"kdexp.{part}_note", ""))
+        for part in ("confirmed", "selected")
+    )
+    return "\n\n".join(filter(None, parts))
 
 
 def _another(run: RunRecord, place: str, found: str, recorded: str) -> RecordError:

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -222,6 +223,15 @@ class Tracking:
             if found := self._experiment_named(name):
                 return found
             raise
+
+    def tag_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of an experiment."""
+        for key, value in tags.items():
+            self._do(self.client.set_experiment_tag, experiment_id, key, value)
+
+    def experiment_tags(self, experiment_id: str) -> dict[str, str]:
+        """The tags of an experiment."""
+        return dict(self._do(self.client.get_experiment, experiment_id).tags)
 
     def _experiment_named(self, name: str) -> str | None:
         for spelling in spellings(name):
@@ -458,6 +468,16 @@ class Tracking:
             ) from None
         return str(found.run_id), str(found.source).partition(f"/{found.run_id}/artifacts/")[2]
 
+    def has_model(self, name: str) -> bool:
+        """Whether a model is registered under that name."""
+        try:
+            self._do(self.client.get_registered_model, name)
+        except TrackingError as error:
+            if _code(error) in MISSING:
+                return False
+            raise
+        return True
+
     def describe(self, name: str, version: str, description: str) -> None:
         """Describe a version of a registered model anew."""
         self._do(self.client.update_model_version, name, version, description)
@@ -657,6 +677,12 @@ class Tracking:
             yield
         finally:
             self.patience = before
+
+    def aside(self) -> Tracking:
+        """A handle to the same store for another thread, which waits for nobody."""
+        other = copy(self)
+        other.patience = 0.0
+        return other
 
     def _place(self, run_id: str) -> Path | None:
         """The folder of a run's artifacts in the embedded store; None: MLflow knows where they

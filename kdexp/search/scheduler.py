@@ -25,6 +25,7 @@ from kdexp.distill.packs import Lane
 from kdexp.distill.train import EpochReport, whole_epochs
 from kdexp.repeats import Verdict as Sureness
 from kdexp.runs.bench import Bench
+from kdexp.runs.describe import InStudy
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.prepare import TeacherProgress, prepare
 from kdexp.runs.recording import Entry, Form, Recording, begin, close_run, goes_on_here
@@ -32,7 +33,7 @@ from kdexp.runs.records import REPEAT, REPEATS
 from kdexp.runs.tracking import Tracking
 from kdexp.search.claims import Claimant, ClaimLost, HandedBack
 from kdexp.search.study import OpenStudy, Trial
-from kdexp.selection import size_of
+from kdexp.selection import of_one, size_of
 from kdexp.workers.pool import Died, Pool, Worker
 from kdexp.workers.work import (
     Broke,
@@ -409,7 +410,14 @@ class Scheduler:
         tags = {**_tags(trial.number, self.study), "kdexp.study": self.study.sweep.name}
         if trial.repeats is not None:
             tags |= {REPEATS: str(trial.repeats), REPEAT: str(trial.repeat)}
-        entry = Entry("trial", name, self.study.parent_run, tags, {"trial": trial.number})
+        entry = Entry(
+            "trial",
+            name,
+            self.study.parent_run,
+            tags,
+            {"trial": trial.number},
+            self._in_study(trial.repeats),
+        )
         prepared = self._on_its_fold(trial.recipe)
         recording = begin(trial.recipe, prepared, self.bench, entry, form, checkpoint)
         resumed = checkpoint is not None
@@ -417,6 +425,11 @@ class Scheduler:
         trials[form.slot] = _Running(trial, recording, Task(*told))
         self.waiting.remove(claimed)
         trial.link(recording.run_id)
+
+    def _in_study(self, repeats: int | None) -> InStudy:
+        sweep = self.study.sweep
+        own = self.bench.experiment_id, self.study.parent_run
+        return InStudy(*own, of_one(sweep), sweep.recipe, repeats)
 
     def _ask(self) -> _Claimed | None:
         """The next trial that is worth its training."""

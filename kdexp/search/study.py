@@ -67,7 +67,7 @@ from kdexp.search.space import (
 )
 from kdexp.search.stopping import futile
 from kdexp.search.storage import AWAY, StudyError, answered, open_storage, stored_name
-from kdexp.selection import plan_of, size_of
+from kdexp.selection import of_one, plan_of, size_of
 from kdexp.settings import Settings
 
 __all__ = []
@@ -409,11 +409,8 @@ class OpenStudy:
 
     @property
     def _rule(self) -> Selection:
-        """By which one training is judged: where trials are repeated, their repeats are to be sure,
-        not it.
-        """
-        rule = self.sweep.selection
-        return rule.model_copy(update={"confidence": None}) if self.sweep.repeats else rule
+        """By which one training is judged."""
+        return of_one(self.sweep)
 
     @property
     def _plan(self) -> Plan:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +17,15 @@ from kdexp.distill.datasets import Splits
 from kdexp.distill.execution import best_pack
 from kdexp.distill.inspection import changed
 from kdexp.distill.packs import Lane
-from kdexp.runs import describe
+from kdexp.environment import commit
+from kdexp.runs import describe, views
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import TeacherProgress, prepare
-from kdexp.runs.records import FOLDS, SURE, log_text
+from kdexp.runs.recording import log_datasets
+from kdexp.runs.records import FOLDS, INPUT, SURE, input_text, log_text
 from kdexp.runs.tracking import Tracking, TrackingError, TrackingGone, too_long
 from kdexp.search.claims import Claimant
+from kdexp.search.live import LivePage
 from kdexp.search.objective import Passing
 from kdexp.search.remembered import misremembered
 from kdexp.search.scheduler import (
@@ -37,7 +42,7 @@ from kdexp.search.scheduler import (
     leave,
 )
 from kdexp.search.storage import StudyError
-from kdexp.search.study import Begun, check_facts, check_study, open_study
+from kdexp.search.study import Begun, OpenStudy, check_facts, check_study, open_study
 from kdexp.selection import check_bar, check_reachable, plan_of
 from kdexp.settings import Settings, without_credentials
 from kdexp.workers.pool import Pool, PoolSize, pool_size
@@ -138,22 +143,12 @@ def run_sweep(
         gone,
         prepared.splits.folds,
     )
-    finished = False
+    finished, sure = False, study.sure if sweep.repeats else []
+    page = LivePage(sweep, study.parent_run, experiment_id, study.done, sure, tracking)
     with Claimant(settings) as claimant:
         try:
             study.bind(_facts(prepared))
-            if prepared.splits.inspection:
-                log_text(
-                    study.parent_run,
-                    IMAGES,
-                    json.dumps(prepared.splits.inspection.digests, indent=0),
-                    tracking,
-                )
-            tracking.finish(study.parent_run, "RUNNING")
-            tracking.tag(study.parent_run, {FOLDS: str(prepared.splits.folds)})
-            if settings.storage:
-                tracking.tag(study.parent_run, {"kdexp.shared_storage": "yes"})
-            log_text(study.parent_run, "sweep.json", sweep.model_dump_json(indent=2), tracking)
+            _record(sweep, study, prepared, bench)
             yield TeacherReady(prepared, study.done)
             if wrong := misremembered(study.told(), sweep, study.parent_run, tracking):
                 yield Misremembered(wrong)
@@ -161,13 +156,19 @@ def run_sweep(
             yield size
             pack = _pack(sweep, settings, prepared, size, study.left)
             pool = Pool(size, prepared, str(device))
-            yield from Scheduler(study, prepared, bench, claimant, pool, pack).run()
+            scheduler = Scheduler(study, prepared, bench, claimant, pool, pack)
+            with closing(scheduler.run()) as events:
+                for event in events:
+                    if isinstance(event, TrialFinished):
+                        page.trial_ended(event)
+                    yield event
             if study.exhausted:
                 yield NothingLeft(study.done, study.smallest)
             if sweep.repeats:
                 tracking.tag(study.parent_run, {SURE: " ".join(map(str, study.sure))})
             finished = True
         finally:
+            page.stop(finished)
             others = leave(study, tracking, claimant, finished)
         if not others:
             # nobody takes a trial now: a command that has raised the budget may be at one already
@@ -175,6 +176,22 @@ def run_sweep(
                 if not study.under_way:
                     study.checkpoints(settings).clear()
     return others
+
+
+def _record(sweep: Sweep, study: OpenStudy, prepared: Prepared, bench: Bench) -> None:
+    """Open the study's run, with what its trials share."""
+    run_id, splits, tracking = study.parent_run, prepared.splits, bench.tracking
+    if splits.inspection:
+        log_text(run_id, IMAGES, json.dumps(splits.inspection.digests, indent=0), tracking)
+    tracking.finish(run_id, "RUNNING")
+    shared = {"kdexp.shared_storage": "yes"} if bench.settings.storage else {}
+    tracking.tag(run_id, {FOLDS: str(splits.folds), **shared})
+    log_text(run_id, "sweep.json", sweep.model_dump_json(indent=2), tracking)
+    log_text(run_id, INPUT, input_text(splits.train), tracking)
+    log_datasets(run_id, sweep.data, splits, tracking)
+    with tracking.at_once(), suppress(KdexpError):  # pages that are shown otherwise stop no sweep
+        tags = views.of_sweep(sweep, time.time_ns() // 1_000_000)
+        tracking.tag_experiment(bench.experiment_id, tags)
 
 
 def _pack(sweep: Sweep, settings: Settings, prepared: Prepared, size: PoolSize, left: int) -> int:
@@ -339,6 +356,7 @@ def _new_parent_run(sweep: Sweep, tracking: Tracking, experiment_id: str, mark: 
         tags={
             "kdexp.study": sweep.name,
             "kdexp.study_mark": mark,
+            **({"mlflow.source.git.commit": commit()} if commit() != "none" else {}),
             "mlflow.note.content": describe.of_study(sweep),
         },
     )

@@ -43,6 +43,7 @@ OWN = {
         "kdexp.reproduces",
         "kdexp.reproduction",
         "kdexp.selected",
+        "kdexp.selected_trial",
         "kdexp.confirmed",
         "kdexp.model_version",
         "kdexp.error",

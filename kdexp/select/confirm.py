@@ -21,6 +21,7 @@ import torch
 from kdexp.config import Selection
 from kdexp.repeats import Verdict as Sureness
 from kdexp.repeats import next_repeat
+from kdexp.runs import describe
 from kdexp.runs.records import FOLDS, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.search.claims import Claimant
@@ -33,6 +34,7 @@ from kdexp.select.fresh import (
 )
 from kdexp.select.promote import (
     candidates,
+    load_call,
     look_at_test,
     looks,
     measured,
@@ -299,23 +301,18 @@ def _look(
 def _report(done: Confirmation, work: Retrainer) -> None:
     """Tags, metrics and description of the study's run."""
     chosen, tracking, study = done.verdict.candidate, work.tracking, work.study
-    failed = "; ".join(
-        f"trial {v.candidate.trial} ({v.candidate.parameters:,} parameters): {v}"
-        for v in done.tried
-    )
-    text = (
-        f"**Confirmed: trial {chosen.trial}**, run `{chosen.run_id}`: {chosen.parameters:,}"
-        f" parameters, validation accuracy **{done.verdict}** (required:"
-        f" {requirement(done.verdict.rule)}), test accuracy **{done.test}**"
-        + (f", with flip test-time augmentation {done.tta}" if done.tta else "")
-        + f", trained on {done.images}. "
-        + (
-            f'The first of them: `mlflow.pytorch.load_model("{done.model}")`. '
-            if done.model
-            else ""
-        )
-        + f"Train it again: `kdexp reproduce {done.runs[0].run_id}`."
-        + (f"\n\nNot confirmed: {failed}." if failed else "")
+    tta = f", with flip test-time augmentation {done.tta}" if done.tta else ""
+    text = describe.confirmed(
+        chosen,
+        done.verdict.rule,
+        str(done.verdict),
+        f"**{done.test}**{tta}, trained on {done.images}",
+        done.runs[0].run_id,
+        load_call(done.model) if done.model else "",
+        [
+            f"trial {v.candidate.trial} ({v.candidate.parameters:,} parameters): {v}"
+            for v in done.tried
+        ],
     )
     tell(study, "confirmed", text, tracking)
     tracking.tag(

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from kdexp import KdexpError
 from kdexp.config import CONTROLS, Recipe, Selection, Sweep, Variant, recorded
 from kdexp.distill.checkpoints import State
 from kdexp.distill.datasets import Split, load_example, load_test
@@ -26,12 +29,18 @@ from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import FromPixels
 from kdexp.intervals import mean_interval
 from kdexp.repeats import Measure, Repeated
+from kdexp.runs import describe, views
 from kdexp.runs.outcome import Outcome
-from kdexp.runs.plots import frontier
+from kdexp.runs.plots import colour, frontier, save
 from kdexp.runs.records import (
     FOLDS,
+    LONGEST_NOTE,
+    NOTE,
+    PARTS,
     REPEATS,
+    SELECTED_TRIAL,
     SURE,
+    answer_of,
     load_student,
     recipe_of,
     seal,
@@ -52,11 +61,12 @@ from kdexp.selection import (
     AS_TRAINED,
     Candidate,
     FreshSeeds,
+    NothingPasses,
+    clears,
     judged,
+    of_one,
     passes,
     plan_of,
-    requirement,
-    said,
     select,
 )
 from kdexp.settings import Settings, without_credentials
@@ -203,7 +213,11 @@ def _promote(
     trials = known if sure or any(passes(one, rule) for one in known) else trials
     if rule.size == "bytes" and available():
         trials = contenders(trials, rule, settings, tracking)
-    chosen = select(trials, rule, name)
+    try:
+        chosen = select(trials, rule, name)
+    except NothingPasses as error:
+        _report_nothing(study, error, trials, rule, tracking)
+        raise
     again = _its_repeats(study, chosen, tracking)
     # where a recipe was repeated, the first of its repeats: none is chosen by its number
     run = again[0] if again else tracking.read(chosen.run_id)
@@ -432,15 +446,10 @@ def look_at_test(
     accuracy, low, high = (
         found[f"{prefix_of(variant)}test_accuracy{end}"] for end in ("", "_low", "_high")
     )
-    note = (
-        f"{why} Test accuracy **{accuracy:.2%}** (95 % interval {low:.2%} to {high:.2%},"
-        f" {len(test):,} images, looked at once).\n\n{run.tags['mlflow.note.content']}"
-    )
+    note = describe.looked_at(why, accuracy, (low, high), len(test), run.tags[NOTE])
     # said together with what was seen, or not at all
     looked_at = datetime.now(UTC).isoformat("T", "seconds")
-    tracking.log_metrics(
-        run.run_id, found, tags={"kdexp.test_looked_at": looked_at, "mlflow.note.content": note}
-    )
+    tracking.log_metrics(run.run_id, found, tags={"kdexp.test_looked_at": looked_at, NOTE: note})
 
 
 def on_test(module: nn.Module, recipe: Recipe, test: Split, variant: Variant) -> dict[str, float]:
@@ -498,12 +507,9 @@ def tell(
     study: RunRecord, part: Literal["confirmed", "selected"], text: str, tracking: Tracking
 ) -> None:
     """Put one part of a study's description; the other stays."""
-    new = {f"kdexp.{part}_note": text[:6000]}
-    known = {**tracking.read(study.run_id).tags, **new}
-    note = "\n\n".join(
-        known[name] for name in ("kdexp.confirmed_note", "kdexp.selected_note") if name in known
-    )
-    tracking.tag(study.run_id, {**new, "mlflow.note.content": note[:8000]})
+    new = {f"{PARTS}{part}": text[:LONGEST_NOTE]}
+    note = answer_of({**tracking.read(study.run_id).tags, **new})
+    tracking.tag(study.run_id, {**new, NOTE: note[:LONGEST_NOTE]})
 
 
 def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> str:
@@ -534,44 +540,97 @@ def _as(variant: Variant) -> str:
 
 
 def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
-    trials, chosen, (low, high) = done.trials, done.candidate, done.test_interval
-    sure = f" Its recipe: {said(chosen.verdict)}." if chosen.verdict else ""
-    lines = [
-        (
-            f"**Selected: trial {chosen.trial}{_as(chosen.variant)}**, run `{done.run_id}`:"
-            f" {chosen.parameters:,} parameters, {done.val_accuracy:.2%} on validation,"
-            f" **{done.test_accuracy:.2%}** on test (95 % interval {low:.2%} to {high:.2%},"
-            f" {done.test_samples:,} images).{sure}"
-        ),
-        "",
-        *([str(done.gain), ""] if done.gain else []),
-        (
-            f"Rule: {done.rule.goal.replace('_', ' ')} by {done.rule.size.replace('_', '-')},"
-            f" validation accuracy {requirement(done.rule)}. Load it:"
-            f" `{load_call(done.model, chosen.variant)}`. Train it again: `kdexp reproduce"
-            f" {done.run_id}`."
-        ),
-        "",
-        "| trial | parameters | validation accuracy | run |",
-        "|---|---|---|---|",
-        *(
-            f"| {c.trial}{_as(c.variant)}{' ← selected' if c == chosen else ''} "
-            f"| {c.parameters:,} | {c.val_accuracy:.2%} | `{c.run_id}` |"
-            for c in trials
-        ),
-    ]
-    tell(study, "selected", "\n".join(lines), tracking)
+    """Metrics, description and picture of the study's run, and its view of the runs that count."""
+    chosen, alias = done.candidate, done.rule.goal.replace("_", "-")
+    answer = describe.Answer(
+        study=done.study,
+        experiment_id=study.experiment_id,
+        study_run=study.run_id,
+        run_id=done.run_id,
+        candidate=chosen,
+        rule=done.rule,
+        val_accuracy=done.val_accuracy,
+        test_accuracy=done.test_accuracy,
+        test_interval=done.test_interval,
+        test_samples=done.test_samples,
+        test_repeats=done.test_repeats,
+        gain=str(done.gain or ""),
+        trials=done.trials,
+        alias=alias,
+        load=load_call(done.model, chosen.variant) if done.model else "",
+    )
+    tell(study, "selected", describe.answered(answer), tracking)
     tracking.tag(study.run_id, {"kdexp.selected_run": done.run_id})
     metrics: dict[str, float] = {
-        "trials": len({c.trial for c in trials}),
+        "trials": len({c.trial for c in done.trials}),
+        "bar": done.rule.accuracy_bar,
         "selected_parameters": chosen.parameters,
+        "selected_multiply_adds": chosen.multiply_adds,
+        "selected_bytes": chosen.bytes,
         "selected_val_accuracy": done.val_accuracy,
+        "selected_test_accuracy": done.test_accuracy,
     }
     if done.gain:
         metrics["distillation_gain"] = done.gain.mean
     if done.test_repeats:
         metrics["selected_test_mean"] = done.test_repeats.mean
     tracking.log_metrics(study.run_id, metrics)
+    _draw(study, done.trials, done.rule, chosen, tracking)
+    _show(study, done, tracking)
+
+
+def _show(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
+    """Colour the trials by the rule, and put the selected one beside both controls. A page that is
+    shown otherwise keeps no model back.
+    """
+    with suppress(KdexpError):
+        sweep, runs = sweep_of(study, tracking), _trials(study, tracking)
+        rule = of_one(sweep.model_copy(update={"selection": done.rule}))
+        for run in runs:
+            wanted = _shown(run, rule, done)
+            if any(run.tags.get(tag, "") != value for tag, value in wanted.items()):
+                tracking.tag(run.run_id, wanted)
+        controls = [run.run_id for run in runs if int(run.tags["kdexp.trial"]) < CONTROLS]
+        these = list(dict.fromkeys([*controls, done.run_id]))
+        tags = views.of_answer(sweep, these, time.time_ns() // 1_000_000)
+        tracking.tag_experiment(study.experiment_id, tags)
+
+
+def _shown(run: RunRecord, rule: Selection, done: Promotion) -> dict[str, str]:
+    """A trial's tags for MLflow's table and charts. Where its recipe was repeated, the model is a
+    repeat's: both are the selected one.
+    """
+    end, goal = Outcome.recorded(run), done.rule.goal
+    over = clears(end.val_accuracy, end.val_samples, rule)
+    chosen = run.run_id == done.candidate.run_id
+    was = run.tags.get(SELECTED_TRIAL, "")
+    mark = goal if chosen else "" if was == goal else was
+    return colour(over, chosen or run.run_id == done.run_id) | {SELECTED_TRIAL: mark}
+
+
+def _report_nothing(
+    study: RunRecord,
+    why: NothingPasses,
+    trials: Sequence[Candidate],
+    rule: Selection,
+    tracking: Tracking,
+) -> None:
+    """Let the study's page say that nothing passes, unless something did by another rule."""
+    if {"kdexp.selected_run", "kdexp.confirmed_run"} & study.tags.keys() or not trials:
+        return
+    with suppress(KdexpError):  # why nothing passes is what is to be heard
+        _draw(study, trials, rule, None, tracking)
+        text = describe.unanswered(str(why), trials, rule, study.experiment_id, study.run_id)
+        tracking.tag(study.run_id, {NOTE: text[:LONGEST_NOTE]})
+
+
+def _draw(
+    study: RunRecord,
+    trials: Sequence[Candidate],
+    rule: Selection,
+    chosen: Candidate | None,
+    tracking: Tracking,
+) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        frontier(trials, done.rule, chosen).savefig(Path(temporary) / "frontier.png", dpi=110)
+        save(frontier(trials, rule, chosen), Path(temporary) / "frontier.png")
         seal(study.run_id, tracking.log_files(study.run_id, Path(temporary)), tracking)
