@@ -10,11 +10,13 @@ import re
 import threading
 import time
 from dataclasses import replace
+from typing import get_args
 
 import pytest
-from conftest import CPU, drain, until
+from conftest import CPU, drain, tiny_sweep, until
 from mlflow.exceptions import MlflowException
 
+from kdexp import config
 from kdexp.config import Selection
 from kdexp.distill.models import Size
 from kdexp.repeats import Verdict as Sureness
@@ -306,3 +308,12 @@ def test_the_smallest_so_far_is_one_that_is_sure_where_trials_are_repeated(tiny,
     sure = Sureness("sure", 0.98, None, 0.97, repeats=2, most=4)
     page.trial_ended(TrialFinished(7, ended(0.97), 7, repeats=2, sureness=sure))
     assert page._smallest(trials) == trials[2]
+
+
+@pytest.mark.parametrize("unit", get_args(config.Size))
+def test_a_view_has_the_size_that_the_study_selects_by(unit: str) -> None:
+    sweep = tiny_sweep()
+    rule = sweep.selection.model_copy(update={"size": unit})
+    tags = views.of_sweep(sweep.model_copy(update={"selection": rule}), 0)
+    state = json.loads(tags[views.VIEW_TAG + views.TRIALS])["state"]
+    assert f"metrics.`{views.METRIC[unit]}`" in json.loads(state)["selectedColumns"]

@@ -37,6 +37,7 @@ METRIC: Mapping[Size, str] = {
     "parameters": "parameters",
     "multiply_adds": "multiply_adds",
     "bytes": "model_bytes",
+    "activation_bytes": "activation_bytes",
 }
 """The metric that holds a size."""
 RUNS = 100  # that a chart shows at most

@@ -103,6 +103,7 @@ class LivePage:
                 end.size.bytes,
                 end.val_accuracy,
                 end.val_samples,
+                activation_bytes=end.size.activation_bytes,
             )
             for run in runs
             if run.status == "FINISHED" and "val_accuracy" in run.metrics
