@@ -27,7 +27,8 @@ SIDES = (16, 24, 32, 48, 64)  # pixels; a step's cost grows with the square
 GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 BARS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 FEW = 50  # training images of a class
-DATA_SETS = {"fashion-mnist": "fashion-mnist-quick"}
+DATA_SETS = {"digits": "digits", "fashion-mnist": "fashion-mnist-quick"}
+"""Its sweep file, by data set."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Begun:
 
 def shipped() -> list[str]:
     """What `begin` has a sweep file for, besides folders."""
-    return ["digits", *DATA_SETS]
+    return list(DATA_SETS)
 
 
 def begin(what: str, output: Path | None = None) -> Begun:
@@ -50,13 +51,11 @@ def begin(what: str, output: Path | None = None) -> Begun:
     editors complete and check it by. Nothing is overwritten. Raises KdexpError, DataError.
     """
     said: tuple[str, ...] = ()
-    if what in shipped():
-        name = what
-        text = (SHIPPED / f"{DATA_SETS.get(what, what)}.yaml").read_text("utf-8")
+    if what in DATA_SETS:
+        text, name = (SHIPPED / f"{DATA_SETS[what]}.yaml").read_text("utf-8"), what
     elif Path(what).expanduser().is_dir():
         root = Path(what).expanduser().resolve()
-        name = root.name
-        text, said = _of_folder(survey(root, what))
+        (text, said), name = _of_folder(survey(root, what)), root.name
     else:
         raise KdexpError(
             f"{what}: neither a folder of images nor one of {', '.join(shipped())}; give one of"
@@ -65,7 +64,8 @@ def begin(what: str, output: Path | None = None) -> Begun:
     file = output or Path(f"{name}.yaml")
     if file.exists():
         raise KdexpError(f"{file}: there is one already; give another name with --output")
-    text = text.replace(f"sweeps/{DATA_SETS.get(what, what)}.yaml", str(file))
+    if what in DATA_SETS:
+        text = text.replace(f"sweeps/{DATA_SETS[what]}.yaml", str(file))
     write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))
     schema = file.parent / SCHEMA
     content = (SHIPPED / SCHEMA).read_text("utf-8")
@@ -80,7 +80,6 @@ class _Seen:
     side: int
     """Median of the shorter sides, in pixels."""
     grey: bool
-    readable: int
 
 
 def _of_folder(folder: Folder) -> tuple[str, tuple[str, ...]]:
@@ -130,7 +129,7 @@ def _look(folder: Folder) -> _Seen:
             continue
     if not sides:
         raise KdexpError(f"{folder.root}: none of its images can be read; see kdexp train")
-    return _Seen(round(median(sides)), modes <= GREY, len(sides))
+    return _Seen(round(median(sides)), modes <= GREY)
 
 
 def _bar(validation: int, folds: int) -> float:

@@ -69,6 +69,29 @@ class Size:
     activation_bytes: int | None = None
     """None where a former version recorded it, or where a network's steps cannot be looked at."""
 
+    @classmethod
+    def recorded(cls, metrics: Mapping[str, float]) -> Size:
+        """As a run's metrics hold it. Raises KeyError."""
+        live = metrics.get("activation_bytes")
+        return cls(
+            int(metrics["parameters"]),
+            int(metrics["multiply_adds"]),
+            int(metrics["model_bytes"]),
+            None if live is None else int(live),
+        )
+
+    @property
+    def metrics(self) -> dict[str, int]:
+        """As a run's metrics hold it."""
+        found = {
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "model_bytes": self.bytes,
+        }
+        if self.activation_bytes is not None:
+            found["activation_bytes"] = self.activation_bytes
+        return found
+
 
 def build(network: Network, like: Split) -> nn.Module:
     """A fresh network for images and classes like those of a split; weights from torch's global

@@ -8,6 +8,7 @@ from kdexp.distill.checkpoints import State
 from kdexp.distill.models import Size
 from kdexp.intervals import wilson_interval
 from kdexp.runs.tracking import RunRecord
+from kdexp.selection import Candidate
 
 __all__ = ["Outcome"]
 
@@ -31,21 +32,27 @@ class Outcome:
     def recorded(cls, run: RunRecord) -> Outcome:
         """As a finished run holds it."""
         metrics = run.metrics
-        live = metrics.get("activation_bytes")
-        size = Size(
-            int(metrics["parameters"]),
-            int(metrics["multiply_adds"]),
-            int(metrics["model_bytes"]),
-            None if live is None else int(live),
-        )
         return cls(
             run.run_id,
             run.tags["kdexp.state"],  # type: ignore[arg-type]
-            size,
+            Size.recorded(metrics),
             metrics["val_accuracy"],
             int(metrics.get("val_samples", 0)),
             int(metrics.get("kept_epoch", 0)),
             int(metrics.get("epochs_trained", 0)),
+        )
+
+    def candidate(self, trial: int) -> Candidate:
+        """As the selector sees it, without repeats."""
+        return Candidate(
+            run_id=self.run_id,
+            trial=trial,
+            parameters=self.size.parameters,
+            multiply_adds=self.size.multiply_adds,
+            bytes=self.size.bytes,
+            val_accuracy=self.val_accuracy,
+            val_samples=self.val_samples or None,
+            activation_bytes=self.size.activation_bytes,
         )
 
     @property

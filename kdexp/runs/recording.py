@@ -421,10 +421,7 @@ def _conclude(recording: Recording, ended: Ended) -> Outcome:
     tracking.log_metrics(
         run_id,
         {
-            "parameters": size.parameters,
-            "multiply_adds": size.multiply_adds,
-            "model_bytes": size.bytes,
-            **({"activation_bytes": size.activation_bytes} if size.activation_bytes else {}),
+            **size.metrics,
             **(_measured(outcome) if held_out else {}),
             "kept_epoch": outcome.kept_epoch,
             "epochs_trained": outcome.epochs,

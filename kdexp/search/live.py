@@ -95,20 +95,10 @@ class LivePage:
         """Every trial that has ended, by whichever command, without repeats."""
         runs = self.tracking.find("trial", {"mlflow.parentRunId": self.run_id}, self.experiment_id)
         return [
-            Candidate(
-                end.run_id,
-                int(run.tags["kdexp.trial"]),
-                end.size.parameters,
-                end.size.multiply_adds,
-                end.size.bytes,
-                end.val_accuracy,
-                end.val_samples,
-                activation_bytes=end.size.activation_bytes,
-            )
+            Outcome.recorded(run).candidate(int(run.tags["kdexp.trial"]))
             for run in runs
             if run.status == "FINISHED" and "val_accuracy" in run.metrics
             if REPEATS not in run.tags
-            for end in [Outcome.recorded(run)]
         ]
 
     def _smallest(self, trials: Sequence[Candidate]) -> Candidate | None:

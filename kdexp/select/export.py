@@ -74,7 +74,7 @@ def export(
     return Exported(
         file=file,
         shape=(as_stored(validation).channels, *validation.image_size),
-        size=Size(*(int(found[name]) for name in ("parameters", "multiply_adds", "model_bytes"))),
+        size=Size.recorded(found),
         file_bytes=file.stat().st_size,
         validation=evaluate(Deployed(file.read_bytes(), validation), validation),
         trained_accuracy=run.metrics["val_accuracy"] if trained is None else trained,

@@ -245,6 +245,7 @@ def _promote(
         if other.run_id != run.run_id:
             tracking.tag(other.run_id, {"kdexp.selected": ""})
     tracking.tag(run.run_id, {"kdexp.selected": rule.goal})
+    runs = _trials(study, tracking)
     promotion = Promotion(
         study=name,
         candidate=chosen,
@@ -261,9 +262,9 @@ def _promote(
         trials=tuple(trials),
         model=model,
         test_repeats=repeats,
-        gain=gain(_trials(study, tracking)),
+        gain=gain(runs),
     )
-    _report_on_study(study, promotion, tracking)
+    _report_on_study(study, promotion, runs, tracking)
     return promotion
 
 
@@ -277,15 +278,8 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
         if run.tags.get("kdexp.weights_sha256") and REPEATS not in run.tags
     }
     return [
-        Candidate(
-            run_id=end.run_id,
-            trial=number,
-            parameters=end.size.parameters,
-            multiply_adds=end.size.multiply_adds,
-            bytes=end.size.bytes,
-            val_accuracy=end.val_accuracy,
-            val_samples=end.val_samples or None,
-            activation_bytes=end.size.activation_bytes,
+        replace(
+            end.candidate(number),
             repeated=with_repeats(
                 Repeated(number, end.size.parameters, _measure(end, 0)),
                 repeats[number],
@@ -539,7 +533,9 @@ def _as(variant: Variant) -> str:
     return "" if variant == AS_TRAINED else f" as {variant}"
 
 
-def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
+def _report_on_study(
+    study: RunRecord, done: Promotion, runs: Sequence[RunRecord], tracking: Tracking
+) -> None:
     """Metrics, description and picture of the study's run, and its view of the runs that count."""
     chosen, alias = done.candidate, done.rule.goal.replace("_", "-")
     answer = describe.Answer(
@@ -576,15 +572,15 @@ def _report_on_study(study: RunRecord, done: Promotion, tracking: Tracking) -> N
         metrics["selected_test_mean"] = done.test_repeats.mean
     tracking.log_metrics(study.run_id, metrics)
     _draw(study, done.trials, done.rule, chosen, tracking)
-    _show(study, done, tracking)
+    _show(study, done, runs, tracking)
 
 
-def _show(study: RunRecord, done: Promotion, tracking: Tracking) -> None:
+def _show(study: RunRecord, done: Promotion, runs: Sequence[RunRecord], tracking: Tracking) -> None:
     """Colour the trials by the rule, and put the selected one beside both controls. A page that is
     shown otherwise keeps no model back.
     """
     with suppress(KdexpError):
-        sweep, runs = sweep_of(study, tracking), _trials(study, tracking)
+        sweep = sweep_of(study, tracking)
         rule = of_one(sweep.model_copy(update={"selection": done.rule}))
         for run in runs:
             wanted = _shown(run, rule, done)

@@ -42,6 +42,7 @@ from kdexp.runs.records import RecordError, environment_of_run, recipe_of, weigh
 from kdexp.runs.tracking import RunRecord, Tracking, TrackingAway, TrackingError, dataset
 from kdexp.select.compare import HASHES, Comparison, compare, covered, described, said_by
 from kdexp.select.promote import on_test
+from kdexp.select.students import check_no_study
 from kdexp.select.variants import load_variant, prefix_of, stored
 from kdexp.select.verify import Difference, contradictions, lost, unsealed
 from kdexp.selection import AS_TRAINED
@@ -117,13 +118,7 @@ def compared(
 
 def _check(run: RunRecord, tracking: Tracking) -> None:
     kind = run.tags.get("kdexp.kind")
-    if kind == "study":
-        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
-        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
-        raise KdexpError(
-            f"Run {run.run_id} is a whole study; reproduce one of its trials: kdexp reproduce"
-            f" {example}"
-        )
+    check_no_study(run, "reproduce", tracking)
     if kind not in ("trial", "confirmation", "train", "reproduction"):
         raise KdexpError(
             f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only trained students"

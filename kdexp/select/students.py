@@ -13,7 +13,7 @@ from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.select.variants import folder_of
 from kdexp.selection import AS_TRAINED
 
-__all__ = ["check_student", "student_named"]
+__all__ = ["check_no_study", "check_student", "student_named"]
 
 FORMS: dict[str, Variant] = {folder_of(form): form for form in (AS_TRAINED, *get_args(Precision))}
 
@@ -38,13 +38,7 @@ def student_named(name: str, command: str, tracking: Tracking) -> tuple[RunRecor
 def check_student(run: RunRecord, command: str, tracking: Tracking) -> None:
     """That a run holds a student's weights. Raises KdexpError."""
     kind = run.tags.get("kdexp.kind")
-    if kind == "study":
-        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
-        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
-        raise KdexpError(
-            f"Run {run.run_id} is a whole study; {command} one of its trials: kdexp"
-            f" {command} {example}"
-        )
+    check_no_study(run, command, tracking)
     if kind in (None, "teacher"):
         raise KdexpError(
             f"Run {run.run_id} is {f'a {kind}' if kind else 'not of kdexp'}; only students go with"
@@ -54,4 +48,15 @@ def check_student(run: RunRecord, command: str, tracking: Tracking) -> None:
         raise KdexpError(
             f"Run {run.run_id} holds no weights (status {run.status},"
             f" {run.tags.get('kdexp.state', 'no state recorded')}); {command} a finished one."
+        )
+
+
+def check_no_study(run: RunRecord, command: str, tracking: Tracking) -> None:
+    """That a run is not a whole study, where a single training is meant. Raises KdexpError."""
+    if run.tags.get("kdexp.kind") == "study":
+        trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id})
+        example = run.tags.get("kdexp.selected_run") or (trials[0].run_id if trials else "…")
+        raise KdexpError(
+            f"Run {run.run_id} is a whole study; {command} one of its trials: kdexp"
+            f" {command} {example}"
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +25,7 @@ from kdexp.distill.compact import as_stored, compact
 from kdexp.distill.datasets import Split, Splits, load_splits
 from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
 from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
-from kdexp.distill.models import measure, outline
+from kdexp.distill.models import Size, measure, outline
 from kdexp.runs.records import artifact_of, load_student, recipe_of, seal
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.selection import AS_TRAINED, Candidate, passes, rank
@@ -184,10 +184,7 @@ def _metrics(student: nn.Module, recipe: Recipe, content: bytes, like: Split) ->
     """Sizes and validation accuracy of a student's ONNX file."""
     size = measure(compact(student, like), as_stored(like))
     return {
-        "parameters": size.parameters,
-        "multiply_adds": size.multiply_adds,
-        "model_bytes": stored_bytes(content),
-        **({"activation_bytes": size.activation_bytes} if size.activation_bytes else {}),
+        **replace(size, bytes=stored_bytes(content)).metrics,
         **(
             {}
             if recipe.data.train_on_validation
@@ -244,11 +241,6 @@ class _Maker:
         found = metrics_of(run, hope.variant)
         return replace(
             hope,
-            parameters=int(found["parameters"]),
-            multiply_adds=int(found["multiply_adds"]),
-            bytes=int(found["model_bytes"]),
-            activation_bytes=int(found["activation_bytes"])
-            if "activation_bytes" in found
-            else None,
+            **asdict(Size.recorded(found)),
             val_accuracy=found["val_accuracy"],
         )
