@@ -4,7 +4,8 @@ distillation.
 The map of the package. A folder is a room; imports point down only (tests/test_layers.py holds it
 to that).
 
-    cli, screen          parse · print
+    cli, screen, as_json parse · print for people · for programs
+    api                  the same from Python
     init                 a sweep file to begin with
     ui, doctor           MLflow's UI · whether the stores fit what is installed
 
@@ -23,7 +24,7 @@ to that).
       confirm, fresh       its verdict by fresh seeds · trained for it
       export, variants     a run's student as a file · the smaller forms of a student
       predict, benchmark   what a student says of images from anywhere · its forms side by side
-      students             which student a command is about
+      students, listing    which student a command is about · what studies and trials there are
       reproduce            a run trained again
       compare, verify      two runs' records · a record against itself and its weights
 
@@ -33,6 +34,7 @@ to that).
       outcome, records     what came of a training · recipe and student of a run
       describe, plots      a run in words · in pictures
       views                the pages of MLflow's UI: their addresses, what they show
+      served               what answers where a registered model is served
       schema, bench        which version a database is for · what every command works with
 
     workers/             who trains; neither servers nor studies are known here
@@ -64,12 +66,25 @@ to that).
     surroundings         what a process cannot choose: locale, closed streams, ~, memory
     patience, files, urls how a server is waited for · atomic writes · addresses and their secrets
 
-Importing `kdexp` imports nothing heavy.
+Importing `kdexp` imports nothing heavy: the names of `kdexp.api` come with their first use.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["KdexpError", "__version__"]
+if TYPE_CHECKING:
+    from kdexp.api import Model, Study, load_model, load_sweep, open_study, run_sweep
+
+__all__ = [
+    "KdexpError",
+    "Model",
+    "Study",
+    "__version__",
+    "load_model",
+    "load_sweep",
+    "open_study",
+    "run_sweep",
+]
 
 try:
     __version__ = version("kdexp")
@@ -79,3 +94,15 @@ except PackageNotFoundError:  # a source tree that nobody installed
 
 class KdexpError(Exception):
     """A failure the user can do something about: one line saying what, where, and what to do."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'kdexp' has no attribute '{name}'")
+    from kdexp import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

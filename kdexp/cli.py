@@ -131,6 +131,9 @@ Confidence = Annotated[
 MostAccurate = Annotated[
     bool, typer.Option("--most-accurate", help="The most accurate within the limit instead.")
 ]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the answer as JSON, and all else on standard error.")
+]
 Student = Annotated[
     str,
     typer.Argument(
@@ -197,7 +200,7 @@ def command(*options: str, example: str) -> Callable[[Callable[..., None]], Call
         typed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in typed}
-        app.command(epilog=f"Example: {example}")(run)
+        app.command(function.__name__.rstrip("_"), epilog=f"Example: {example}")(run)
         return run
 
     return register
@@ -360,6 +363,7 @@ def select(
     study: StudyName,
     settings: Settings,
     rule: dict[str, Any],
+    as_json: Json = False,
 ) -> None:
     """Select the smallest model of a study that meets the bar, and look at the test set once for
     it.
@@ -374,7 +378,8 @@ def select(
         settings,
         tracking,
         configure(settings.device, None),
-        _console(),
+        _console(as_json),
+        as_json=as_json,
     )
 
 
@@ -404,11 +409,12 @@ def confirm(
             help="Train the confirmed model on both, and look at that on test.",
         ),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train the selected model again with fresh seeds; if they miss the bar, the next one; look at
     test for the confirmed.
     """
-    console = _console()
+    console = _console(as_json)
     from kdexp.environment import configure
     from kdexp.runs.tracking import Tracking, TrackingAway
     from kdexp.screen import Screen, show_confirmation
@@ -436,7 +442,10 @@ def confirm(
         raise KdexpError(
             f"{error} Nothing measured is lost. Continue with the same command: {_again()}"
         ) from error
-    show_confirmation(console, done, settings.tracking_shown)
+    if as_json:
+        _print_json(done)
+    else:
+        show_confirmation(console, done, settings.tracking_shown)
 
 
 @command(
@@ -490,6 +499,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="The file to write; default: RUN_ID-PRECISION.onnx here.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a run's student as an ONNX file that takes pixels, folded, and measure it on validation
     by running it.
@@ -501,9 +511,11 @@ def export(
 
     configure(settings.device, None)
     output = expanded(output) if output else None
-    show_export(
-        _console(), written(run_id, precision, output, settings, Tracking(settings, make=False))
-    )
+    done = written(run_id, precision, output, settings, Tracking(settings, make=False))
+    if as_json:
+        _print_json(done)
+    else:
+        show_export(_console(), done)
 
 
 @command(
@@ -574,6 +586,7 @@ def benchmark(
             " accurate."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Put a student's forms side by side: size, memory, accuracy on validation, speed."""
     from kdexp.environment import configure
@@ -586,9 +599,35 @@ def benchmark(
     configure(settings.device, settings.threads)
     asked = AS_TRAINED if form == "as-trained" else form
     done = measured(run_id, asked, settings, Tracking(settings, make=False))
-    show_benchmark(_console(), done)
+    if as_json:
+        _print_json(done)
+    else:
+        show_benchmark(_console(), done)
     if floor is not None and (failure := below(done, floor)):
         raise KdexpError(failure)
+
+
+@command("stores", "tracking_uri", example="kdexp list digits")
+def list_(
+    settings: Settings,
+    study: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="STUDY", help="A study's name; default: every study."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the studies of the store, or the trials of one, smallest first."""
+    from kdexp.runs.tracking import Tracking
+    from kdexp.screen import show_studies, show_trials
+    from kdexp.select.listing import studies_there, trials_of
+
+    tracking = Tracking(settings, make=False)
+    if study:
+        trials = trials_of(tracking.study(study), tracking)
+        _print_json(trials) if as_json else show_trials(_console(), trials)
+    else:
+        studies = studies_there(tracking)
+        _print_json(studies) if as_json else show_studies(_console(), studies)
 
 
 @command("stores", "tracking_uri", example="kdexp ui --port 5001")
@@ -718,6 +757,7 @@ def _select(
     device: Any,
     console: Console,
     sure: bool = False,
+    as_json: bool = False,
 ) -> None:
     from kdexp.screen import show_promotion, trials_table
     from kdexp.select.promote import candidates, promote, under
@@ -730,7 +770,10 @@ def _select(
         if trials := under(rule, candidates(study, tracking), study, tracking):
             console.print(trials_table(trials, rule, None))
         raise
-    show_promotion(console, promotion, settings.tracking_shown)
+    if as_json:
+        _print_json(promotion)
+    else:
+        show_promotion(console, promotion, settings.tracking_shown)
 
 
 def _rule(study: str, tracking: Tracking, given: dict[str, Any]) -> Any:
@@ -778,7 +821,14 @@ def _settings(
     )
 
 
-def _console() -> Console:
+def _print_json(answer: Any) -> None:
+    from kdexp.as_json import text
+
+    print(text(answer))
+
+
+def _console(aside: bool = False) -> Console:
+    """Where a command speaks; `aside` on standard error, where its answer is for a program."""
     from rich.console import Console
 
     class Heard(Console):
@@ -791,7 +841,7 @@ def _console() -> Console:
                 f" {_again()}"
             )
 
-    return Heard(highlight=False, soft_wrap=True)
+    return Heard(highlight=False, soft_wrap=True, stderr=aside)
 
 
 def _again() -> str:

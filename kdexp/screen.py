@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from kdexp.distill.images import shown
 from kdexp.distill.logits import CacheProgress
 from kdexp.distill.teacher import CachedTeacher, WeightsRead
 from kdexp.distill.train import EpochReport
+from kdexp.runs.describe import short_on_test
 from kdexp.runs.outcome import Outcome
 from kdexp.search.scheduler import TrialTaken, WorkerLost
 from kdexp.search.study import IN_VAIN
@@ -49,6 +51,7 @@ from kdexp.select.benchmark import Benchmark, Form
 from kdexp.select.confirm import Confirmation, Verdict
 from kdexp.select.export import Exported
 from kdexp.select.fresh import Elsewhere, Retraining, SeedDone
+from kdexp.select.listing import StudyRow, TrialRow
 from kdexp.select.predict import Predictions, Reading
 from kdexp.select.promote import Promotion, load_call
 from kdexp.select.reproduce import Checked, Comparison, Difference
@@ -77,6 +80,8 @@ __all__ = [
     "show_export",
     "show_predictions",
     "show_promotion",
+    "show_studies",
+    "show_trials",
     "teacher_line",
     "trials_table",
 ]
@@ -447,6 +452,9 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
             "Not sure: one training met the bar, it may have been the luckiest of many.",
             style="yellow",
         )
+    accuracy = done.test_repeats.mean if done.test_repeats else done.test_accuracy
+    if short := short_on_test(done.rule, accuracy, done.test_samples):
+        console.print(short, style="yellow")
     _note_looks(console, done.looks)
     console.print(
         "\nNext:     kdexp ui                    browse the study in MLflow\n"
@@ -617,6 +625,76 @@ def show_benchmark(console: Console, done: Benchmark) -> None:
     )
     if done.missing:
         console.print(f"Not here: {done.missing}", style="yellow", markup=False)
+
+
+def show_studies(console: Console, rows: Sequence[StudyRow]) -> None:
+    """A line for each study of the store: how far it is, and what it selected."""
+    if not rows:
+        console.print("No study there yet: kdexp sweep sweeps/digits.yaml")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("study", no_wrap=True)
+    for name in ("trials", "bar", "selected parameters", "val accuracy", "test accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("run ID", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row.study),
+            f"{row.trials}",
+            _percent_or_nothing(row.accuracy_bar),
+            "" if row.selected_parameters is None else f"{row.selected_parameters:,}",
+            _percent_or_nothing(row.selected_val_accuracy),
+            _percent_or_nothing(row.selected_test_accuracy),
+            row.run_id,
+        )
+    _print_whole(console, table)
+
+
+def show_trials(console: Console, rows: Sequence[TrialRow]) -> None:
+    """A line for each trial of a study, smallest first, those without a size last."""
+    if not rows:
+        console.print("No trial of this study has begun.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    searched = list(rows[0].searched)
+    for name in ("trial", *(path.rpartition(".")[2] for path in searched), "parameters"):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for name in ("val accuracy", "test accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("state", "meets the bar", "run ID"):
+        table.add_column(name, no_wrap=True)
+    for row in sorted(rows, key=_smallest_first):
+        table.add_row(
+            str(row.trial),
+            *(Text(_short(row.searched[path])) for path in searched),
+            "" if row.parameters is None else f"{row.parameters:,}",
+            _percent_or_nothing(row.val_accuracy),
+            _percent_or_nothing(row.test_accuracy),
+            row.state,
+            row.standing if row.repeats is None else f"repeats trial {row.repeats}",
+            row.run_id,
+        )
+    _print_whole(console, table)
+
+
+def _smallest_first(row: TrialRow) -> tuple[float, float, int]:
+    return (row.parameters or math.inf, -(row.val_accuracy or 0), row.trial)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _percent_or_nothing(share: float | None) -> str:
+    return "" if share is None else percent(share)
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A narrow terminal breaks its lines; nothing in it is cut."""
+    table.width = Console(width=1000).measure(table).maximum
+    console.print(table)
 
 
 BENCHMARK = (

@@ -4,7 +4,11 @@ commands first.
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +59,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 13
+    assert len(COMMANDS) == 14
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -69,6 +73,37 @@ def test_every_command_has_help_and_stands_in_the_guide(name: str) -> None:
             assert parameter.opts[0] in GUIDE, f"{parameter.opts[0]} is not in the guide"
             if parameter.envvar:
                 assert str(parameter.envvar) in GUIDE
+
+
+PYTHON = [
+    block
+    for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    if "import kdexp" in block
+]
+NOTEBOOK = json.loads((ROOT / "docs" / "study.ipynb").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["guide", "notebook"])
+def test_what_is_shown_in_python_runs(what: str, tmp_path: Path) -> None:
+    cells = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert len(PYTHON) == 1
+    assert len(cells) > 5
+    (tmp_path / "digits.yaml").write_text((ROOT / "sweeps" / "digits.yaml").read_text())
+    if what == "notebook":
+        (tmp_path / "digits.yaml").unlink()  # its first cell makes it
+    script = "\n".join(PYTHON if what == "guide" else cells)
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'0'" in done.stdout or "['0', '1', '2', '3', '4']" in done.stdout, done.stdout
 
 
 def test_the_two_commands_stand_on_the_readmes_first_screen() -> None:

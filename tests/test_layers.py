@@ -19,13 +19,13 @@ import kdexp
 PACKAGE = Path(__file__).parents[1] / "kdexp"
 ROOMS = ("", "distill", "workers", "runs", "search", "select", "skin")
 """From the bottom up; "" is the package's own folder without what is shown to people."""
-SKIN = {"__main__", "cli", "doctor", "init", "screen", "ui"}
+SKIN = {"__main__", "api", "as_json", "cli", "doctor", "init", "screen", "ui"}
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
 OWNERS = {
     "mlflow": {"kdexp.runs.tracking"},
     "optuna": {"kdexp.search.study", "kdexp.search.storage"},
     "onnx": {"kdexp.distill.deploy"},
-    "onnxruntime": {"kdexp.distill.deploy"},
+    "onnxruntime": {"kdexp.distill.deploy", "kdexp.runs.served"},  # where kdexp is not installed
 }
 
 

@@ -55,6 +55,24 @@ def test_a_trials_first_line_says_whether_it_meets_the_bar(outcome, said, tiny) 
     assert describe._judged(outcome, RULE) == said
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "images", "said"),
+    [
+        (0.97, 400, ""),
+        (0.96, 400, ""),
+        (0.95, 400, "1.00 points under the bar (95 % interval of 400 images: 92.40% to 96.74%)"),
+        (0.95, 400, "may differ by chance"),
+        (0.95, 10_000, "more than chance"),
+    ],
+)
+def test_a_model_that_is_under_the_bar_on_test_says_so_and_what_that_says(
+    accuracy, images, said
+) -> None:
+    text = describe.short_on_test(RULE, accuracy, images)
+    assert said in text
+    assert bool(text) == bool(said)
+
+
 def test_what_one_training_cannot_say_at_the_confidence_asked_for_is_said() -> None:
     sure = RULE.model_copy(update={"confidence": 0.95})
     assert "not at 95 % confidence" in describe._judged(ended(0.962), sure)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdexp.config import Network, Recipe, Selection, Sweep, flatten
+from kdexp.distill.inputs import Input
 from kdexp.distill.models import Size
 from kdexp.distill.teacher import CachedTeacher
+from kdexp.intervals import wilson_interval
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.views import (
     REPEATED,
@@ -40,6 +42,7 @@ __all__ = [
     "InStudy",
     "Progress",
     "answered",
+    "card",
     "concluded",
     "confirmed",
     "looked_at",
@@ -47,6 +50,7 @@ __all__ = [
     "of_study",
     "of_teacher",
     "of_training",
+    "short_on_test",
     "unanswered",
     "under_way",
 ]
@@ -331,7 +335,7 @@ def answered(found: Answer) -> str:
                 f" {found.test_accuracy:.2%} on test (95 % interval {low:.2%} to {high:.2%},"
                 f" {found.test_samples:,} images){_on_test(found.test_repeats)}."
             ),
-            *([found.gain] if found.gain else []),
+            *(filter(None, [_short(found), found.gain])),
             (
                 f"Rule: {found.rule.goal.replace('_', ' ')} by {_unit(found.rule)}, validation"
                 f" accuracy {requirement(found.rule)}{_limit(found.rule)}."
@@ -340,6 +344,54 @@ def answered(found: Answer) -> str:
             ),
             _table(found.trials, found.rule, chosen, found.experiment_id),
         ]
+    )
+
+
+def card(found: Answer, recipe: Recipe, takes: Input | None) -> str:
+    """A registered model, for someone who is to use it; `takes` is None where an earlier version
+    recorded its run.
+    """
+    low, high = found.test_interval
+    address = f"models:/{found.study}@{found.alias}"
+    served = "mlflow models serve --env-manager local --port 5001 --model-uri"
+    curl = "curl localhost:5001/invocations --header 'Content-Type: application/json' --data"
+    return "\n\n".join(
+        [
+            f"# {found.study} @{found.alias}",
+            _answer(found),
+            *([_takes(takes)] if takes else []),
+            "\n".join(
+                [
+                    "| | accuracy | images |",
+                    "|---|---|---|",
+                    f"| validation | {found.val_accuracy:.2%} | held out of its training |",
+                    (
+                        f"| test | {found.test_accuracy:.2%} (95 % interval {low:.2%} to"
+                        f" {high:.2%}) | {found.test_samples:,}, looked at once |"
+                    ),
+                ]
+            ),
+            (
+                f"Trained on {recipe.data.dataset} under a teacher, {named(recipe.teacher)}: seed"
+                f" {recipe.training.seed}, {recipe.training.epochs} epochs. Train it again, bit for"
+                f" bit: `kdexp reproduce {found.run_id}`. Images of other kinds were not measured."
+            ),
+            (
+                f"Label and probability of files: `kdexp predict {address} PATHS`. In Python:"
+                f' `mlflow.pyfunc.load_model("{address}").predict(images)`. Over HTTP: `{served}'
+                f" {address}`, then `{curl} '{{\"inputs\": […]}}'`."
+            ),
+        ]
+    )
+
+
+def _takes(found: Input) -> str:
+    shown = ", ".join(found.classes[:ROWS])
+    more = f", and {len(found.classes) - ROWS} more" if len(found.classes) > ROWS else ""
+    return (
+        f"Takes images of shape (any number, {found.channels}, {found.height}, {found.width}),"
+        " uint8 from 0 to 255, and says a label and its probability for each."
+        f" {len(found.classes)} classes: {shown}{more}."
     )
 
 
@@ -392,6 +444,12 @@ def _answer(found: Answer) -> str:
     )
 
 
+def _short(found: Answer) -> str:
+    """Where its repeats, or the one model, are under the bar on test."""
+    accuracy = found.test_repeats.mean if found.test_repeats else found.test_accuracy
+    return short_on_test(found.rule, accuracy, found.test_samples)
+
+
 def _ways_on(found: Answer) -> str:
     """The pages that show more."""
     repeats = {"repeats": view_page(found.experiment_id, REPEATED)}
@@ -404,6 +462,25 @@ def _ways_on(found: Answer) -> str:
             **(repeats if found.test_repeats else {}),
             **(model if found.load else {}),
         }
+    )
+
+
+def short_on_test(rule: Selection, accuracy: float, images: int) -> str:
+    """That a model, or the mean of its repeats, is under the bar on test, and how much that says;
+    nothing where it is not.
+    """
+    short = rule.accuracy_bar - accuracy
+    if short <= 0:
+        return ""
+    low, high = wilson_interval(round(accuracy * images), images)
+    why = (
+        "so few images may differ by chance"
+        if rule.accuracy_bar <= high
+        else "more than chance: its images are harder than those held out of training"
+    )
+    return (
+        f"On test it is {100 * short:.2f} points under the bar (95 % interval of {images:,} images:"
+        f" {low:.2%} to {high:.2%}): {why}. The bar is held against images held out of training."
     )
 
 

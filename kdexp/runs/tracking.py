@@ -30,6 +30,7 @@ from kdexp import KdexpError, __version__
 from kdexp.files import sha256_of, write_ahead, write_atomically
 from kdexp.patience import PATIENCE, patiently, whole
 from kdexp.reading import spellings, study_name
+from kdexp.runs import served
 from kdexp.runs.embedded import folder_for, is_local, readdressed, run_place, shown
 from kdexp.runs.schema import Library, StoreError, fitting
 from kdexp.settings import Settings, deaf, without_credentials
@@ -85,6 +86,7 @@ MLFLOW = Library(
     "experiments",
 )
 LONGEST = 6000  # characters of a param
+SERVED = "kdexp_served"  # what served.py is called beside a model
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {
     # the UI then shows its pages for training, not for GenAI
@@ -330,16 +332,17 @@ class Tracking:
         return sums
 
     def log_model(
-        self, run_id: str, module: Any, example: Any, classes: Sequence[str]
+        self, run_id: str, module: Any, example: Any, channels: int, classes: Sequence[str]
     ) -> dict[str, str]:
         """A torch module as an MLflow model in the artifact folder `model`: an exported program, no
         pickle.
 
+        `example` holds images as they are stored, uint8; `channels` is how many the module takes.
         The names of its classes, by logit, are the model's metadata `classes`. SHA-256 of each file
         by its place.
         """
         import mlflow.pytorch
-        from mlflow.models import infer_signature
+        import numpy as np
 
         with tempfile.TemporaryDirectory() as temporary, _writing(run_id):
             folder = Path(temporary) / "model"
@@ -347,36 +350,37 @@ class Tracking:
                 module,
                 folder,
                 serialization_format="pt2",
-                input_example=example.numpy(),
-                signature=infer_signature(example.numpy(), module(example).detach().numpy()),
+                input_example=np.repeat(
+                    example.astype(np.float32), channels // example.shape[1], axis=1
+                ),
+                signature=_answers(example),
                 pip_requirements=[f"torch=={version('torch')}"],
                 metadata={"classes": list(classes)},
             )
+            _let_answer(folder, "data/model.pt2", example, channels, classes)
             return self.log_files(run_id, folder, "model")
 
     def log_onnx(
-        self, run_id: str, model: Any, example: Any, gives: Any, folder: str, classes: Sequence[str]
+        self, run_id: str, model: Any, example: Any, folder: str, classes: Sequence[str]
     ) -> dict[str, str]:
         """An ONNX model as an MLflow model in an artifact folder: the file `model.onnx` and what
-        MLflow keeps with it.
-
-        The names of its classes, by logit, are the model's metadata `classes`. SHA-256 of each file
-        by its place.
+        MLflow keeps with it. Otherwise as log_model.
         """
         import mlflow.onnx
-        from mlflow.models import infer_signature
 
         with tempfile.TemporaryDirectory() as temporary, _writing(run_id):
+            place = Path(temporary) / "model"
             mlflow.onnx.save_model(
                 model,
-                Path(temporary) / "model",
-                signature=infer_signature(example, gives),
+                place,
+                signature=_answers(example),
                 pip_requirements=[f"{name}=={version(name)}" for name in ("onnx", "onnxruntime")],
                 onnx_execution_providers=["CPUExecutionProvider"],
                 save_as_external_data=False,
                 metadata={"classes": list(classes)},
             )
-            return self.log_files(run_id, Path(temporary) / "model", folder)
+            _let_answer(place, "model.onnx", example, example.shape[1], classes)
+            return self.log_files(run_id, place, folder)
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """A text as an artifact."""
@@ -481,6 +485,15 @@ class Tracking:
     def describe(self, name: str, version: str, description: str) -> None:
         """Describe a version of a registered model anew."""
         self._do(self.client.update_model_version, name, version, description)
+
+    def tag_version(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version of a registered model."""
+        for key, value in tags.items():
+            self._do(self.client.set_model_version_tag, name, version, key, value)
+
+    def describe_model(self, name: str, description: str) -> None:
+        """Describe a registered model, whatever its versions."""
+        self._do(self.client.update_registered_model, name, description)
 
     def alias(self, name: str, alias: str, version: str) -> None:
         """Let an alias point to a version."""
@@ -933,6 +946,48 @@ def as_param(value: Any) -> str:
     # MLflow would cut the rest off without a word, or refuse all (MLFLOW_TRUNCATE_LONG_VALUES).
     said = f" … shortened: {len(text):,} characters, the run's artifacts hold all"
     return text[: LONGEST - len(said)] + said
+
+
+def _answers(example: Any) -> Any:
+    """The signature of what served.py makes of a model: images like these in, a row for each
+    out.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema, TensorSpec
+
+    images = Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]))])
+    row = Schema([ColSpec("string", "label"), ColSpec("double", "probability")])
+    return ModelSignature(images, row)
+
+
+def _let_answer(
+    folder: Path, file: str, example: Any, channels: int, classes: Sequence[str]
+) -> None:
+    """Put served.py beside a saved model, as what MLflow serves of it: the library's own flavor
+    stays.
+    """
+    from mlflow.models import Model
+
+    told = {"file": file, "channels": channels, "classes": list(classes)}
+    (folder / served.ANSWERS).write_text(json.dumps(told, ensure_ascii=False), "utf-8")
+    (folder / "code").mkdir()
+    shutil.copy(served.__file__, folder / "code" / f"{SERVED}.py")
+    model = Model.load(str(folder))
+    kept = {key: model.flavors["python_function"][key] for key in ("env", "python_version")}
+    model.flavors["python_function"] = kept | {
+        "loader_module": SERVED,
+        "code": "code",
+        "data": ".",
+    }
+    model.saved_input_example_info = {
+        "artifact_path": "input_example.json",
+        "serving_input_path": "serving_input_example.json",
+        "type": "ndarray",
+    }
+    images = example[:1].tolist()
+    (folder / "input_example.json").write_text(json.dumps(images))
+    (folder / "serving_input_example.json").write_text(json.dumps({"inputs": images}))
+    model.save(str(folder / "MLmodel"))
 
 
 def too_long(params: Mapping[str, Any]) -> list[str]:

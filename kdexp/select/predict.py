@@ -30,7 +30,15 @@ from kdexp.select.students import student_named
 from kdexp.select.variants import load_variant, splits_of
 from kdexp.settings import Settings
 
-__all__ = ["Prediction", "Predictions", "Reading", "check_output", "predict", "write_csv"]
+__all__ = [
+    "Prediction",
+    "Predictions",
+    "Reading",
+    "check_output",
+    "input_like",
+    "predict",
+    "write_csv",
+]
 
 BATCH = 64  # images at once: of 224x224 pixels 39 MB
 
@@ -93,7 +101,7 @@ def predict(
             " or folders of them"
         )
     recipe = recipe_of(run, tracking)
-    like = _input(run, recipe, settings, tracking).to(device)
+    like = input_like(run, recipe, settings, tracking).to(device)
     module = load_variant(run, recipe, variant, like, tracking).to(device)
     rows, unreadable, seen = list[Prediction](), list[str](), list[Seen]()
     for start in range(0, len(files), BATCH):
@@ -153,8 +161,10 @@ def check_output(file: Path) -> None:
         )
 
 
-def _input(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> Split:
-    """Images of the form that a run's student takes, with its class names."""
+def input_like(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> Split:
+    """Two images of the form that a run's student takes, with its class names. Raises
+    KdexpError.
+    """
     recorded = input_of(run, tracking)
     if recorded:
         return blank(recorded, recipe.data)

@@ -41,6 +41,7 @@ from kdexp.runs.records import (
     SELECTED_TRIAL,
     SURE,
     answer_of,
+    input_of,
     load_student,
     recipe_of,
     seal,
@@ -92,6 +93,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("kdexp")
+LONGEST_CARD = 5000  # characters that MLflow takes as a registered model's description
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,10 @@ def _promote(
         test_repeats=repeats,
         gain=gain(runs),
     )
-    _report_on_study(study, promotion, runs, tracking)
+    answer = _report_on_study(study, promotion, runs, tracking)
+    if model:
+        card = describe.card(answer, recipe, input_of(run, tracking))
+        tracking.describe_model(name, card[:LONGEST_CARD])
     return promotion
 
 
@@ -478,11 +483,7 @@ def register(
     Empty where the network cannot be exported.
     """
     parameters = int(metrics_of(run, variant)["parameters"])
-    takes = "float32" if variant == AS_TRAINED else "uint8"
-    text = (
-        f"{measured}, {parameters:,} parameters{_as(variant)}. Takes pixels 0 to 255 as {takes},"
-        " gives logits."
-    )
+    text = f"{measured}, {parameters:,} parameters{_as(variant)}. Takes pixels 0 to 255."
     tag = f"{prefix_of(variant)}kdexp.model_version"
     version = run.tags.get(tag)
     if version and tracking.registered(run.run_id, name, version):
@@ -494,7 +495,20 @@ def register(
             return ""
         version = tracking.register(run.run_id, name, alias, text, folder_of(variant))
         tracking.tag(run.run_id, {tag: version})
+    tracking.tag_version(name, version, _facts(run, variant))
     return f"models:/{name}@{alias}"
+
+
+def _facts(run: RunRecord, variant: Variant) -> dict[str, str]:
+    """What the registry's tables show of a version."""
+    found = metrics_of(run, variant)
+    names = ("parameters", "model_bytes", "val_accuracy", "test_accuracy")
+    trial = run.tags.get(REPEATS, run.tags.get("kdexp.trial"))
+    return {
+        "variant": variant,
+        **({"trial": trial} if trial else {}),
+        **{name: f"{found[name]:.6g}" for name in names if name in found},
+    }
 
 
 def tell(
@@ -519,7 +533,8 @@ def _log_model(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tra
             torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     except Exception as error:  # each network that it refuses in its own way
         return str(error) or type(error).__name__
-    seal(run.run_id, tracking.log_model(run.run_id, module, example, like.classes), tracking)
+    sums = tracking.log_model(run.run_id, module, like.images.numpy(), like.channels, like.classes)
+    seal(run.run_id, sums, tracking)
     return ""
 
 
@@ -535,8 +550,10 @@ def _as(variant: Variant) -> str:
 
 def _report_on_study(
     study: RunRecord, done: Promotion, runs: Sequence[RunRecord], tracking: Tracking
-) -> None:
-    """Metrics, description and picture of the study's run, and its view of the runs that count."""
+) -> describe.Answer:
+    """Metrics, description and picture of the study's run, and its view of the runs that count;
+    what the description says.
+    """
     chosen, alias = done.candidate, done.rule.goal.replace("_", "-")
     answer = describe.Answer(
         study=done.study,
@@ -573,6 +590,7 @@ def _report_on_study(
     tracking.log_metrics(study.run_id, metrics)
     _draw(study, done.trials, done.rule, chosen, tracking)
     _show(study, done, runs, tracking)
+    return answer
 
 
 def _show(study: RunRecord, done: Promotion, runs: Sequence[RunRecord], tracking: Tracking) -> None:

@@ -24,7 +24,7 @@ from kdexp.config import Precision, Recipe, Selection, Variant
 from kdexp.distill.compact import as_stored, compact
 from kdexp.distill.datasets import Split, Splits, load_splits
 from kdexp.distill.deploy import Deployed, DeployError, convert, least_bytes, stored_bytes
-from kdexp.distill.evaluate import Evaluation, evaluate, logits_of
+from kdexp.distill.evaluate import Evaluation, evaluate
 from kdexp.distill.models import Size, measure, outline
 from kdexp.runs.records import artifact_of, load_student, recipe_of, seal
 from kdexp.runs.tracking import RunRecord, Tracking
@@ -120,10 +120,9 @@ def made(
         return run
     student, like = load_student(run, recipe, splits.train, tracking), splits.validation
     model = convert(student, splits.train, precision)
-    found = _metrics(student, recipe, content := model.SerializeToString(), like)
-    example = like.take(torch.arange(2))
-    given, gives = example.images.numpy(), logits_of(Deployed(content, like), example).numpy()
-    sums = tracking.log_onnx(run.run_id, model, given, gives, folder_of(precision), like.classes)
+    found = _metrics(student, recipe, model.SerializeToString(), like)
+    example = like.take(torch.arange(2)).images.numpy()
+    sums = tracking.log_onnx(run.run_id, model, example, folder_of(precision), like.classes)
     seal(run.run_id, sums, tracking)
     tracking.log_metrics(run.run_id, {f"{prefix}{name}": value for name, value in found.items()})
     return tracking.read(run.run_id)

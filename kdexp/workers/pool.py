@@ -34,7 +34,7 @@ import torch
 from kdexp.environment import configure
 from kdexp.settings import Settings, in_one_line
 from kdexp.surroundings import open_streams
-from kdexp.workers.processes import start_method
+from kdexp.workers.processes import start_method, without_main
 from kdexp.workers.work import Job, Message, Prepared, Verdict, work
 
 __all__ = ["Died", "Pool", "PoolSize", "Worker", "pool_size"]
@@ -284,7 +284,8 @@ class _Process(Worker):
         self._connection, there = context.Pipe()
         name = f"kdexp worker {number}"
         self._process = context.Process(target=_serve, args=(there,), name=name, daemon=True)
-        self._process.start()
+        with without_main():
+            self._process.start()
         there.close()  # the worker's end is its own: when it dies, this one says so
         threading.Thread(target=self._read, name=f"{name}'s news", daemon=True).start()
         with suppress(OSError):  # it has died: its connection says so

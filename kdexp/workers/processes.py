@@ -6,13 +6,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import forkserver, util
+from types import ModuleType
 
 from kdexp import KdexpError
 
-__all__ = ["start_method", "warm_up"]
+__all__ = ["start_method", "warm_up", "without_main"]
 
 # bytes, of the 108 that a socket's path may have: multiprocessing adds
 # /pymp-xxxxxxxx/listener-xxxxxxxx
@@ -74,3 +76,16 @@ def start_method() -> str:
     thing.
     """
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """A process that is started in here does not import the program again that starts it: a script
+    needs no `if __name__ == "__main__"`, and nothing of it runs twice.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
