@@ -276,6 +276,18 @@ def test_selection_looks_at_test_once_registers_and_can_be_loaded(finished) -> N
     assert first.model == "models:/tiny@smallest"
 
 
+def test_any_optuna_tool_shows_what_each_trial_came_to(finished) -> None:
+    sweep, settings, tracking, _, _ = finished
+    study = optuna.load_study(study_name=sweep.name, storage=settings.storage_url)
+    assert study.metric_names == ["val_accuracy"]
+    runs = {int(run.tags["kdexp.trial"]): run for run in tracking.find("trial", {})}
+    for trial in study.trials:
+        metrics = runs[trial.number].metrics
+        assert trial.user_attrs["val_accuracy"] == metrics["val_accuracy"] == trial.value
+        assert trial.user_attrs["parameters"] == metrics["parameters"]
+    assert "user_attrs_parameters" in study.trials_dataframe().columns
+
+
 def test_the_study_knows_what_distillation_gained(finished) -> None:
     sweep, _, tracking, _, _ = finished
     trials = candidates(tracking.study(sweep.name), tracking)

@@ -36,7 +36,7 @@ from kdexp.config import (
     differences,
     recorded,
 )
-from kdexp.distill.checkpoints import Checkpoints, State
+from kdexp.distill.checkpoints import Checkpoints
 from kdexp.distill.models import Size
 from kdexp.distill.randomness import seed_of
 from kdexp.distill.train import EpochReport
@@ -554,7 +554,7 @@ class OpenStudy:
             if own:
                 measured = self._measure(own, ended)
                 limits = self._pooled(own, trials, measured, size, limits)
-            self._tell(number, told, TrialState.COMPLETE, limits, ended.state, measured)
+            self._tell(number, told, TrialState.COMPLETE, limits, ended, measured)
         elif ended.state == "diverged":
             told = worst(
                 self._aim,
@@ -562,17 +562,17 @@ class OpenStudy:
                 [trial.values for trial in answered(self._trained) if trial.values],
             )
             limits = constraints(self._aim, size, 0.0, rule, ended.val_samples)
-            self._tell(number, told, TrialState.COMPLETE, limits, ended.state)
+            self._tell(number, told, TrialState.COMPLETE, limits, ended)
         elif self.sweep.study.early_stop and self.dominated(ended.size):
             # Ended because one no larger has met the bar meanwhile: that says nothing against it.
-            self._tell(number, None, TrialState.PRUNED, {}, ended.state)
+            self._tell(number, None, TrialState.PRUNED, {}, ended)
         elif self.sweep.study.pruner != "none" and self.sweep.study.sampler != "gp":
             # Others read PRUNED trials by what they had reported, and pruners leave them out of
             # what they compare with.
-            self._tell(number, None, TrialState.PRUNED, limits, ended.state)
+            self._tell(number, None, TrialState.PRUNED, limits, ended)
         else:
             self._tell(
-                number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended.state
+                number, values(self._aim, size, accuracy), TrialState.COMPLETE, limits, ended
             )
 
     def _measure(self, trial: FrozenTrial, ended: Outcome) -> Measure:
@@ -614,7 +614,7 @@ class OpenStudy:
         told: Sequence[float] | None,
         state: TrialState,
         limits: Mapping[str, float] | None = None,
-        ended: State = "complete",
+        ended: Outcome | None = None,
         measured: Measure | None = None,
     ) -> None:
         claimed = self._claims.get(number)
@@ -636,21 +636,25 @@ class OpenStudy:
         self,
         frozen: FrozenTrial,
         limits: Mapping[str, float],
-        ended: State,
+        ended: Outcome | None,
         measured: Measure | None,
     ) -> None:
         """What a trial's values do not say, while it can still be written."""
-        missing = [name for name in limits if name not in frozen.constraints]
-        if missing or measured or ended != "complete":
-            # a Trial asks its sampler for values as it is made
-            self._study.sampler = optuna.samplers.RandomSampler()
-            trial = optuna.Trial(self._study, frozen._trial_id)
-            for name in missing:
+        if ended is None:
+            return
+        # a Trial asks its sampler for values as it is made
+        self._study.sampler = optuna.samplers.RandomSampler()
+        trial = optuna.Trial(self._study, frozen._trial_id)
+        for name in limits:
+            if name not in frozen.constraints:
                 trial.set_constraint(name, limits[name])
-            if ended != "complete":
-                trial.set_user_attr("ended", ended)
-            if measured:
-                trial.set_user_attr("measured", asdict(measured))
+        if ended.state != "complete":
+            trial.set_user_attr("ended", ended.state)
+        if measured:
+            trial.set_user_attr("measured", asdict(measured))
+        # nothing of kdexp's reads these: any Optuna tool shows them
+        trial.set_user_attr("val_accuracy", ended.val_accuracy)
+        trial.set_user_attr("parameters", ended.size.parameters)
 
     def others(self, claimant: Claimant, patient: bool = True) -> int:
         """How many trials other, living claimants have under way."""
@@ -842,6 +846,7 @@ def open_study(
             _check_directions(study, sweep)
             if "mlflow_run_id" not in study.user_attrs:
                 study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
+            study.set_metric_names(_names(sweep))
             _enqueue_controls(study, sweep)
             if sweep.study.sampler == "grid":
                 _enqueue_grid(study, sweep)
@@ -850,6 +855,13 @@ def open_study(
             study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
     _check_same(study, sweep)
     return OpenStudy(study, sweep, folds)
+
+
+def _names(sweep: Sweep) -> list[str]:
+    """What Optuna's tools write at a trial's values."""
+    size, accuracy = str(sweep.selection.size), "val_accuracy"
+    names = {"smallest": [size], "accuracy": [accuracy], "pareto": [size, accuracy]}
+    return names[sweep.study.objective]
 
 
 def _mark(study: optuna.Study) -> str:
