@@ -45,7 +45,7 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "digits": ("digits.yaml", {}),
     "fashion-mnist": (
         "fashion-mnist-quick.yaml",
-        {"student.channels": [4, 8, 16], "student.hidden": 32},
+        {"student.channels": [4, 8, 16], "student.hidden": 32, "training.learning_rate": 0.01},
     ),
 }
 """The sweep file of each, and what is not as trial 0 has it."""
