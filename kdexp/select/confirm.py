@@ -280,6 +280,8 @@ def _look(
         for number, run in enumerate(runs, start=1):
             if "test_accuracy" not in (known := tracking.read(run.run_id)).metrics:
                 work.check(known)
+                if number == 1:
+                    work.keep_mistakes(known)
                 why = (
                     f"**Confirms** trial {trial} of study *{name}*: fresh seed {number} of"
                     f" {len(runs)}."
