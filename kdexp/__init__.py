@@ -27,12 +27,14 @@ to that).
       students, listing    which student a command is about · what studies and trials there are
       reproduce            a run trained again
       compare, verify      two runs' records · a record against itself and its weights
+      report, page         what a study comes to, from its records · as one HTML file
+      mistakes             what a student takes for what
 
     runs/                what is recorded of a training, and where
       tracking, embedded   MLflow (the only file that knows it) · the embedded store's artifacts
       recording, prepare   the MLflow run of one training · data and teacher, ready and on record
       outcome, records     what came of a training · recipe and student of a run
-      describe, plots      a run in words · in pictures
+      describe, plots, svg a run in words · in pictures · in pictures inside a page
       views                the pages of MLflow's UI: their addresses, what they show
       served               what answers where a registered model is served
       schema, bench        which version a database is for · what every command works with

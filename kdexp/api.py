@@ -34,6 +34,7 @@ from kdexp.runs.records import recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.search.sweep import run_sweep as events_of
 from kdexp.select.listing import TrialRow, frontier, trials_of
+from kdexp.select.page import kept
 from kdexp.select.predict import BATCH, input_like
 from kdexp.select.promote import Promotion, promote, sweep_of
 from kdexp.select.students import student_named
@@ -81,6 +82,8 @@ def run_sweep(
         promote(study.record, sweep.selection, settings, tracking, device, sure=True)
     except NothingPasses as why:
         log.warning("%s", why)
+    if failure := kept(study.record, sweep.selection, settings, tracking):
+        log.warning("%s", failure)
     return study
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kdexp.config import Sweep
-    from kdexp.runs.tracking import Tracking
+    from kdexp.runs.tracking import RunRecord, Tracking
 
 app = typer.Typer(
     name="kdexp",
@@ -446,6 +446,7 @@ def confirm(
         _print_json(done)
     else:
         show_confirmation(console, done, settings.tracking_shown)
+    _report(parent, done.verdict.rule, settings, tracking, console)
 
 
 @command(
@@ -630,6 +631,42 @@ def list_(
         _print_json(studies) if as_json else show_studies(_console(), studies)
 
 
+@command("stores", "storage", "tracking_uri", example="kdexp report digits --open")
+def report(
+    study: StudyName,
+    settings: Settings,
+    rule: dict[str, Any],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default: STUDY-report.html here.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write what a study came to as one HTML file that needs no network: the answer, how sure it
+    is, the frontier.
+    """
+    from kdexp.runs.tracking import Tracking
+    from kdexp.select import page
+
+    output = expanded(output) if output else None
+    if output:
+        page.check_output(output)
+    tracking = Tracking(settings, make=False)
+    parent = tracking.study(study)
+    text = page.made(parent, _rule(study, tracking, rule), settings, tracking)
+    file = output or Path(f"{parent.tags['kdexp.study'].replace('/', '-')}-report.html")
+    page.write(text, file)
+    print(f"Written:  {file}")
+    try:
+        page.keep(text, parent, tracking)
+    except KdexpError as error:  # a store that this person may only read
+        print(f"          not kept with the study's run: {without_credentials(str(error))}")
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(file.resolve().as_uri()):
+            print("          no browser is known here: open it by hand")
+
+
 @command("stores", "tracking_uri", example="kdexp ui --port 5001")
 def ui(
     settings: Settings,
@@ -769,11 +806,23 @@ def _select(
     except NothingPasses:
         if trials := under(rule, candidates(study, tracking), study, tracking):
             console.print(trials_table(trials, rule, None))
+        _report(study, rule, settings, tracking, console)
         raise
     if as_json:
         _print_json(promotion)
     else:
         show_promotion(console, promotion, settings.tracking_shown)
+    _report(study, rule, settings, tracking, console)
+
+
+def _report(
+    study: RunRecord, rule: Any, settings: Settings, tracking: Tracking, console: Console
+) -> None:
+    """Leave the study's report with its run; say so only where that fails."""
+    from kdexp.select.page import kept
+
+    if failure := kept(study, rule, settings, tracking):
+        console.print(failure, style="yellow", markup=False)
 
 
 def _rule(study: str, tracking: Tracking, given: dict[str, Any]) -> Any:

@@ -458,6 +458,7 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
     _note_looks(console, done.looks)
     console.print(
         "\nNext:     kdexp ui                    browse the study in MLflow\n"
+        f"          kdexp report {shlex.quote(done.study)}   the answer on one page, as a file\n"
         f"          kdexp reproduce {done.run_id}\n"
         f"{_load_line(tracking, done.model, done.candidate.variant)}"
         + (

@@ -119,6 +119,8 @@ class FreshSeeds:
         )
 
     def __str__(self) -> str:
+        if len(self.correct) == 1:  # of a study that repeats, one may be enough to be sure
+            return f"{100 * self.mean:.2f} % with 1 fresh seed"
         return f"{100 * self.mean:.2f} % ± {100 * self.sd:.2f} over {len(self.correct)} fresh seeds"
 
 

@@ -226,6 +226,7 @@ def test_the_spread_is_the_standard_deviation_of_the_seeds() -> None:
     fresh = FreshSeeds((5400, 5460, 5520), 6000)
     assert (fresh.mean, fresh.sd) == (0.91, pytest.approx(0.01))
     assert str(fresh) == "91.00 % ± 1.00 over 3 fresh seeds"
+    assert str(FreshSeeds((90,), 100)) == "90.00 % with 1 fresh seed", "one may be enough"
     assert not confirms(fresh, Selection(accuracy_bar=0.9, confidence=0.95))
     assert confirms(
         FreshSeeds((5458, 5460, 5462), 6000), Selection(accuracy_bar=0.9, confidence=0.95)

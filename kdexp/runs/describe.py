@@ -45,6 +45,8 @@ __all__ = [
     "card",
     "concluded",
     "confirmed",
+    "in_bytes",
+    "linked",
     "looked_at",
     "named",
     "of_study",
@@ -429,6 +431,20 @@ def unanswered(
     )
 
 
+def linked(text: str, name: str, page: str) -> str:
+    """A study's description with one link more beside those that it has; as it is, where it has
+    that one, or none.
+    """
+    if f"[{name}](" in text:
+        return text
+    lines = text.split("\n")
+    places = (n for n, line in enumerate(lines) if line.startswith("[") and "[all trials](" in line)
+    for place in places:
+        lines[place] += f" · {_links({name: page})}"
+        break
+    return "\n".join(lines)
+
+
 def _answer(found: Answer) -> str:
     """What is selected, how good it is, and how sure that is, in one line."""
     chosen, bar = found.candidate, f"the bar of {found.rule.accuracy_bar:.2%}"
@@ -439,7 +455,7 @@ def _answer(found: Answer) -> str:
         confirm = f"`kdexp confirm {shlex.quote(found.study)}`"
         sure = f"met {bar} once, by {found.val_accuracy:.2%} on validation: not sure, {confirm}"
     return (
-        f"**{chosen.parameters:,} parameters · {_bytes(chosen.bytes)} ·"
+        f"**{chosen.parameters:,} parameters · {in_bytes(chosen.bytes)} ·"
         f" {found.test_accuracy:.2%} on test** ({sure})"
     )
 
@@ -526,7 +542,8 @@ def _links(pages: Mapping[str, str]) -> str:
     return " · ".join(f"[{text}]({page})" for text, page in pages.items())
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """27 KB, 1.2 MB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
 
 

@@ -12,11 +12,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 from kdexp.config import Selection
 from kdexp.selection import Candidate, passes, requirement, size_of
 
-__all__ = ["colour", "curves", "frontier", "save"]
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "colour", "curves", "drawing", "frontier", "save"]
 
 # Okabe and Ito's palette: distinct also to the colour-blind.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-_drawing = threading.Lock()  # Matplotlib draws in one thread at a time
+drawing = threading.Lock()  # Matplotlib draws in one thread at a time
 
 
 def colour(over_the_bar: bool, selected: bool = False) -> dict[str, str]:
@@ -26,7 +26,7 @@ def colour(over_the_bar: bool, selected: bool = False) -> dict[str, str]:
 
 def save(figure: Figure, file: Path) -> None:
     """Draw a picture into a file."""
-    with _drawing:
+    with drawing:
         figure.savefig(file, dpi=110)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "TRIALS",
     "VIEW_TAG",
     "WHY",
+    "artifact_page",
     "model_page",
     "of_answer",
     "of_sweep",
@@ -51,6 +52,11 @@ FOLDED = ("epoch", "int8", "float16", "float32", "Model metrics", "System metric
 def run_page(experiment_id: str, run_id: str) -> str:
     """A run's page."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING}"
+
+
+def artifact_page(experiment_id: str, run_id: str, place: str) -> str:
+    """A run's page, with one of its artifacts open."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(place)}?{TRAINING}"
 
 
 def view_page(experiment_id: str, key: str = "") -> str:

@@ -280,6 +280,8 @@ def _look(
         for number, run in enumerate(runs, start=1):
             if "test_accuracy" not in (known := tracking.read(run.run_id)).metrics:
                 work.check(known)
+                if number == 1:
+                    work.keep_mistakes(known)
                 why = (
                     f"**Confirms** trial {trial} of study *{name}*: fresh seed {number} of"
                     f" {len(runs)}."
@@ -318,17 +320,9 @@ def _report(done: Confirmation, work: Retrainer) -> None:
     tracking.tag(
         study.run_id, {"kdexp.confirmed_run": chosen.run_id, "kdexp.confirmed": str(done.verdict)}
     )
-    tracking.log_metrics(
-        study.run_id,
-        {
-            "confirm_val_mean": done.verdict.seeds.mean,
-            "confirm_val_sd": done.verdict.seeds.sd,
-            "confirm_test_mean": done.test.mean,
-            "confirm_test_sd": done.test.sd,
-            **(
-                {"confirm_test_tta_mean": done.tta.mean, "confirm_test_tta_sd": done.tta.sd}
-                if done.tta
-                else {}
-            ),
-        },
-    )
+    found = {"confirm_val": done.verdict.seeds, "confirm_test": done.test}
+    if done.tta:
+        found["confirm_test_tta"] = done.tta
+    means = {f"{name}_mean": seeds.mean for name, seeds in found.items()}
+    spread = {f"{name}_sd": each.sd for name, each in found.items() if len(each.correct) > 1}
+    tracking.log_metrics(study.run_id, means | spread)

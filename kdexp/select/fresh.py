@@ -26,6 +26,7 @@ from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.search.claims import Claimant
 from kdexp.search.scheduler import EpochDone
 from kdexp.search.space import fresh_values
+from kdexp.select.mistakes import keep_mistakes
 from kdexp.select.variants import same_images
 from kdexp.select.verify import verify, verify_record
 from kdexp.selection import AS_TRAINED, Candidate
@@ -159,6 +160,12 @@ class Retrainer:
         """That a run which a verdict is to rest on is as it was recorded. Raises RecordError."""
         recipe = recipe_of(run, self.tracking)
         verify(run, recipe, AS_TRAINED, self._images(run, recipe), self.tracking, self.device)
+
+    def keep_mistakes(self, run: RunRecord) -> None:
+        """Count what its student gets wrong, for the study's page."""
+        recipe = recipe_of(run, self.tracking)
+        images = self._images(run, recipe)
+        keep_mistakes(run, recipe, AS_TRAINED, images, self.tracking, self.device)
 
     def check_trial(self, run: RunRecord) -> None:
         """That a trial is of this recipe and size; its accuracy is what fresh seeds are asked for.

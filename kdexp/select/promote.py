@@ -49,6 +49,7 @@ from kdexp.runs.records import (
 )
 from kdexp.runs.tracking import Kind, RunRecord, Tracking
 from kdexp.search.claims import Claimant
+from kdexp.select.mistakes import keep_mistakes
 from kdexp.select.variants import (
     contenders,
     folder_of,
@@ -76,7 +77,9 @@ __all__ = [
     "Gain",
     "Promotion",
     "candidates",
+    "ended",
     "gain",
+    "its_repeats",
     "load_call",
     "look_at_test",
     "looks",
@@ -220,11 +223,13 @@ def _promote(
     except NothingPasses as error:
         _report_nothing(study, error, trials, rule, tracking)
         raise
-    again = _its_repeats(study, chosen, tracking)
+    again = its_repeats(chosen, _trials(study, tracking))
     # where a recipe was repeated, the first of its repeats: none is chosen by its number
     run = again[0] if again else tracking.read(chosen.run_id)
     recipe = recipe_of(run, tracking)
-    verify(run, recipe, chosen.variant, splits_of(run, recipe, settings), tracking, device)
+    images = splits_of(run, recipe, settings)
+    verify(run, recipe, chosen.variant, images, tracking, device)
+    keep_mistakes(run, recipe, chosen.variant, images, tracking, device)
     new_look = "test_accuracy" not in metrics_of(run, chosen.variant)
     if new_look:
         why = f"**Selected** by study *{name}*{_as(chosen.variant)}."
@@ -277,7 +282,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
     """Every trial of a study that ended with weights, by trial number, with its repeats."""
     runs = _trials(study, tracking)
     repeats = _repeats(runs)
-    ended = {
+    first = {
         int(run.tags["kdexp.trial"]): Outcome.recorded(run)
         for run in runs
         if run.tags.get("kdexp.weights_sha256") and REPEATS not in run.tags
@@ -291,7 +296,7 @@ def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
                 min((int(run.tags["kdexp.trial"]) for run in repeats[number]), default=None),
             ),
         )
-        for number, end in ended.items()
+        for number, end in first.items()
     ]
 
 
@@ -384,18 +389,23 @@ def looks(study: RunRecord, tracking: Tracking) -> int:
     )
 
 
+def ended(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those of a study's trials that came to something, by number."""
+    found = [run for run in runs if run.status == "FINISHED" and "val_accuracy" in run.metrics]
+    return sorted(found, key=lambda run: int(run.tags["kdexp.trial"]))
+
+
 def _trials(study: RunRecord, tracking: Tracking) -> list[RunRecord]:
-    runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id})
-    ended = [run for run in runs if run.status == "FINISHED" and "val_accuracy" in run.metrics]
-    return sorted(ended, key=lambda run: int(run.tags["kdexp.trial"]))
+    return ended(tracking.find("trial", {"mlflow.parentRunId": study.run_id}))
 
 
-def _its_repeats(study: RunRecord, chosen: Candidate, tracking: Tracking) -> list[RunRecord]:
-    """The runs that a sure recipe's verdict rests on, the first one first."""
+def its_repeats(chosen: Candidate, runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Of the runs of a study's trials those that a sure recipe's verdict rests on, the first one
+    first.
+    """
     if chosen.verdict is None or chosen.variant != AS_TRAINED:
         return []
-    runs = _repeats(_trials(study, tracking))[chosen.trial]
-    return [run for run in runs if _is(run, "complete")]
+    return [run for run in _repeats(runs)[chosen.trial] if _is(run, "complete")]
 
 
 def _look_at_repeats(

@@ -1,0 +1,229 @@
+"""The report: one HTML file that answers what a study came to. It asks the network for nothing,
+runs no script, and prints.
+
+    kdexp report STUDY
+
+report.py gathers the facts, templates/report.html says them; here numbers become text and pictures.
+What people have named (networks, classes, studies) is escaped wherever it stands.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kdexp import KdexpError
+from kdexp.config import Selection
+from kdexp.files import write_atomically
+from kdexp.runs import svg
+from kdexp.runs.describe import in_bytes, linked
+from kdexp.runs.records import LONGEST_NOTE, NOTE, PARTS, log_text
+from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.runs.views import artifact_page
+from kdexp.select.mistakes import Mistakes
+from kdexp.select.report import ENOUGH, Report, Row, Slice, gathered
+from kdexp.selection import AS_TRAINED, requirement
+from kdexp.settings import Settings, in_one_line
+
+__all__ = ["REPORT", "check_output", "html", "keep", "kept", "made", "write"]
+
+REPORT = "report.html"
+"""The artifact of a study's run."""
+TEMPLATES = Path(__file__).parents[1] / "templates"
+FOLDED = 300  # students of the folded table, of a study with more
+DOTS = 1000  # of the frontier: with both the page stays under 1 MB
+FAR = 4  # times the largest student: a limit beyond is not drawn
+MATRIX = 25  # classes of a confusion matrix that can be read
+WORDS = {
+    "confirmed": "Confirmed by fresh seeds",
+    "sure": "Sure by repeats",
+    "once": "One training only",
+    "unseen": "Not looked at yet",
+    "nothing": "Nothing meets the bar",
+}
+FILTERS: dict[str, Any] = {
+    "percent": lambda share: f"{100 * share:.2f} %",
+    "span": lambda pair: f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f} %",
+    "points": lambda share: f"{100 * share:+.2f}",
+    "count": lambda number: f"{number:,}",
+    "kb": in_bytes,
+    "unit": lambda name: name.replace("_", "-"),
+    "quoted": shlex.quote,
+    "minutes": lambda minutes: _minutes(minutes),
+}
+
+
+def html(report: Report) -> str:
+    """The whole page."""
+    pages = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= FILTERS
+    main = [row for row in report.rows if _in_front(row, report)]
+    rest = [row for row in report.rows if not _in_front(row, report)]
+    return pages.get_template(REPORT).render(
+        r=report,
+        state=_state(report),
+        required=requirement(report.rule),
+        main=main,
+        rest=rest[:FOLDED],
+        left_out=len(rest[FOLDED:]),
+        frontier=_frontier(report),
+        trained=len(_trained(report)),
+        dots=min(DOTS, len(_trained(report))),
+        slices=[(one.path, _slice(one, report)) for one in report.learned.slices],
+        limit_shown=_limit_shown(report),
+        matrix=_matrix(report.mistakes),
+        repeats=report.sweep.repeats,
+        enough=ENOUGH,
+        as_trained=AS_TRAINED,
+    )
+
+
+def made(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
+    """The page of a study, its model chosen by `rule`. Raises KdexpError."""
+    return html(gathered(study, rule, settings, tracking))
+
+
+def kept(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:
+    """Make the page and keep it with the study's run, as what a sweep leaves behind; or say in one
+    line why there is none. Nothing that goes wrong here takes anything from the sweep.
+    """
+    try:
+        with tracking.at_once():
+            keep(made(study, rule, settings, tracking), study, tracking)
+    except Exception as error:  # of whichever library: the model is selected, that is what counts
+        again = shlex.join(["kdexp", "report", study.tags["kdexp.study"]])
+        return f"No report was written: {in_one_line(error)} ({again} tries it again)"
+    return ""
+
+
+def check_output(file: Path) -> None:
+    """Before any work, that a report can have that name. Raises KdexpError."""
+    if file.is_dir():
+        raise KdexpError(
+            f"--output {file}: is a folder; name a file in it, such as {file / REPORT}"
+        )
+
+
+def write(text: str, file: Path) -> None:
+    """The page as a file, whole or not at all. Raises KdexpError."""
+    try:
+        write_atomically(file, lambda path: path.write_text(text, "utf-8"))
+    except OSError as error:
+        raise KdexpError(
+            f"--output {file}: cannot be written: {error.strerror}; name another file"
+        ) from None
+
+
+def keep(text: str, study: RunRecord, tracking: Tracking) -> None:
+    """The page among the artifacts of the study's run, with a link in its description. Raises
+    KdexpError.
+    """
+    log_text(study.run_id, REPORT, text, tracking)
+    page = artifact_page(study.experiment_id, study.run_id, REPORT)
+    tags = tracking.read(study.run_id).tags
+    said = {
+        tag: new[:LONGEST_NOTE]
+        for tag in (NOTE, f"{PARTS}selected", f"{PARTS}confirmed")
+        if tag in tags and (new := linked(tags[tag], "report", page)) != tags[tag]
+    }
+    if said:
+        tracking.tag(study.run_id, said)
+
+
+def _state(report: Report) -> str:
+    """How sure the answer is, as a heading. That one training met the bar is not nothing."""
+    rule = report.rule
+    once = any(
+        row.val.accuracy >= rule.accuracy_bar and row.sized <= (rule.limit or row.sized)
+        for row in report.rows
+    )
+    if report.answer.state == "nothing" and once:
+        return "Nothing is sure to meet the bar"
+    return WORDS[report.answer.state]
+
+
+def _in_front(row: Row, report: Report) -> bool:
+    """Whether a student stands in the table that is not folded."""
+    control = row in report.controls
+    return row.frontier or control or row == report.answer.row or row.test is not None
+
+
+def _trained(report: Report) -> list[Row]:
+    return [row for row in report.rows if row.candidate.variant == AS_TRAINED]
+
+
+def _frontier(report: Report) -> str:
+    """Without any trial there is none."""
+    rows = _trained(report)
+    if not rows:
+        return ""
+    only = [row.val.accuracy for row in report.controls if row.candidate.trial == 1]
+    dots = [_dot(row, row.sized, report) for row in rows[:DOTS]]
+    rule = report.rule
+    return svg.frontier(
+        dots,
+        rule.accuracy_bar,
+        rule.limit if _limit_shown(report) else None,
+        report.teacher.val.accuracy if report.teacher else None,
+        only[0] if only else None,
+        rule.size.replace("_", "-"),
+    )
+
+
+def _limit_shown(report: Report) -> bool:
+    """Whether the limit is near enough to be drawn: far away it would leave no room for dots."""
+    rows, limit = _trained(report), report.rule.limit
+    return limit is not None and bool(rows) and limit <= FAR * rows[-1].sized
+
+
+def _slice(found: Slice, report: Report) -> str:
+    dots = [_dot(row, value, report) for row, value in found.points[:DOTS]]
+    return svg.slice_of(dots, report.rule.accuracy_bar, found.log, found.path)
+
+
+def _dot(row: Row, x: float, report: Report) -> svg.Dot:
+    one, chosen = row.candidate, report.answer.row
+    return svg.Dot(
+        x=x,
+        accuracy=row.val.accuracy,
+        interval=row.val.interval,
+        meets=row.val.accuracy >= report.rule.accuracy_bar,
+        selected=chosen is not None and chosen.candidate.trial == one.trial,
+        control=row in report.controls,
+        said=(
+            f"trial {one.trial} · {row.network or 'network not on record'} · {one.parameters:,}"
+            f" parameters · {100 * row.val.accuracy:.2f} % · run {one.run_id}"
+        ),
+    )
+
+
+def _matrix(found: Mistakes | None) -> Sequence[tuple[str, Sequence[tuple[int, int]], int]]:
+    """A confusion matrix by rows: a class, how often it was taken for each with the share in
+    percent, and of how many images. Empty where nobody could read it.
+    """
+    if found is None or len(found.classes) > MATRIX:
+        return []
+    every = range(len(found.classes))
+    rows = []
+    for true in every:
+        total = found.of_class[true]
+        counts = [found.counts.get((true, taken), 0) for taken in every]
+        shares = [(count, round(100 * count / total) if total else 0) for count in counts]
+        rows.append((found.classes[true], shares, total))
+    return rows
+
+
+def _minutes(minutes: float) -> str:
+    if minutes >= 90:
+        return f"{minutes / 60:.1f} hours"
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
