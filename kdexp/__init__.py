@@ -16,6 +16,7 @@ to that).
       space                values as Optuna stores them; which recipes are nearly the same
       claims               which command trains which trial
       objective, stopping  what a study aims at · what it can no longer select
+      check, sizes         what a sweep would do, and how long · the students that a search holds
       remembered           what Optuna was told of trials, against what their runs record
 
     select/              what a study comes to
@@ -33,10 +34,12 @@ to that).
       outcome, records     what came of a training · recipe and student of a run
       describe, plots      a run in words · in pictures
       views                the pages of MLflow's UI: their addresses, what they show
+      rehearsed            what recording a training takes here
       schema, bench        which version a database is for · what every command works with
 
     workers/             who trains; neither servers nor studies are known here
       pool, processes      threads or processes and their inbox · how processes are made
+      rehearsal            what the parts of a training take here, timed
       work, preload        from a job to what came of it · imported once for all processes
 
     distill/             the core: plain PyTorch

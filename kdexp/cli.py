@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -56,6 +57,10 @@ Overrides = Annotated[
         metavar="KEY=VALUE",
         help="Override a value of the file, such as training.epochs=10. Repeatable.",
     ),
+]
+Trials = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="How many trials the study has in all."),
 ]
 Stores = Annotated[
     Path,
@@ -227,13 +232,11 @@ def _root(
 def sweep(
     file: SweepFile,
     settings: Settings,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="How many trials the study has in all.")
-    ] = None,
+    trials: Trials = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
-    config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
+    config = _load(file, _with_trials(overrides, trials))
     from kdexp.workers.processes import warm_up
 
     if settings.workers != 1:
@@ -268,6 +271,45 @@ def sweep(
         )
         return
     _select(config.name, config.selection, settings, tracking, chosen, console, sure=True)
+
+
+@command(
+    "workers",
+    "pack",
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp check digits.yaml --workers 2",
+)
+def check(
+    file: SweepFile,
+    settings: Settings,
+    trials: Trials = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what a sweep would do and how long it takes here, by a few timed steps; record
+    nothing.
+    """
+    begun = time.perf_counter()
+    config = _load(file, _with_trials(overrides, trials))
+    from kdexp.workers.processes import warm_up
+
+    if settings.workers != 1:
+        warm_up()
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.screen import Screen, show_check
+    from kdexp.search.check import check as checked_by
+
+    chosen = configure(settings.device, settings.threads)
+    events = checked_by(config, settings, chosen, time.perf_counter() - begun)
+    with Screen(console) as screen, closing(events):
+        done = yield_all(events, screen)
+    show_check(console, done)
+    console.print(f"\nNext:     kdexp sweep {_same_options('check')}", markup=False)
 
 
 @command(
@@ -760,6 +802,10 @@ def _load(file: Path, overrides: list[str] | None) -> Sweep:
     return config
 
 
+def _with_trials(overrides: list[str] | None, trials: int | None) -> list[str]:
+    return [*(overrides or []), *([f"study.trials={trials}"] if trials else [])]
+
+
 def _settings(
     stores: Path,
     storage: str | None = None,
@@ -796,6 +842,12 @@ def _console() -> Console:
 
 def _again() -> str:
     return shlex.join(["kdexp", *sys.argv[1:]])
+
+
+def _same_options(command: str) -> str:
+    """What followed the command's name."""
+    given = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    return shlex.join(given[given.index(command) + 1 :]) if command in given else "SWEEP.yaml"
 
 
 def _interrupt(*_: object) -> None:
