@@ -28,7 +28,17 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, study_name, validate
+from kdexp.reading import (
+    ConfigError,
+    Source,
+    assign,
+    decoded,
+    nearest,
+    parse,
+    show,
+    study_name,
+    validate,
+)
 
 __all__ = [
     "CONTROLS",
@@ -827,12 +837,14 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes is no sweep file")
-    tree = parse(decoded(content, str(path)), str(path))
+    text = decoded(content, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}"
         )
     tree.setdefault("name", path.stem)
+    given: dict[str, str] = {}
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
@@ -840,7 +852,10 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
                 f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10"
             )
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
-    return validate(Sweep, _with_a_factor_to_begin_with(tree), source=str(path))
+        given.pop(key.strip(), None)  # the last one counts
+        given[key.strip()] = override
+    source = Source(str(path), text, given)
+    return validate(Sweep, _with_a_factor_to_begin_with(tree), source)
 
 
 def _with_a_factor_to_begin_with(tree: dict[str, Any]) -> dict[str, Any]:
