@@ -6,6 +6,7 @@ to that).
 
     cli, screen          parse · print
     init                 a sweep file to begin with
+    completion           what a shell completes
     ui, doctor           MLflow's UI · whether the stores fit what is installed
 
     search/              a study, from its first proposal to its last trial

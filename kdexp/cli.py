@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hi
 
 import typer
 
-from kdexp import KdexpError, __version__
+from kdexp import KdexpError, __version__, completion
 from kdexp.files import settle
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import (
@@ -55,6 +55,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
+        autocompletion=completion.set_keys,
         help="Override a value of the file, such as training.epochs=10. Repeatable.",
     ),
 ]
@@ -115,7 +116,12 @@ Pack = Annotated[
     ),
 ]
 StudyName = Annotated[
-    str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="The study's name (the sweep file's name).",
+        autocompletion=completion.studies,
+    ),
 ]
 Bar = Annotated[
     Optional[float],  # noqa: UP045
@@ -141,6 +147,7 @@ Student = Annotated[
     typer.Argument(
         metavar="RUN_ID",
         help="The MLflow run of the student, or a registered model: models:/NAME@ALIAS.",
+        autocompletion=completion.runs,
     ),
 ]
 COMMON: dict[str, tuple[Any, Any]] = {
@@ -490,7 +497,14 @@ def confirm(
     example="kdexp reproduce 5f31205e083946b19c1115d763c0761a",
 )
 def reproduce(
-    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run to train again.")],
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_ID",
+            help="The MLflow run to train again.",
+            autocompletion=completion.runs,
+        ),
+    ],
     settings: Settings,
     tolerance: Annotated[
         Optional[float],  # noqa: UP045
@@ -522,7 +536,12 @@ def reproduce(
 )
 def export(
     run_id: Annotated[
-        str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")
+        str,
+        typer.Argument(
+            metavar="RUN_ID",
+            help="The MLflow run whose student to export.",
+            autocompletion=completion.runs,
+        ),
     ],
     settings: Settings,
     precision: Annotated[

@@ -66,6 +66,7 @@ __all__ = [
     "flatten",
     "identity",
     "load",
+    "name_for",
     "recorded",
     "select_rule",
     "upgrade",
@@ -528,6 +529,14 @@ Dimension = Annotated[
 ]
 
 
+def name_for(text: str, otherwise: str) -> str:
+    """The study's name that comes nearest to a text, such as a folder's name; `otherwise` where
+    nothing of it can be kept.
+    """
+    kept = re.sub(r"[^\w.+]+", "-", study_name(text)).lstrip("-.")[:NAME_LENGTH].strip("-.")
+    return kept if re.search(r"\w", kept) else otherwise
+
+
 class Study(Frozen):
     """How the search space is searched."""
 
@@ -618,7 +627,7 @@ class Sweep(Recipe):
             or not re.search(r"\w", kept)
             or len(kept) > NAME_LENGTH
         ):
-            instead = re.sub(r"[^\w.+]+", "-", kept)[:NAME_LENGTH].strip("-.") or "study"
+            instead = name_for(kept, "study")
             why = f", and {show(name)} holds {show(bad)}" if bad else f", got {show(name)}"
             raise ValueError(
                 f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither ."
