@@ -55,7 +55,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 13
+    assert len(COMMANDS) == 14
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
