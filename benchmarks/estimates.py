@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,18 @@ def kdexp(arguments: Sequence[str], folder: Path) -> tuple[str, float]:
     return done.stdout + done.stderr, time.perf_counter() - started
 
 
+def phases(folder: Path, began: float, ended: float) -> str:
+    """How long it took until the first trial began, until the last one ended, and after that."""
+    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as database:
+        first, last = database.execute(
+            "select min(start_time), max(end_time) from runs where name like 'trial %'"
+        ).fetchone()
+    return (
+        f"{first / 1000 - began:.0f} s to the first trial, {(last - first) / 1000:.0f} s of trials,"
+        f" {ended - last / 1000:.0f} s to select"
+    )
+
+
 def measure(case: str) -> None:
     """Check, run, compare."""
     file, options = CASES[case]
@@ -69,14 +83,16 @@ def measure(case: str) -> None:
             kdexp(["init", "photos"], folder)
         said, checking = kdexp(["check", str(file), *options], folder)
         every, first = estimate(said)
+        began = time.time()
         ended, took = kdexp(["sweep", str(file), *options], folder)
+        parts = phases(folder, began, began + took)
     teachers = len(set(re.findall(r"on fold (\d+)", ended)))
     print(said)
     print("\n".join(ended.splitlines()[-12:]))
     print(
         f"{case}: estimated {every:.0f} s (first teacher alone {first:.0f} s), took {took:.0f} s:"
         f" factor {every / took:.2f} ({first / took:.2f}); {teachers} other folds were held out;"
-        f" checking took {checking:.0f} s",
+        f" checking took {checking:.0f} s; {parts}",
         flush=True,
     )
 

@@ -36,11 +36,11 @@ def recorded(tracking: Tracking, settings: Settings) -> dict[str, str]:
     """Two studies, one of them deleted, and a trial, in the embedded store."""
     experiment = tracking.experiment("mine")
     made = {
-        name: tracking.start(experiment, "study", f"study {name}", tags={"kdexp.study": name})
+        name: tracking.start(experiment, "study", f"study {name}", {}, {"kdexp.study": name})
         for name in ("größe-2", "gone")
     }
     made["trial"] = tracking.start(
-        experiment, "trial", "trial 0", tags={"kdexp.study": "größe-2"}, parent=made["größe-2"]
+        experiment, "trial", "trial 0", {}, {"kdexp.study": "größe-2"}, made["größe-2"]
     )
     tracking.client.delete_run(made["gone"])
     return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 from kdexp.config import Choices, ConfigError, Dimension, Recipe, Sweep
@@ -65,39 +66,42 @@ def sizes_of(sweep: Sweep, like: Split) -> Sizes:
 
 def _points(sweep: Sweep) -> tuple[list[dict[str, Any]], bool]:
     """The students by what is searched of them, and whether these are all."""
-    axes = {
+    searched = {
         path: dimension
         for path, dimension in sweep.search.items()
         if path.startswith("student.") and path not in WITHOUT_SIZE
     }
-    every = [_values(axes[path], sweep.recipe.value(path)) for path in axes]
-    whole = all(values is not None for values in every)
-    lists = [values or axis.ends() for values, axis in zip(every, axes.values(), strict=True)]
-    if _product(lists) > MOST:
-        whole = False
-        lists = [
-            [axis.ends()[0], axis.ends()[-1]] if len(a) > 2 and not isinstance(axis, Choices) else a
-            for a, axis in zip(lists, axes.values(), strict=True)
-        ]
-    points = [dict(zip(axes, values, strict=True)) for values in product(*lists)]
-    step = -(-len(points) // MOST)
-    own = [{}] if step > 1 else []
-    return [*own, *points[::step], *([points[-1]] if step > 1 else [])], whole and step == 1
+    axes = [_values(dimension, sweep.recipe.value(path)) for path, dimension in searched.items()]
+    whole = not any(_is_endless(axis) for axis in axes) and prod(map(len, axes)) <= MOST
+    if not whole:
+        axes = [_ends(axis) for axis in axes]
+    points = [dict(zip(searched, values, strict=True)) for values in product(*axes)]
+    return points[:MOST], whole and len(points) <= MOST
 
 
-def _product(lists: Sequence[Sequence[Any]]) -> int:
-    count = 1
-    for each in lists:
-        count *= len(each)
-    return count
+Axis = Sequence[Any]
 
 
-def _values(dimension: Dimension, current: Any) -> Sequence[Any] | None:
-    """Every value, or None where there is no end of them."""
+def _values(dimension: Dimension, current: Any) -> Axis:
+    """Every value in order of size, or both ends of a range of fractions."""
     if isinstance(dimension, Choices):
-        return dimension.choices
-    low, last, step = dimension.low, dimension.last, dimension.step
-    whole = all(isinstance(value, int) for value in (low, last, current))
-    if not whole or not isinstance(low, int) or not isinstance(last, int):
-        return None
-    return range(low, last + 1, int(step or 1))
+        plain = all(isinstance(choice, int | float | tuple) for choice in dimension.choices)
+        return sorted(dimension.choices, key=_magnitude) if plain else dimension.choices
+    low, last, step = dimension.low, dimension.last, dimension.step or 1
+    if isinstance(low, int) and isinstance(last, int) and isinstance(current, int):
+        return range(low, last + 1, int(step))
+    return (float(low), float(last))
+
+
+def _is_endless(axis: Axis) -> bool:
+    return isinstance(axis, tuple) and all(isinstance(value, float) for value in axis)
+
+
+def _ends(axis: Axis) -> Axis:
+    """The least and the greatest value, where they have an order."""
+    ordered = isinstance(axis, range | list) and len(axis) > 2
+    return (axis[0], axis[-1]) if ordered else axis
+
+
+def _magnitude(choice: Any) -> float:
+    return sum(choice) if isinstance(choice, tuple) else choice
