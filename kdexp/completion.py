@@ -36,7 +36,7 @@ def _silent(complete: Callable[[Path, str], Found]) -> Callable[[typer.Context, 
 
     # typer passes what the annotations ask for
     asked.__annotations__ = {"ctx": typer.Context, "incomplete": str}
-    del asked.__wrapped__  # type: ignore[attr-defined]
+    del asked.__wrapped__
     return asked
 
 

@@ -705,13 +705,13 @@ def show_check(console: Console, done: Check) -> None:
     lines = [
         f"images    {sweep.data.dataset}{where}: {images.training:,} training,"
         f" {images.validation:,} validation, {images.test:,} test",
-        f"          {height} x {width} pixels, {_count(images.channels, 'channel')},"
-        f" {len(images.classes)} classes: {listed(images.classes)}",
-        f"          the smallest class is {images.smallest}:"
-        f" {_count(images.fewest, 'training image')}",
+        f"          {height} x {width} pixels, {_count(images.channels, 'channel')}",
+        f"          {len(images.classes)} classes: {listed(images.classes)}",
+        f"          the smallest is {images.smallest}: {_count(images.fewest, 'training image')}",
         *_teacher_lines(done.teaching, describe.named(sweep.teacher), sweep.teacher.members),
-        f"trial 0   {_values(sweep.recipe).strip()}, {_count(done.largest.epochs, 'epoch')} of"
-        f" batches of {sweep.training.batch_size}, {sweep.distillation.loss}",
+        f"trial 0   {' '.join(_values(sweep.recipe).split())},"
+        f" {_count(done.largest.epochs, 'epoch')}, batch {sweep.training.batch_size},"
+        f" {sweep.distillation.loss}",
         "",
     ]
     for line in lines:
@@ -745,7 +745,7 @@ def _teacher_lines(teaching: Teaching, name: str, members: int) -> list[str]:
     if teaching.others:
         found.append(
             f"          repeats hold out other folds: up to {_count(teaching.others, 'teacher')}"
-            f" more, {duration(teaching.other_seconds)} at most"
+            f" more, {duration(teaching.other_seconds)}"
         )
     return found
 
@@ -785,7 +785,8 @@ def _machine_lines(done: Check) -> str:
     compiled = "compiled" if how.compiled else "not compiled"
     packed = f", {done.pack} trials as one" if done.pack > 1 else ""
     memory = (
-        f"\n          {done.memory / 2**20:,.0f} MiB each at its peak: measured, and its images"
+        f"\n          about {done.memory / 2**20:,.0f} MiB each: measured on a few images, and all"
+        " added"
         if done.memory
         else ""
     )
@@ -800,14 +801,12 @@ def _study_lines(done: Check) -> list[str]:
         return [f"study     {_count(trials, 'trial')}{begun}: nothing is left to train"]
     low, middle, high = study.trials
     lines = [
-        f"study     {_count(trials, 'trial')}{begun}",
-        f"          {duration(study.start)} to start; trials {duration(middle)}{most}"
-        f" ({duration(low)} if all are the smallest, {duration(high)} the largest)",
-        f"          a trial costs {duration(done.proposal)} to propose and"
-        f" {duration(done.record)} to record",
+        f"study     {_count(trials, 'trial')}{begun}: {duration(middle)}{most}"
+        f" (all the smallest {duration(low)}, the largest {duration(high)})",
+        f"          {duration(study.start)} to start, {duration(done.proposal)} to propose a"
+        f" trial, {duration(done.record)} to record it",
     ]
-    whole = _whole_study(study, most)
-    return [*lines, whole]
+    return [*lines, _whole_study(study, most)]
 
 
 def _whole_study(study: Study, most: str) -> str:

@@ -48,6 +48,7 @@ from kdexp.settings import Settings
 from kdexp.workers.pool import PoolSize, pool_size
 from kdexp.workers.processes import warm_up
 from kdexp.workers.rehearsal import Pace, Rehearsal, few, pace, pass_seconds, side_by_side
+from kdexp.workers.work import FOLDS_KEPT
 
 __all__ = [
     "Check",
@@ -201,7 +202,7 @@ def check(
     proposal = proposal_seconds(sweep, max(sweep.study.trials // 2, 1))
     start = imports + reading + workers + (0 if _has_store(settings) else recorded.store)
     study = _study(start, teaching, (smallest, largest), pool, pack, left, recorded, proposal)
-    memory = max(found.memory for found in paces) + (_bytes(splits) if pool.workers > 1 else 0)
+    memory = max(found.memory for found in paces) + _bytes(sweep, splits, pool)
     return Check(
         sweep,
         done,
@@ -362,10 +363,14 @@ def trial_seconds(training: float, scheduler: float, workers: int) -> float:
     return cycle
 
 
-def _bytes(splits: Splits) -> int:
-    """Of the images, which each worker process has for itself."""
+def _bytes(sweep: Sweep, splits: Splits, pool: PoolSize) -> int:
+    """Of the images, which each worker process has for itself, and again for the folds that it
+    keeps.
+    """
     tensors = (splits.train.images, splits.validation.images)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    once = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    folds = min(splits.folds - 1, FOLDS_KEPT) if sweep.repeats else 0
+    return once * (folds + (pool.workers > 1))
 
 
 def _notes(sweep: Sweep, settings: Settings) -> tuple[str, ...]:
