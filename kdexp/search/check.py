@@ -29,7 +29,7 @@ from kdexp.distill.datasets import Inspection, Splits, count_test
 from kdexp.distill.evaluate import BATCH
 from kdexp.distill.execution import choose
 from kdexp.distill.guard import check_network
-from kdexp.distill.models import Size, measure
+from kdexp.distill.models import Size, layout_of, measure
 from kdexp.distill.packs import Execution, Lane, Source
 from kdexp.distill.teacher import Missing, lane_of, last_epoch, missing, network_of
 from kdexp.distill.train import epochs_of, steps_of
@@ -258,10 +258,11 @@ def _teaching(
     training, whole = shared_training(sweep, settings, device), is_whole(sweep)
     first = missing(recipe.teacher, recipe.data, splits, folder, training, whole)
     others = _of_other_folds(sweep, settings, splits, training, whole)
-    check_network(recipe.teacher, splits.train)
-    module = network_of(recipe.teacher, splits.train).to(device)
+    module = network_of(recipe.teacher, splits.train)
+    module.to(device, memory_format=layout_of(module))  # type: ignore[call-overload]
     size, step, network = measure(module, splits.train), None, 0.0
     if first.trainings or any(one.trainings for one in others):
+        check_network(recipe.teacher, splits.train)
         step, network = _network_seconds(sweep, splits)
     image = pass_seconds(module.eval(), splits.train) if first.passes or others else 0.0
 

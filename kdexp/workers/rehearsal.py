@@ -8,6 +8,7 @@ machine's memory and cores.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,8 @@ def side_by_side(
         try:
             list(pool.map(_wait, range(workers)))
             start = time.perf_counter() - started
-            found = [list(pool.map(_pace_at_once, [one] * workers)) for one in rehearsals]
+            orders = [pickle.dumps(one) for one in rehearsals]
+            found = [list(pool.map(_pace_at_once, [one] * workers)) for one in orders]
         except BrokenProcessPool:
             raise KdexpError(
                 "A worker ended while steps were timed (the system does that where memory is"
@@ -148,7 +150,8 @@ def _wait(_: int) -> None:
     _barrier.wait(START_SECONDS)
 
 
-def _pace_at_once(rehearsal: Rehearsal) -> Pace:
+def _pace_at_once(orders: bytes) -> Pace:
+    rehearsal: Rehearsal = pickle.loads(orders)  # noqa: S301 - our parent's own
     _wait(0)
     return pace(rehearsal)
 
