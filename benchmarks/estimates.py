@@ -1,6 +1,6 @@
 """What `kdexp check` says a sweep takes, over what it takes: within a factor of 1.5.
 
-    python -m benchmarks.estimates [--case digits folder fashion]
+    python -m benchmarks.estimates [--case digits once folder fashion]
 
 Each case is checked and then run, by the commands, in a folder of its own. `all` is the estimate
 with every fold's teacher, `first` that with the first alone. A machine that does other work
@@ -27,10 +27,14 @@ SWEEPS = Path(__file__).parents[1] / "sweeps"
 UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 CASES = {
     "digits": (SWEEPS / "digits.yaml", []),
+    "once": (SWEEPS / "digits.yaml", ["--trials", "8", "--set", "study.repeats=1"]),
     "folder": (Path("photos.yaml"), ["--trials", "8", "--set", "training.epochs=5"]),
     "fashion": (
         SWEEPS / "fashion-mnist-quick.yaml",
-        ["--trials", "4", "--set", "training.epochs=2", "--set", "study.repeats=1"],
+        [
+            *("--trials", "3", "--set", "study.repeats=1"),
+            *("--set", "training.epochs=1", "--set", "teacher.epochs=1"),
+        ],
     ),
 }
 

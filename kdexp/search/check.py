@@ -16,6 +16,7 @@ Nothing is recorded and nothing stays on disk.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 SELECTION = 8  # times as long as a training's record: measured, with a look at test for each repeat
+BUSY = 0.75  # of the cores, in the last minute
 SEARCHED = ("training.epochs", "training.max_steps", "training.batch_size")
 
 
@@ -168,6 +170,7 @@ def check(
     Raises what a sweep would, before it trains anything.
     """
     check_search(sweep)
+    busy = _busy()
     begun = _begun(sweep, settings)
     sweep, done = (begun.sweep, begun.done) if begun else (sweep, 0)
     left = max(sweep.study.trials - done, 0)
@@ -217,7 +220,7 @@ def check(
         proposal,
         memory,
         study,
-        _notes(sweep, settings),
+        (*busy, *_notes(sweep, settings)),
     )
 
 
@@ -372,6 +375,19 @@ def _bytes(sweep: Sweep, splits: Splits, pool: PoolSize) -> int:
     once = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     folds = min(splits.folds - 1, FOLDS_KEPT) if sweep.repeats else 0
     return once * (folds + (pool.workers > 1))
+
+
+def _busy() -> tuple[str, ...]:
+    """That other work takes this machine's cores now, if it does: before there is any of ours."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return ()
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < BUSY * cores:
+        return ()
+    return (
+        f"other work keeps this machine busy (load {load:.1f} on {cores} cores): times are beside"
+        " it, and waver with it",
+    )
 
 
 def _notes(sweep: Sweep, settings: Settings) -> tuple[str, ...]:

@@ -32,8 +32,8 @@ from kdexp.workers.processes import start_method
 
 __all__ = ["Pace", "Rehearsal", "few", "pace", "pass_seconds", "side_by_side"]
 
-WARM_UP, LEAST, MOST = 2, 5, 50  # steps
-SECONDS = 1.5  # for so long steps are timed, where they are short
+WARM_UP, LEAST, MOST = 2, 5, 100  # steps
+SECONDS = 3.0  # for so long steps are timed, where they are short
 START_SECONDS = 300.0
 
 
