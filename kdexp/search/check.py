@@ -62,7 +62,7 @@ __all__ = [
     "trial_seconds",
 ]
 
-SELECTION = 8  # times as long as a training's record: measured, with a look at test for each repeat
+SELECTION = 30  # times as long as a record: a model exported, registered, looked at on test
 BUSY = 0.75  # of the cores, in the last minute
 SEARCHED = ("training.epochs", "training.max_steps", "training.batch_size")
 
