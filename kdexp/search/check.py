@@ -17,10 +17,12 @@ Nothing is recorded and nothing stays on disk.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -37,6 +39,7 @@ from kdexp.distill.train import epochs_of, steps_of
 from kdexp.runs.prepare import read_images
 from kdexp.runs.rehearsed import Recorded, rehearse_recording
 from kdexp.search.sizes import Sized, Sizes, sizes_of
+from kdexp.search.storage import open_storage
 from kdexp.search.study import Begun, check_search, check_study, proposal_seconds
 from kdexp.search.sweep import (
     check_judging,
@@ -62,7 +65,7 @@ __all__ = [
     "trial_seconds",
 ]
 
-SELECTION = 30  # times as long as a record: a model exported, registered, looked at on test
+SELECTION = 12  # times as long as a record: a model exported, registered, looked at on test
 BUSY = 0.75  # of the cores, in the last minute
 SEARCHED = ("training.epochs", "training.max_steps", "training.batch_size")
 
@@ -202,8 +205,9 @@ def check(
     recorded = rehearse_recording(
         sweep.recipe, splits.to(torch.device("cpu")), epochs_of(sweep.training, len(splits.train))
     )
-    proposal = proposal_seconds(sweep, max(sweep.study.trials // 2, 1))
-    start = imports + reading + workers + (0 if _has_store(settings) else recorded.store)
+    proposal = proposal_seconds(sweep, max(2 * sweep.study.trials // 3, 1))
+    once = sum(found.cold for found in paces) + (0 if _has_store(settings) else recorded.store)
+    start = imports + reading + workers + once + (0 if begun else _storage_seconds())
     study = _study(start, teaching, (smallest, largest), pool, pack, left, recorded, proposal)
     memory = max(found.memory for found in paces) + _bytes(sweep, splits, pool)
     return Check(
@@ -232,6 +236,14 @@ def _begun(sweep: Sweep, settings: Settings) -> Begun | None:
 
 def _has_store(settings: Settings) -> bool:
     return settings.tracking_uri is not None or (settings.stores / "mlflow.db").exists()
+
+
+def _storage_seconds() -> float:
+    """What making a study's storage takes: one is made, and thrown away."""
+    with tempfile.TemporaryDirectory() as temporary:
+        started = time.perf_counter()
+        open_storage(Settings(stores=Path(temporary))).engine.dispose()
+        return time.perf_counter() - started
 
 
 def _images(sweep: Sweep, splits: Splits, settings: Settings) -> Images:
@@ -303,7 +315,8 @@ def _network_seconds(sweep: Sweep, splits: Splits) -> tuple[float, float]:
     epochs = last_epoch(teacher, len(splits.train))
     share = epochs / epochs_of(teacher, len(splits.train))
     steps = round(share * steps_of(teacher, len(splits.train)))
-    return found.step, training_seconds(found, steps, epochs, len(splits.validation))
+    seconds = training_seconds(found, steps, epochs, len(splits.validation))
+    return found.step, seconds
 
 
 # --- students ---

@@ -49,6 +49,8 @@ class Pace:
     """Seconds to evaluate BATCH images."""
     memory: int
     """Bytes, at their peak, of the process that it ran in."""
+    cold: float = 0.0
+    """Seconds more that its very first beginning took: what a process does once."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,19 @@ def pace(rehearsal: Rehearsal) -> Pace:
     once = tuple(
         replace(lane, training=lane.training.model_copy(update={"max_steps": 1})) for lane in lanes
     )
+    begun = []
     # what a process does once, such as importing, is not each training's; compiling is
     for _ in range(1 if how.compiled else 2):
         started = time.perf_counter()
-        begun = train(once, splits, rehearsal.data, soft, how)
-        next(begun)
-        begun.close()
-        begin = time.perf_counter() - started
+        training = train(once, splits, rehearsal.data, soft, how)
+        next(training)
+        training.close()
+        begun.append(time.perf_counter() - started)
     at = views(rehearsal.data.augment).to(splits.train.labels.device)
     pack = pack_of(lanes, Source(splits.train, at, _by_view(soft, len(at))), how)
-    return Pace(begin, _step_seconds(pack, rehearsal), _batch_seconds(pack, splits), _peak())
+    cold = max(begun[0] - begun[-1], 0.0)
+    step, batch = _step_seconds(pack, rehearsal), _batch_seconds(pack, splits)
+    return Pace(begun[-1], step, batch, _peak(), cold)
 
 
 def pass_seconds(module: torch.nn.Module, split: Split) -> float:
@@ -132,6 +137,7 @@ def _slowest(paces: Sequence[Pace]) -> Pace:
         max(one.step for one in paces),
         max(one.batch for one in paces),
         max(one.memory for one in paces),
+        max(one.cold for one in paces),
     )
 
 
