@@ -1,4 +1,4 @@
-"""What `kdexp check` says a sweep takes, over what it takes: within a factor of 1.5.
+"""What `kdexp check` says a sweep takes, over what it takes. The aim is a factor of 1.5.
 
     python -m benchmarks.estimates [--case digits once folder fashion]
 
