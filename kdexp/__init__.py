@@ -7,6 +7,7 @@ to that).
     cli, screen, as_json parse · print for people · for programs
     api                  the same from Python
     init                 a sweep file to begin with
+    completion           what a shell completes
     ui, doctor           MLflow's UI · whether the stores fit what is installed
 
     search/              a study, from its first proposal to its last trial
@@ -17,6 +18,7 @@ to that).
       space                values as Optuna stores them; which recipes are nearly the same
       claims               which command trains which trial
       objective, stopping  what a study aims at · what it can no longer select
+      check, sizes         what a sweep would do, and how long · the students that a search holds
       remembered           what Optuna was told of trials, against what their runs record
 
     select/              what a study comes to
@@ -37,10 +39,12 @@ to that).
       describe, plots, svg a run in words · in pictures · in pictures inside a page
       views                the pages of MLflow's UI: their addresses, what they show
       served               what answers where a registered model is served
+      rehearsed            what recording a training takes here
       schema, bench        which version a database is for · what every command works with
 
     workers/             who trains; neither servers nor studies are known here
       pool, processes      threads or processes and their inbox · how processes are made
+      rehearsal            what the parts of a training take here, timed
       work, preload        from a job to what came of it · imported once for all processes
 
     distill/             the core: plain PyTorch

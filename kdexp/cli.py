@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hi
 
 import typer
 
-from kdexp import KdexpError, __version__
+from kdexp import KdexpError, __version__, completion
 from kdexp.files import settle
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import (
@@ -54,8 +55,13 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
+        autocompletion=completion.set_keys,
         help="Override a value of the file, such as training.epochs=10. Repeatable.",
     ),
+]
+Trials = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="How many trials the study has in all."),
 ]
 Stores = Annotated[
     Path,
@@ -110,7 +116,12 @@ Pack = Annotated[
     ),
 ]
 StudyName = Annotated[
-    str, typer.Argument(metavar="STUDY", help="The study's name (the sweep file's name).")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="The study's name (the sweep file's name).",
+        autocompletion=completion.studies,
+    ),
 ]
 Bar = Annotated[
     Optional[float],  # noqa: UP045
@@ -139,6 +150,7 @@ Student = Annotated[
     typer.Argument(
         metavar="RUN_ID",
         help="The MLflow run of the student, or a registered model: models:/NAME@ALIAS.",
+        autocompletion=completion.runs,
     ),
 ]
 COMMON: dict[str, tuple[Any, Any]] = {
@@ -230,13 +242,11 @@ def _root(
 def sweep(
     file: SweepFile,
     settings: Settings,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="How many trials the study has in all.")
-    ] = None,
+    trials: Trials = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
-    config = _load(file, [*(overrides or []), *([f"study.trials={trials}"] if trials else [])])
+    config = _load(file, _with_trials(overrides, trials))
     from kdexp.workers.processes import warm_up
 
     if settings.workers != 1:
@@ -271,6 +281,45 @@ def sweep(
         )
         return
     _select(config.name, config.selection, settings, tracking, chosen, console, sure=True)
+
+
+@command(
+    "workers",
+    "pack",
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+    example="kdexp check digits.yaml --workers 2",
+)
+def check(
+    file: SweepFile,
+    settings: Settings,
+    trials: Trials = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what a sweep would do and how long it takes here, by a few timed steps; record
+    nothing.
+    """
+    begun = time.perf_counter()
+    config = _load(file, _with_trials(overrides, trials))
+    from kdexp.workers.processes import warm_up
+
+    if settings.workers != 1:
+        warm_up()
+    console = _console()
+    from kdexp.environment import configure
+    from kdexp.screen import Screen, show_check
+    from kdexp.search.check import check as checked_by
+
+    chosen = configure(settings.device, settings.threads)
+    events = checked_by(config, settings, chosen, time.perf_counter() - begun)
+    with Screen(console) as screen, closing(events):
+        done = yield_all(events, screen)
+    show_check(console, done)
+    console.print(f"\nNext:     kdexp sweep {_same_options('check')}", markup=False)
 
 
 @command(
@@ -458,7 +507,14 @@ def confirm(
     example="kdexp reproduce 5f31205e083946b19c1115d763c0761a",
 )
 def reproduce(
-    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="The MLflow run to train again.")],
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_ID",
+            help="The MLflow run to train again.",
+            autocompletion=completion.runs,
+        ),
+    ],
     settings: Settings,
     tolerance: Annotated[
         Optional[float],  # noqa: UP045
@@ -490,7 +546,12 @@ def reproduce(
 )
 def export(
     run_id: Annotated[
-        str, typer.Argument(metavar="RUN_ID", help="The MLflow run whose student to export.")
+        str,
+        typer.Argument(
+            metavar="RUN_ID",
+            help="The MLflow run whose student to export.",
+            autocompletion=completion.runs,
+        ),
     ],
     settings: Settings,
     precision: Annotated[
@@ -613,7 +674,11 @@ def list_(
     settings: Settings,
     study: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="STUDY", help="A study's name; default: every study."),
+        typer.Argument(
+            metavar="STUDY",
+            help="A study's name; default: every study.",
+            autocompletion=completion.studies,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -852,6 +917,10 @@ def _load(file: Path, overrides: list[str] | None) -> Sweep:
     return config
 
 
+def _with_trials(overrides: list[str] | None, trials: int | None) -> list[str]:
+    return [*(overrides or []), *([f"study.trials={trials}"] if trials else [])]
+
+
 def _settings(
     stores: Path,
     storage: str | None = None,
@@ -895,6 +964,12 @@ def _console(aside: bool = False) -> Console:
 
 def _again() -> str:
     return shlex.join(["kdexp", *sys.argv[1:]])
+
+
+def _same_options(command: str) -> str:
+    """What followed the command's name."""
+    given = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    return shlex.join(given[given.index(command) + 1 :]) if command in given else "SWEEP.yaml"
 
 
 def _interrupt(*_: object) -> None:

@@ -28,7 +28,17 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from kdexp.reading import ConfigError, assign, decoded, nearest, parse, show, study_name, validate
+from kdexp.reading import (
+    ConfigError,
+    Source,
+    assign,
+    decoded,
+    nearest,
+    parse,
+    show,
+    study_name,
+    validate,
+)
 
 __all__ = [
     "CONTROLS",
@@ -56,6 +66,7 @@ __all__ = [
     "flatten",
     "identity",
     "load",
+    "name_for",
     "recorded",
     "select_rule",
     "upgrade",
@@ -518,6 +529,14 @@ Dimension = Annotated[
 ]
 
 
+def name_for(text: str, otherwise: str) -> str:
+    """The study's name that comes nearest to a text, such as a folder's name; `otherwise` where
+    nothing of it can be kept.
+    """
+    kept = re.sub(r"[^\w.+]+", "-", study_name(text)).lstrip("-.")[:NAME_LENGTH].strip("-.")
+    return kept if re.search(r"\w", kept) else otherwise
+
+
 class Study(Frozen):
     """How the search space is searched."""
 
@@ -608,7 +627,7 @@ class Sweep(Recipe):
             or not re.search(r"\w", kept)
             or len(kept) > NAME_LENGTH
         ):
-            instead = re.sub(r"[^\w.+]+", "-", kept)[:NAME_LENGTH].strip("-.") or "study"
+            instead = name_for(kept, "study")
             why = f", and {show(name)} holds {show(bad)}" if bad else f", got {show(name)}"
             raise ValueError(
                 f"a name is of 1 to {NAME_LENGTH} letters, digits and signs, begins with neither ."
@@ -827,12 +846,14 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes is no sweep file")
-    tree = parse(decoded(content, str(path)), str(path))
+    text = decoded(content, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: a sweep file is a mapping of keys (name, data, teacher, …), got {show(tree)}"
         )
     tree.setdefault("name", path.stem)
+    given: dict[str, str] = {}
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
@@ -840,7 +861,10 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
                 f"--set {override}: write it as KEY=VALUE, for example --set training.epochs=10"
             )
         assign(tree, key.strip(), parse(value, f"--set {override}"), source=f"--set {override}")
-    return validate(Sweep, _with_a_factor_to_begin_with(tree), source=str(path))
+        given.pop(key.strip(), None)  # the last one counts
+        given[key.strip()] = override
+    source = Source(str(path), text, given)
+    return validate(Sweep, _with_a_factor_to_begin_with(tree), source)
 
 
 def _with_a_factor_to_begin_with(tree: dict[str, Any]) -> dict[str, Any]:

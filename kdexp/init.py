@@ -11,6 +11,7 @@ from string import Template
 from PIL import Image
 
 from kdexp import KdexpError
+from kdexp.config import name_for
 from kdexp.distill.datasets import folds_of
 from kdexp.distill.folders import Folder, listed, survey
 from kdexp.distill.images import quietly
@@ -103,7 +104,7 @@ def _of_folder(folder: Folder) -> tuple[str, tuple[str, ...]]:
     own = folder.splits.get("validation")
     bar = _bar(len(own), 1) if own else _bar(round(held * count), folds_of(held))
     text = Template((SHIPPED / TEMPLATE).read_text("utf-8")).substitute(
-        name=_name(folder.root),
+        name=_quoted(name_for(folder.root.name, "images")),
         path=_quoted(str(folder.root)),
         seen="\n".join(f"#   {line}" for line in said),
         side=side,
@@ -141,11 +142,6 @@ def _bar(validation: int, folds: int) -> float:
             continue
         return bar
     return BARS[-1]
-
-
-def _name(root: Path) -> str:
-    kept = "".join(c if c.isalnum() or c in "_-+" else "-" for c in root.name).strip("-.")
-    return _quoted(kept or "images")
 
 
 def _quoted(text: str) -> str:

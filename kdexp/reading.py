@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import itertools
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -21,9 +24,11 @@ from kdexp import KdexpError
 
 __all__ = [
     "ConfigError",
+    "Source",
     "assign",
     "decoded",
     "explain",
+    "lines_of",
     "nearest",
     "parse",
     "show",
@@ -187,6 +192,59 @@ def parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where values come from: a file's text, and what was set over it, by its dotted path."""
+
+    name: str
+    text: str
+    overrides: Mapping[str, str]
+    """KEY=VALUE as given, by KEY."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def of(self, *keys: str) -> str:
+        """The file with the line of the first of these keys that it holds, or the --set that gave
+        it; else of the nearest section around the last one.
+        """
+        *_, last = keys
+        sections = itertools.accumulate(last.split("."), lambda one, other: f"{one}.{other}")
+        for key in [*keys, *reversed(list(sections))]:
+            if given := self._set(key):
+                return f"--set {given}"
+            if line := self._lines.get(key):
+                return f"{self.name}, line {line}"
+        return self.name
+
+    def _set(self, key: str) -> str | None:
+        """The last --set of a key, or of a section that it is in."""
+        found = [path for path in self.overrides if f"{key}.".startswith(f"{path}.")]
+        return self.overrides[found[-1]] if found else None
+
+    @cached_property
+    def _lines(self) -> dict[str, int]:
+        return lines_of(self.text)
+
+
+def lines_of(text: str) -> dict[str, int]:
+    """The line, from 1, of every key and list item of valid YAML, by its dotted path."""
+    root = yaml.compose(text, Loader=_Loader)
+    return dict(_marks(root, "")) if root else {}
+
+
+def _marks(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        inside = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inside = [(str(number), item, item) for number, item in enumerate(node.value)]
+    else:
+        return
+    for name, at, value in inside:
+        yield f"{prefix}{name}", at.start_mark.line + 1
+        yield from _marks(value, f"{prefix}{name}.")
+
+
 def assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
     """Set the value at a dotted path, making sections on the way. Raises ConfigError."""
     *parents, last = path.split(".")
@@ -200,8 +258,10 @@ def assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
     tree[last] = value
 
 
-def validate(model: type[M], tree: Any, source: str) -> M:
-    """Plain values as a model. Raises ConfigError, a line per mistake."""
+def validate(model: type[M], tree: Any, source: str | Source) -> M:
+    """Plain values as a model. Raises ConfigError, a line per mistake, each with its place in the
+    source.
+    """
     try:
         # Through JSON: strict types, yet lists may become tuples.
         return model.model_validate_json(json.dumps(_meant(model, tree)))
@@ -211,8 +271,21 @@ def validate(model: type[M], tree: Any, source: str) -> M:
         ) from None
     except ValidationError as error:
         problems = _one_for_each_mistake(error.errors(), tree)
-        lines = [explain(model, problem) for problem in problems]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+        # the first place of each line
+        said = {explain(model, problem): problem["loc"] for problem in reversed(problems)}
+        lines = [f"{_place(source, said[line], line)}: {line}" for line in reversed(said)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _place(source: str | Source, loc: Sequence[Any], line: str) -> str:
+    """Where a mistake is. What is said of a section may begin with the key that it is about."""
+    if isinstance(source, str):
+        return source
+    key = ".".join(map(str, loc))
+    about = re.match(r"[\w.]*\w", line.removeprefix(f"{key}: "))
+    word = about[0] if about else ""
+    near = [f"{key}.{word}", word] if key else [word]
+    return source.of(*(near if len(loc) < 2 else []), key)
 
 
 def _meant(model: type[BaseModel], tree: Any) -> Any:

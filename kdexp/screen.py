@@ -28,12 +28,15 @@ from kdexp.config import Recipe, Selection, Size, Variant
 from kdexp.distill import models
 from kdexp.distill.datasets import Inspection
 from kdexp.distill.deploy import available
+from kdexp.distill.folders import listed
 from kdexp.distill.images import shown
 from kdexp.distill.logits import CacheProgress
 from kdexp.distill.teacher import CachedTeacher, WeightsRead
 from kdexp.distill.train import EpochReport
+from kdexp.runs import describe
 from kdexp.runs.describe import short_on_test
 from kdexp.runs.outcome import Outcome
+from kdexp.search.check import Check, Looked, Study, Teaching
 from kdexp.search.scheduler import TrialTaken, WorkerLost
 from kdexp.search.study import IN_VAIN
 from kdexp.search.sweep import (
@@ -179,6 +182,8 @@ class Screen:
                 self._step(None, "teacher's logits", event.done, event.rows, f"{event.per}s")
             case Reading():
                 self._step(None, "images", event.done, event.total, "")
+            case Looked():
+                self._looked(event)
             case WeightsRead():
                 self.console.print(f"weights   {event.said}", markup=False)
             case TrialFinished():
@@ -331,6 +336,11 @@ class Screen:
         self.progress.update(
             self.bars[trial], description=label, completed=done, total=total, note=note
         )
+
+    def _looked(self, event: Looked) -> None:
+        """A line that goes when the answer is there."""
+        self._end(None)
+        self.bars[None] = self.progress.add_task(f"looking at {event.what}", total=None, note="")
 
     def _end(self, trial: int | None) -> None:
         """A training is over: take its bar away."""
@@ -764,6 +774,136 @@ def show_comparison(console: Console, done: Comparison, tolerance: float | None)
     for note in done.notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"original  {done.original.run_id}\nagain     {done.again.run_id}")
+
+
+def show_check(console: Console, done: Check) -> None:
+    """What a sweep would do, part by part."""
+    images, sweep = done.images, done.sweep
+    height, width = images.size
+    where = f" in {sweep.data.path}" if sweep.data.path else ""
+    lines = [
+        f"images    {sweep.data.dataset}{where}: {images.training:,} training,"
+        f" {images.validation:,} validation, {images.test:,} test",
+        f"          {height} x {width} pixels, {_count(images.channels, 'channel')}",
+        f"          {len(images.classes)} classes: {listed(images.classes)}",
+        f"          the smallest is {images.smallest}: {_count(images.fewest, 'training image')}",
+        *_teacher_lines(done.teaching, describe.named(sweep.teacher), sweep.teacher.members),
+        f"trial 0   {' '.join(_values(sweep.recipe).split())},"
+        f" {_count(done.largest.epochs, 'epoch')}, batch {sweep.training.batch_size},"
+        f" {sweep.distillation.loss}",
+        "",
+    ]
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(_students_table(done))
+    console.print(f"\n{_sizes_line(done)}", markup=False)
+    console.print(_machine_lines(done), markup=False)
+    for line in _study_lines(done):
+        console.print(line, markup=False)
+    for note in done.notes:
+        console.print(f"          {note}", style="yellow", markup=False)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def _teacher_lines(teaching: Teaching, name: str, members: int) -> list[str]:
+    many = f"{members} networks, " if members > 1 else ""
+    first = f"teacher   {name}, {many}{teaching.size.parameters:,} parameters"
+    if teaching.networks:
+        step = f" ({duration(teaching.step)} a step)" if teaching.step else ""
+        what = f"{_count(teaching.networks, 'network')} to train" if members > 1 else "to train"
+        found = [f"{first}: {what}{step}"]
+    else:
+        found = [f"{first}: there already"]
+    logits = (
+        f"{teaching.passes:,} images through it" if teaching.passes else "its logits are cached"
+    )
+    found.append(f"          {logits}; together about {duration(teaching.seconds)}")
+    if teaching.others:
+        found.append(
+            f"          repeats hold out other folds: up to {_count(teaching.others, 'teacher')}"
+            f" more, {duration(teaching.other_seconds)}"
+        )
+    return found
+
+
+def _students_table(done: Check) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("student", no_wrap=True)
+    live = done.sweep.selection.size == "activation_bytes"
+    units = ["parameters", "multiply-adds", "bytes", *(["activations"] if live else [])]
+    for name in (*units, "step", "training"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for which, one in (("smallest", done.smallest), ("largest", done.largest)):
+        size = one.sized.size
+        memory = [f"{size.activation_bytes or 0:,}"] if live else []
+        cells = (f"{size.parameters:,}", f"{size.multiply_adds:,}", f"{size.bytes:,}", *memory)
+        times = duration(one.pace.step), duration(one.seconds)
+        name = describe.named(one.sized.recipe.student)
+        table.add_row(Text(f"{which}  {name}"), *cells, *times)
+    table.width = Console(width=1000).measure(table).maximum
+    return table
+
+
+def _sizes_line(done: Check) -> str:
+    sizes, rule = done.sizes, done.sweep.selection
+    these = "students" if sizes.whole else "students looked at, of more"
+    limit = (
+        f"{sizes.within:,} of them within selection.limit, {rule.limit:,} {rule.size}"
+        if rule.limit
+        else "selection.limit is not set"
+    )
+    broken = f"; {sizes.unbuildable:,} cannot be built" if sizes.unbuildable else ""
+    return f"search    {sizes.students:,} {these}; {limit}{broken}"
+
+
+def _machine_lines(done: Check) -> str:
+    how = done.largest.how
+    compiled = "compiled" if how.compiled else "not compiled"
+    packed = f", {done.pack} trials as one" if done.pack > 1 else ""
+    memory = (
+        f"\n          about {done.memory / 2**20:,.0f} MiB each: measured on a few images, and all"
+        " added"
+        if done.memory
+        else ""
+    )
+    return f"{_pool_line(done.pool)}{packed}; {compiled}, {how.precision}{memory}"
+
+
+def _study_lines(done: Check) -> list[str]:
+    study, trials = done.study, done.sweep.study.trials
+    begun = f", {done.done} of them are done" if done.done else ""
+    most = " at most" if done.ends_early else ""
+    if done.done >= trials:
+        return [f"study     {_count(trials, 'trial')}{begun}: nothing is left to train"]
+    low, middle, high = study.trials
+    lines = [
+        f"study     {_count(trials, 'trial')}{begun}: {duration(middle)}{most}"
+        f" (all the smallest {duration(low)}, the largest {duration(high)})",
+        f"          {duration(study.start)} to start, {duration(done.proposal)} to propose a"
+        f" trial, {duration(done.record)} to record it",
+    ]
+    return [*lines, _whole_study(study, most)]
+
+
+def _whole_study(study: Study, most: str) -> str:
+    if study.most == study.least:
+        return f"in all    about {duration(study.most)}{most}"
+    return (
+        f"in all    about {duration(study.most)}{most} with every fold's teacher,"
+        f" {duration(study.least)} with the first alone"
+    )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: '35 ms', '12 s', '3.5 min', '2.1 h'."""
+    for unit, length, digits in (("h", 3600.0, 1), ("min", 60.0, 1), ("s", 1.0, 0)):
+        if seconds >= 1.5 * length or (unit == "s" and seconds >= 1):
+            shown = f"{seconds / length:.{digits if seconds < 10 * length else 0}f}"
+            return f"{shown} {unit}"
+    return f"{1000 * seconds:.0f} ms"
 
 
 def interval(pair: tuple[float, float]) -> str:

@@ -59,7 +59,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

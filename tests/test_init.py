@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from kdexp import KdexpError
 from kdexp.cli import app
-from kdexp.config import Sweep, load
+from kdexp.config import Sweep, load, name_for
 from kdexp.distill.datasets import load_splits
 from kdexp.init import SHIPPED, begin, shipped
 from kdexp.selection import check_reachable, plan_of
@@ -53,6 +53,29 @@ def test_a_folder_is_looked_at(tmp_path: Path) -> None:
     said = "\n".join(begun.said)
     assert "170 training images of 3 classes" in said
     assert "the smallest class is no, 20 images: too few" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("photos", "photos"),
+        ("-a/b: “c” ", "a-b-c"),
+        ("x" * 130, "x" * 100),
+        (f"{'x' * 99}  y", "x" * 99),
+        ("v1.2+", "v1.2+"),
+        ("…", "otherwise"),
+        ("++", "otherwise"),
+        ("Größe", "Größe"),
+    ],
+)
+def test_any_text_becomes_a_name_that_is_allowed(text: str, name: str) -> None:
+    assert name_for(text, "otherwise") == name
+    assert Sweep(name=name).name == name
+
+
+def test_a_folder_with_a_long_name(tmp_path: Path) -> None:
+    root = pictures(tmp_path / ("x" * 120), {"a": 60, "b": 60})
+    assert load(begin(str(root), tmp_path / "long.yaml").file).name == "x" * 100
 
 
 def test_grey_images_are_trained_on_as_grey(tmp_path: Path) -> None:

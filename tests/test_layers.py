@@ -19,7 +19,7 @@ import kdexp
 PACKAGE = Path(__file__).parents[1] / "kdexp"
 ROOMS = ("", "distill", "workers", "runs", "search", "select", "skin")
 """From the bottom up; "" is the package's own folder without what is shown to people."""
-SKIN = {"__main__", "api", "as_json", "cli", "doctor", "init", "screen", "ui"}
+SKIN = {"__main__", "api", "as_json", "cli", "completion", "doctor", "init", "screen", "ui"}
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
 OWNERS = {
     "mlflow": {"kdexp.runs.tracking"},

@@ -29,6 +29,7 @@ __all__ = [
     "Inspection",
     "Split",
     "Splits",
+    "count_test",
     "folds_of",
     "load_example",
     "load_splits",
@@ -171,6 +172,15 @@ def load_test(
         assert found is not None
         test = found
     return test.to(device) if device else test
+
+
+def count_test(data: Data, splits: Splits, data_dir: Path | None = None) -> int:
+    """How many test images there are; none is looked at. Raises DataError."""
+    if splits.inspection:
+        return splits.inspection.counts["test"]
+    _, test = _train_and_test(data, data_dir, test=True)
+    assert test is not None
+    return len(test)
 
 
 def load_example(data: Data, data_dir: Path | None = None) -> Split:

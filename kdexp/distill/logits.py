@@ -32,7 +32,7 @@ from kdexp.distill.train import TeacherLogits, draw, draw_erased, epochs_of
 from kdexp.distill.weights import TeacherError
 from kdexp.files import write_atomically
 
-__all__ = ["Cache", "CacheProgress", "cached", "digest", "fingerprints", "mapped"]
+__all__ = ["Cache", "CacheProgress", "cached", "digest", "fingerprints", "mapped", "passes_left"]
 
 SPOT_CHECKS = 256  # random (view, sample) pairs rerun through the live teacher at every start
 FACTS = ("parameters", "val_correct", "val_samples")
@@ -82,8 +82,7 @@ def cached(
     images = splits.whole if whole else splits.train
     own = splits.validation if validation is None else validation
     rows = _rows(data, images, None if whole else training)
-    known = images.fingerprint, own.fingerprint
-    file = folder / f"logits-{_cache_key(sha256, data, rows, known, whole)[:16]}.safetensors"
+    file = _file(folder, sha256, data, rows, (images, own), whole)
     if not file.exists():
         yield from _fill(module, images, own, rows, file)
     logits, facts = _open(file)
@@ -95,6 +94,25 @@ def cached(
     columns = splits.kept if whole else None
     soft = TeacherLogits(logits.to(images.labels.device), rows.per, columns)
     return Cache(file, logits_sha256, soft, {name: int(facts[name]) for name in FACTS})
+
+
+def passes_left(
+    sha256: str | None,
+    data: Data,
+    splits: Splits,
+    folder: Path,
+    training: Training | None,
+    validation: Split | None = None,
+    whole: bool = False,
+) -> int:
+    """How many images go through the teacher until `cached` has its logits: 0 where `folder` has
+    them. `sha256` None: the teacher is not trained yet.
+    """
+    images = splits.whole if whole else splits.train
+    own = splits.validation if validation is None else validation
+    rows = _rows(data, images, None if whole else training)
+    there = sha256 and _file(folder, sha256, data, rows, (images, own), whole).exists()
+    return 0 if there else rows.count * len(images) + len(own)
 
 
 def mapped(file: Path, sha256: str) -> Tensor:
@@ -223,6 +241,15 @@ def _spot_check(module: nn.Module, split: Split, rows: _Rows, logits: Tensor, ca
             f"{cache}: disagrees with the live teacher on {SPOT_CHECKS} random samples; delete it,"
             " it will be made again"
         )
+
+
+def _file(
+    folder: Path, sha256: str, data: Data, rows: _Rows, known: tuple[Split, Split], whole: bool
+) -> Path:
+    """Where a teacher's logits are kept; `known`: its images, and what it is measured on."""
+    images, own = (split.fingerprint for split in known)
+    key = _cache_key(sha256, data, rows, (images, own), whole)
+    return folder / f"logits-{key[:16]}.safetensors"
 
 
 def _cache_key(sha256: str, data: Data, rows: _Rows, known: tuple[str, str], whole: bool) -> str:

@@ -32,6 +32,7 @@ from kdexp.distill.logits import (
     digest,
     fingerprints,
     mapped,
+    passes_left,
 )
 from kdexp.distill.models import build, layout_of, weights_hash
 from kdexp.distill.packs import Lane
@@ -43,8 +44,13 @@ from kdexp.surroundings import expanded
 __all__ = [
     "CachedTeacher",
     "Ensemble",
+    "Missing",
     "TeacherError",
     "WeightsRead",
+    "lane_of",
+    "last_epoch",
+    "missing",
+    "network_of",
     "prepare_teacher",
     "read_weights",
 ]
@@ -144,7 +150,7 @@ def prepare_teacher(
     the one `training` that all students share in seed and epochs, the cache may hold its draws
     only; with `whole` it serves trainings on every fold. Raises TeacherError.
     """
-    module = _built(teacher, splits.train)
+    module = network_of(teacher, splits.train)
     given = weights or (expanded(teacher.weights) if teacher.weights else None)
     held = teacher.data(data)
     own = splits if data == held else splits.cut_by(held)
@@ -177,7 +183,7 @@ def prepare_teacher(
     )
 
 
-def _built(teacher: Teacher, like: Split) -> nn.Module:
+def network_of(teacher: Teacher, like: Split) -> nn.Module:
     """The teacher's network; of several members one that holds them all."""
     if teacher.members == 1:
         return build(teacher, like)
@@ -188,7 +194,7 @@ def _trained(
     teacher: Teacher, data: Data, splits: Splits, folder: Path
 ) -> Generator[EpochReport, None, Path]:
     """The home of a recipe's weights and history; trained now where they are not there."""
-    home = folder / digest(identity(teacher), identity(data), *fingerprints(splits))[:16]
+    home = _home(teacher, data, splits, folder)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):  # N processes that start together train it once
         if not (home / WEIGHTS).exists() and teacher.members == 1:
@@ -197,11 +203,60 @@ def _trained(
         elif not (home / WEIGHTS).exists():
             homes = []
             # each at home where it would be alone: more members train only the new
-            for number in range(teacher.members):
-                alone = teacher.model_copy(update={"members": 1, "seed": teacher.seed + number})
+            for alone in _members(teacher):
                 homes.append((yield from _trained(alone, data, splits, folder)))
             _unite(homes, Ensemble([build(teacher, splits.train) for _ in homes]), home)
     return home
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is to be done until a teacher is ready."""
+
+    trainings: int
+    """Of its networks."""
+    passes: int
+    """Images that go through it for its logits."""
+
+
+def missing(
+    teacher: Teacher,
+    data: Data,
+    splits: Splits,
+    folder: Path,
+    training: Training | None = None,
+    whole: bool = False,
+) -> Missing:
+    """What `prepare_teacher` would have to do with the same arguments. Nothing is written. Raises
+    TeacherError.
+    """
+    module, held = network_of(teacher, splits.train), teacher.data(data)
+    own = splits if data == held else splits.cut_by(held)
+    home = _home(teacher, held, own, folder)
+    trainings, sha256 = 0, None
+    if teacher.weights:
+        module.load_state_dict(find_weights(expanded(teacher.weights), module).state)
+        sha256 = weights_hash(module.state_dict())
+    elif (home / WEIGHTS).exists():
+        sha256 = weights_hash(_own_weights(home, module))
+    else:
+        homes = [_home(alone, held, own, folder) for alone in _members(teacher)]
+        trainings = sum(not (home / WEIGHTS).exists() for home in homes)
+    left = passes_left(sha256, data, splits, folder, training, own.validation, whole)
+    return Missing(trainings, left)
+
+
+def _home(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Path:
+    """Where a teacher of these images is kept."""
+    return folder / digest(identity(teacher), identity(data), *fingerprints(splits))[:16]
+
+
+def _members(teacher: Teacher) -> list[Teacher]:
+    """Each network of an ensemble as it is trained alone."""
+    if teacher.members == 1:
+        return [teacher]
+    numbers = range(teacher.members)
+    return [teacher.model_copy(update={"members": 1, "seed": teacher.seed + n}) for n in numbers]
 
 
 def _unite(homes: Sequence[Path], ensemble: Ensemble, home: Path) -> None:
@@ -239,9 +294,8 @@ def _holds(home: Path, module: nn.Module) -> bool:
 def _train(
     teacher: Teacher, data: Data, splits: Splits, home: Path
 ) -> Generator[EpochReport, None, None]:
-    last = _last_epoch(teacher, len(splits.train))
-    recipe = teacher.model_copy(update={"keep": "last"}) if teacher.epoch else teacher
-    lane, checkpoints = Lane(recipe, recipe, Distillation(alpha=0.0)), Checkpoints(home)
+    last = last_epoch(teacher, len(splits.train))
+    lane, checkpoints = lane_of(teacher), Checkpoints(home)
     how = choose([lane], splits.train)
     begun = checkpoints.load("teacher")
     made_by = {"kdexp": __version__, "torch": torch.__version__, **how.record(0)}
@@ -284,7 +338,14 @@ def _train(
     checkpoints.remove("teacher")
 
 
-def _last_epoch(teacher: Teacher, samples: int) -> int:
+def lane_of(teacher: Teacher) -> Lane:
+    """How one network of a teacher is trained."""
+    recipe = teacher.model_copy(update={"keep": "last"}) if teacher.epoch else teacher
+    return Lane(recipe, recipe, Distillation(alpha=0.0))
+
+
+def last_epoch(teacher: Teacher, samples: int) -> int:
+    """The epoch after which its training ends. Raises TeacherError."""
     epochs = epochs_of(teacher, samples)
     if teacher.epoch and teacher.epoch > epochs:
         raise TeacherError(

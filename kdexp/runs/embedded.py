@@ -16,15 +16,26 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from filelock import FileLock, Timeout
 
-__all__ = ["folder_for", "is_local", "model_place", "readdressed", "run_place", "shown"]
+__all__ = [
+    "folder_for",
+    "is_local",
+    "model_place",
+    "readdressed",
+    "run_ids",
+    "run_place",
+    "shown",
+    "study_names",
+]
 
 ARTIFACTS = "artifacts"
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,59}")
 UI_LOCK = ".ui.lock"
+SHOWN = 100  # runs that a shell is offered
 
 
 def folder_for(experiment: str) -> str:
@@ -111,6 +122,39 @@ def readdressed(stores: Path) -> None:
             # again: another command may have done it meanwhile
             for statement, values in _changes(database, stores):
                 database.execute(statement, values)
+
+
+def study_names(stores: Path) -> list[str]:
+    """The studies of a store, the latest first; none is made. Raises sqlite3.Error."""
+    rows = _read(
+        stores,
+        "select name.value, max(run.start_time) from runs run"
+        " join tags kind on kind.run_uuid = run.run_uuid and kind.key = 'kdexp.kind'"
+        " join tags name on name.run_uuid = run.run_uuid and name.key = 'kdexp.study'"
+        " where kind.value = 'study' and run.lifecycle_stage = 'active'"
+        " group by name.value order by 2 desc",
+    )
+    return [name for name, _ in rows]
+
+
+def run_ids(stores: Path, beginning: str) -> list[tuple[str, str]]:
+    """The latest trainings of a store whose ID begins so, each with its name; none is made. Raises
+    sqlite3.Error.
+    """
+    return _read(
+        stores,
+        "select run.run_uuid, coalesce(run.name, '') from runs run"
+        " join tags kind on kind.run_uuid = run.run_uuid and kind.key = 'kdexp.kind'"
+        " where kind.value <> 'study' and run.lifecycle_stage = 'active'"
+        " and substr(run.run_uuid, 1, length(?1)) = ?1 order by run.start_time desc limit ?2",
+        (beginning, SHOWN),
+    )
+
+
+def _read(stores: Path, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    address = f"file:{quote(str((stores / 'mlflow.db').resolve()))}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=0.2)) as database:
+        return database.execute(query, values).fetchall()
 
 
 def _opened(stores: Path) -> sqlite3.Connection:

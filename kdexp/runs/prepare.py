@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from kdexp import KdexpError
@@ -22,9 +23,10 @@ from kdexp.runs.bench import Bench
 from kdexp.runs.recording import closed, log_datasets
 from kdexp.runs.records import seal
 from kdexp.runs.tracking import EpochMetrics
+from kdexp.settings import Settings
 from kdexp.workers.work import Prepared
 
-__all__ = ["TeacherProgress", "prepare"]
+__all__ = ["TeacherProgress", "prepare", "read_images"]
 
 TeacherProgress = Inspection | EpochReport | CacheProgress | WeightsRead
 
@@ -47,7 +49,28 @@ def prepare(
     trained, this finds out that the recipe's student and these `students` can be built, that its
     loss and these `losses` can teach so many classes, and whatever `check` raises of the data.
     """
-    splits = load_splits(recipe.data, bench.settings.data_dir, bench.device)
+    splits = yield from read_images(recipe, bench.settings, bench.device, students, check, losses)
+    if recipe.training.random_erasing:  # drawn anew in every epoch of a seed
+        whole, training = False, training or recipe.training
+    folder = bench.settings.teachers
+    teacher = yield from prepare_teacher(
+        recipe.teacher, recipe.data, splits, folder, weights, training, whole
+    )
+    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, bench))
+
+
+def read_images(
+    recipe: Recipe,
+    settings: Settings,
+    device: torch.device,
+    students: Sequence[Student] = (),
+    check: Callable[[Splits], object] | None = None,
+    losses: Sequence[str] = (),
+) -> Generator[Inspection, None, Splits]:
+    """The images of a recipe, and all that `prepare` finds out before it trains a teacher. Nothing
+    is written.
+    """
+    splits = load_splits(recipe.data, settings.data_dir, device)
     if splits.inspection:
         yield splits.inspection
     if check:
@@ -56,13 +79,7 @@ def prepare(
     check_network(recipe.student, splits.train)
     for student in students:  # of which one may fail in training, and its trials alone
         outline(student, splits.train)
-    if recipe.training.random_erasing:  # drawn anew in every epoch of a seed
-        whole, training = False, training or recipe.training
-    folder = bench.settings.teachers
-    teacher = yield from prepare_teacher(
-        recipe.teacher, recipe.data, splits, folder, weights, training, whole
-    )
-    return Prepared(recipe.data, splits, teacher, _teacher_run(recipe, teacher, splits, bench))
+    return splits
 
 
 def _check_loss(losses: Sequence[str], how: Distillation, classes: Sequence[str]) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from kdexp import KdexpError
-from kdexp.config import Range, Recipe, Sweep, Training, flatten
+from kdexp.config import Range, Recipe, Student, Sweep, Training, flatten
 from kdexp.distill.datasets import Splits
 from kdexp.distill.execution import best_pack
 from kdexp.distill.inspection import changed
-from kdexp.distill.packs import Lane
+from kdexp.distill.packs import Lane, Source
 from kdexp.environment import commit
 from kdexp.runs import describe, views
 from kdexp.runs.bench import Bench
@@ -61,7 +61,12 @@ __all__ = [
     "TrialStarted",
     "TrialTaken",
     "WorkerLost",
+    "check_judging",
+    "is_whole",
+    "pack_size",
     "run_sweep",
+    "shared_training",
+    "students_to_try",
 ]
 
 log = logging.getLogger("kdexp")
@@ -113,27 +118,17 @@ def run_sweep(
     bench = Bench(settings, tracking, device, experiment_id)
     if pool_size(settings, device, sweep.study.trials).workers > 1:
         warm_up()
-    shared = _shared_training(sweep, settings, device)
-    # one takes 60 ms to try: of thousands a few stand for all, what fails later is left out
-    every = sweep.student_choices
-    students = [
-        sweep.recipe.replace(choice).student for choice in every[:: max(len(every) // STUDENTS, 1)]
-    ]
+    shared = shared_training(sweep, settings, device)
     prepared = yield from prepare(
         sweep.recipe,
         bench,
         training=shared,
-        students=students,
+        students=students_to_try(sweep),
         losses=sweep.losses,
-        whole=_whole(sweep),
+        whole=is_whole(sweep),
         check=lambda splits: _check_images(sweep, begun, splits, tracking),
     )
-    splits = prepared.splits
-    if sweep.repeats:
-        plan = plan_of(sweep.study, sweep.selection, splits.folds)
-        check_reachable(plan, len(splits.validation))
-    else:
-        check_bar(sweep.selection, len(splits.validation))
+    check_judging(sweep, prepared.splits)
     # Only now, when all that a typing error can break has been tried, is there a study that must
     # stay as it began.
     study = open_study(
@@ -154,7 +149,7 @@ def run_sweep(
                 yield Misremembered(wrong)
             size = pool_size(settings, device, study.left - study.others(claimant))
             yield size
-            pack = _pack(sweep, settings, prepared, size, study.left)
+            pack = pack_size(sweep, settings, prepared.source, size, study.left)
             pool = Pool(size, prepared, str(device))
             scheduler = Scheduler(study, prepared, bench, claimant, pool, pack)
             with closing(scheduler.run()) as events:
@@ -194,11 +189,29 @@ def _record(sweep: Sweep, study: OpenStudy, prepared: Prepared, bench: Bench) ->
         tracking.tag_experiment(bench.experiment_id, tags)
 
 
-def _pack(sweep: Sweep, settings: Settings, prepared: Prepared, size: PoolSize, left: int) -> int:
+def students_to_try(sweep: Sweep) -> list[Student]:
+    """Students that must be buildable. One takes 60 ms to try: of thousands a few stand for all,
+    what fails later is left out.
+    """
+    every = sweep.student_choices
+    some = every[:: max(len(every) // STUDENTS, 1)]
+    return [sweep.recipe.replace(choice).student for choice in some]
+
+
+def check_judging(sweep: Sweep, splits: Splits) -> None:
+    """That the bar can be met with so many validation images. Raises KdexpError."""
+    if sweep.repeats:
+        plan = plan_of(sweep.study, sweep.selection, splits.folds)
+        check_reachable(plan, len(splits.validation))
+    else:
+        check_bar(sweep.selection, len(splits.validation))
+
+
+def pack_size(sweep: Sweep, settings: Settings, source: Source, size: PoolSize, left: int) -> int:
     """How many trials train as one, unless the settings say: what is fastest for one worker."""
     if settings.pack or size.workers > 1:
         return settings.pack or 1
-    return best_pack(Lane.of(sweep.recipe), prepared.source, left)
+    return best_pack(Lane.of(sweep.recipe), source, left)
 
 
 def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Begun | None, str]:
@@ -250,11 +263,11 @@ def _home(sweep: Sweep, settings: Settings, tracking: Tracking) -> tuple[str, Be
         ) from None
 
 
-def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
+def shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> Training | None:
     """What the teacher's cache may rely on; places of a pack that are taken over are in epochs of
     their own, and repeats that share it have seeds of their own.
     """
-    if _whole(sweep):
+    if is_whole(sweep):
         return None
     alone = settings.pack == 1 or (settings.pack is None and device.type == "cpu")
     together = (
@@ -265,7 +278,7 @@ def _shared_training(sweep: Sweep, settings: Settings, device: torch.device) -> 
     return sweep.shared_training if together else None
 
 
-def _whole(sweep: Sweep) -> bool:
+def is_whole(sweep: Sweep) -> bool:
     """Whether one cache of the teacher's logits serves repeats on every fold."""
     return sweep.repeats and sweep.teacher.shared and not sweep.training.random_erasing
 

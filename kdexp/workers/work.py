@@ -33,6 +33,7 @@ from kdexp.settings import first_line, in_one_line, without_credentials
 from kdexp.surroundings import out_of_memory
 
 __all__ = [
+    "FOLDS_KEPT",
     "Broke",
     "Done",
     "Ended",
