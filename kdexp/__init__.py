@@ -58,6 +58,7 @@ to that).
       compact, deploy      folded without loss · one ONNX file (the only file that knows ONNX)
       models, plain        students and teachers by name · which layers are plain
       datasets, batches    data sets as tensors · mini-batches: views of images, and pixels
+      arrays               arrays of one's own, from a file or a function
       folders, images, inspection
                            a folder's images · one file as pixels · each opened once
       inputs               images from anywhere, prepared as in training

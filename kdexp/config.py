@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -80,7 +82,38 @@ NOT_IN_NAMES = "/\\:?'\"`“”"
 SCALE = "distillation.scale_by_t_squared"
 SEARCHABLE = ("student", "distillation", "training")
 
-DatasetName = Literal["fashion_mnist", "mnist", "kmnist", "cifar10", "digits", "image_folder"]
+DATA_SETS = (
+    "fashion_mnist",
+    "mnist",
+    "kmnist",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "stl10",
+    "emnist",
+    "usps",
+    "digits",
+    "image_folder",
+    "arrays",
+)
+
+
+def _known(name: str) -> str:
+    if name in DATA_SETS or re.fullmatch(OWN, name):
+        return name
+    raise ValueError(
+        f"got {show(name)}; allowed: {', '.join(DATA_SETS)}, or"
+        f" module:callable{nearest(name, DATA_SETS)}"
+    )
+
+
+OWN = r".+:[A-Za-z_]\w*"
+"""What a function of one's own returns: module:callable."""
+Images = Annotated[
+    str,
+    AfterValidator(_known),
+    WithJsonSchema({"anyOf": [{"enum": list(DATA_SETS)}, {"type": "string", "pattern": OWN}]}),
+]
 Size = Literal["parameters", "multiply_adds", "bytes", "activation_bytes"]
 Precision = Literal["float32", "float16", "int8"]
 Variant = Literal["as trained", "float32", "float16", "int8"]
@@ -133,9 +166,12 @@ class Augment(Frozen):
 class Data(Frozen):
     """Which images, and how they are split, normalised and augmented."""
 
-    dataset: DatasetName = Field("fashion_mnist", description="which images")
+    dataset: Images = Field(
+        "fashion_mnist", description="which images; or module:callable, which returns arrays"
+    )
     path: str | None = Field(
-        None, description="image_folder only: the folder, relative to the data folder"
+        None,
+        description="image_folder: the folder; arrays: the .npz file; relative to the data folder",
     )
     image_size: int | None = Field(
         None, ge=1, le=1024, description="image_folder only: resize to this square"
@@ -161,11 +197,19 @@ class Data(Frozen):
     split_seed: int = Field(8787, ge=0, description="which images are held out")
     augment: Augment = Field(Augment(), description="views of an image that are trained on")
 
+    @property
+    def own(self) -> bool:
+        """Whether a function of the user's own returns the images."""
+        return ":" in self.dataset
+
     @model_validator(mode="after")
-    def _folder_keys_belong_to_image_folder(self) -> Self:
+    def _path_and_size_belong_to_files(self) -> Self:
         if self.dataset == "image_folder":
             if self.path is None or self.image_size is None:
                 raise ValueError("dataset image_folder needs both path and image_size")
+        elif self.dataset == "arrays":
+            if self.path is None or self.image_size is not None:
+                raise ValueError("dataset arrays needs path, and takes its images as they are")
         elif self.path is not None or self.image_size is not None:
             raise ValueError(
                 f"path and image_size belong to dataset image_folder, not to {self.dataset}"

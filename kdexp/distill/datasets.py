@@ -19,6 +19,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from kdexp.config import Data
+from kdexp.distill.arrays import Raw, arrays_in, arrays_of, train_and_test
 from kdexp.distill.folders import Folder, Role, Sample, listed, survey
 from kdexp.distill.images import DataError, shown
 from kdexp.distill.inspection import Inspection, inspect
@@ -272,7 +273,19 @@ def _training(count: int, held: Int64[Tensor, " held"], data: Data) -> Int64[Ten
 
 # --- reading -----------------------------------------------------------------------------------
 
-Raw = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+TORCHVISION: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "emnist": (
+        "EMNIST",
+        {"split": "balanced", "train": True},
+        {"split": "balanced", "train": False},
+    ),
+    "usps": ("USPS", {"train": True}, {"train": False}),
+}
+"""torchvision's class of a data set, and how it is asked for training and for test."""
 
 
 def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Split, Split | None]:
@@ -282,12 +295,28 @@ def _train_and_test(data: Data, data_dir: Path | None, test: bool) -> tuple[Spli
     folder = data_dir or Path("data")
     if data.dataset == "digits":
         return _cut(_split(_digits(), data), data)
-    if data.dataset == "cifar10":
-        read: Callable[[bool], Raw] = lambda train: _cifar10(folder, data_dir is None, train)  # noqa: E731
+    if data.dataset == "arrays" or data.own:
+        return _own(data, folder)
+    name = data.dataset
+    if name in TORCHVISION:
+        read: Callable[[bool], Raw] = lambda train: _torchvision(  # noqa: E731
+            name, folder, data_dir is None, train
+        )
     else:
-        name = data.dataset
         read = lambda train: _mnist_like(name, folder, data_dir is not None, train)  # noqa: E731
     return _split(read(True), data), _split(read(False), data) if test else None
+
+
+def _own(data: Data, folder: Path) -> tuple[Split, Split]:
+    """Training and test set out of arrays of one's own."""
+    if data.own:
+        arrays, source = arrays_of(data.dataset), f"data.dataset {data.dataset}"
+    else:
+        place = folder / expanded(str(data.path))
+        arrays, source = arrays_in(place), shown(place)
+    train, test = train_and_test(arrays, source)
+    whole = _split(train, data)
+    return _cut(whole, data) if test is None else (whole, _split(test, data))
 
 
 def _cut(whole: Split, data: Data) -> tuple[Split, Split]:
@@ -411,11 +440,21 @@ def _read_idx(file: Path | None, name: str, stem: str, archive_md5: str) -> np.n
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _cifar10(folder: Path, download: bool, train: bool) -> Raw:
-    from torchvision.datasets import CIFAR10
+def _torchvision(name: str, folder: Path, download: bool, train: bool) -> Raw:
+    from torchvision import datasets
 
-    dataset = _download(lambda: CIFAR10(folder, train=train, download=download), "cifar10", folder)
-    return dataset.data.transpose(0, 3, 1, 2), np.array(dataset.targets), tuple(dataset.classes)
+    kind, for_training, for_test = TORCHVISION[name]
+    asked = for_training if train else for_test
+    make = getattr(datasets, kind)
+    dataset = _download(lambda: make(folder, download=download, **asked), name, folder)
+    images = np.asarray(dataset.data)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[3] == 3:
+        images = images.transpose(0, 3, 1, 2)
+    labels = np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets)
+    digits = tuple(str(digit) for digit in range(10))  # of house numbers and postcodes
+    return images, labels, tuple(getattr(dataset, "classes", digits))
 
 
 def _download(make: Callable[[], object], name: str, folder: Path):  # type: ignore[no-untyped-def]

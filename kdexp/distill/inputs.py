@@ -50,7 +50,7 @@ def open_image(file: Path, data: Data, like: Split) -> Picture:
     """An image file, of any size and mode, as `data` would have read it. Raises Unreadable."""
     stored, (height, width) = like.images.shape[1], like.image_size
     assert height == width, "every dataset's images are squares"
-    if data.dataset != "cifar10" or stored == 3:
+    if data.dataset == "image_folder" or stored == 3:
         return read(file, height, stored)
     coloured = read(file, height, 3)  # its images are made grey by kdexp, not by Pillow
     return replace(coloured, pixels=made_grey(coloured.pixels[None])[0])
