@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kdexp import KdexpError
 from kdexp.runs import views
-from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.runs.tracking import ARTIFACTS, NOTE, RunRecord, Tracking
 
 __all__ = ["serve"]
 
@@ -109,10 +109,30 @@ def _pages(tracking: Tracking, address: str) -> Iterator[str]:
     for study in studies:
         name, experiment = study.tags["kdexp.study"], study.experiment_id
         view = views.TRIALS if _has_view(study, tracking) else ""
-        yield f"{name:<24} result {address}/{views.run_page(experiment, study.run_id)}"
-        yield f"{'':<24} trials {address}/{views.view_page(experiment, view)}"
-        if tracking.has_model(name):
-            yield f"{'':<24} models {address}/{views.model_page(name)}"
+        yield f"{name:<24} {_answer(study)}"
+        found = {
+            "report": views.artifact_page(experiment, study.run_id, views.REPORT)
+            * _has_report(study),
+            "result": views.run_page(experiment, study.run_id),
+            "trials": views.view_page(experiment, view),
+            "models": views.model_page(name) * tracking.has_model(name),
+        }
+        for kind, page in found.items():
+            if page:
+                yield f"{'':<24} {kind} {address}/{page}"
+
+
+def _answer(study: RunRecord) -> str:
+    """What a study came to, or how far it is: the first line of its description, where that says
+    so.
+    """
+    first, *_ = study.tags.get(NOTE, "").splitlines() or [""]
+    says = "**" in first and not first.startswith("A *study*")
+    return first.replace("**", "").replace("`", "") if says else "nothing selected yet"
+
+
+def _has_report(study: RunRecord) -> bool:
+    return f'"{views.REPORT}"' in study.tags.get(ARTIFACTS, "")
 
 
 def _has_view(study: RunRecord, tracking: Tracking) -> bool:

@@ -220,6 +220,9 @@ def test_a_sure_model_is_said_to_be_sure_and_shows_its_repeats(settings, trackin
     assert f"at 95 % above {percent(done.candidate.verdict.low)}" in text
     assert f"{percent(done.test_accuracy)}" in text
     assert f"{found.cost.repeats} of these were repeats" in text
+    assert "Under the bar on test" not in text
+    high = replace(found, rule=found.rule.model_copy(update={"accuracy_bar": 0.999}))
+    assert "Under the bar on test" in words(page.html(high))
     skipped = not_trained("small", tracking.study("small").run_id, settings)
     assert found.cost.not_trained == skipped
 

@@ -24,7 +24,7 @@ from kdexp.distill.inputs import Input
 from kdexp.distill.models import build, weights_hash
 from kdexp.files import sha256_of
 from kdexp.reading import validate
-from kdexp.runs.tracking import RunRecord, Tracking
+from kdexp.runs.tracking import ARTIFACTS, NOTE, RunRecord, Tracking
 
 __all__ = [
     "ARTIFACTS",
@@ -54,8 +54,6 @@ __all__ = [
 ]
 
 WEIGHTS = "kdexp.weights_sha256"
-ARTIFACTS = "kdexp.artifacts"
-"""The tag that holds the SHA-256 of a run's files, as JSON by their place."""
 REPEATS, REPEAT = "kdexp.repeats", "kdexp.repeat"
 """On a trial's run: the number of the trial whose recipe it repeats, and which repeat it is."""
 SELECTED_TRIAL = "kdexp.selected_trial"
@@ -67,8 +65,7 @@ INPUT = "input.json"
 """The file that says what a run's student takes and answers, so that it needs no data set."""
 
 
-NOTE, LONGEST_NOTE = "mlflow.note.content", 8000
-"""A run's description, and how many characters MLflow takes."""
+LONGEST_NOTE = 8000  # characters of a description that MLflow takes
 PARTS = "mlflow.kdexp.note."
 """What the tags begin with that keep the parts of a study's description: MLflow's page shows none
 that begins with mlflow. Former versions wrote kdexp.selected_note, kdexp.confirmed_note.

@@ -51,8 +51,10 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
 
 __all__ = [
+    "ARTIFACTS",
     "LONGEST",
     "MLFLOW",
+    "NOTE",
     "EpochMetrics",
     "Kind",
     "RunRecord",
@@ -86,6 +88,10 @@ MLFLOW = Library(
     "experiments",
 )
 LONGEST = 6000  # characters of a param
+NOTE = "mlflow.note.content"
+"""The tag that is a run's description."""
+ARTIFACTS = "kdexp.artifacts"
+"""The tag that holds the SHA-256 of a run's files, as JSON by their place."""
 SERVED = "kdexp_served"  # what served.py is called beside a model
 log = logging.getLogger("kdexp")
 EXPERIMENT_TAGS = {

@@ -46,6 +46,10 @@ FOLDED = ("epoch", "int8", "float16", "float32", "Model metrics", "System metric
 """Sections that MLflow makes of all other metrics."""
 
 
+REPORT = "report.html"
+"""The artifact of a study's run that says what it came to."""
+
+
 # --- addresses, to be put behind a server's own ------------------------------------------------
 
 

@@ -20,10 +20,10 @@ from kdexp import KdexpError
 from kdexp.config import Selection
 from kdexp.files import write_atomically
 from kdexp.runs import svg
-from kdexp.runs.describe import in_bytes, linked
+from kdexp.runs.describe import in_bytes, linked, short_on_test
 from kdexp.runs.records import LONGEST_NOTE, NOTE, PARTS, log_text
 from kdexp.runs.tracking import RunRecord, Tracking
-from kdexp.runs.views import artifact_page
+from kdexp.runs.views import REPORT, artifact_page
 from kdexp.select.mistakes import Mistakes
 from kdexp.select.report import ENOUGH, Report, Row, Slice, gathered
 from kdexp.selection import AS_TRAINED, requirement
@@ -31,8 +31,6 @@ from kdexp.settings import Settings, in_one_line
 
 __all__ = ["REPORT", "check_output", "html", "keep", "kept", "made", "write"]
 
-REPORT = "report.html"
-"""The artifact of a study's run."""
 TEMPLATES = Path(__file__).parents[1] / "templates"
 FOLDED = 300  # students of the folded table, of a study with more
 DOTS = 1000  # of the frontier: with both the page stays under 1 MB
@@ -72,6 +70,7 @@ def html(report: Report) -> str:
     return pages.get_template(REPORT).render(
         r=report,
         state=_state(report),
+        short=_short(report),
         required=requirement(report.rule),
         main=main,
         rest=rest[:FOLDED],
@@ -86,6 +85,14 @@ def html(report: Report) -> str:
         enough=ENOUGH,
         as_trained=AS_TRAINED,
     )
+
+
+def _short(report: Report) -> str:
+    """That the answer is under the bar on test; nothing where it is not, or was not looked at."""
+    over, test = report.answer.over, report.answer.test
+    if over:
+        return short_on_test(report.rule, over.mean, over.samples)
+    return short_on_test(report.rule, test.accuracy, test.images) if test and test.images else ""
 
 
 def made(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracking) -> str:

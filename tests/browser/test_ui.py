@@ -108,9 +108,11 @@ def pages(lines: list[str]) -> dict[tuple[str, str], str]:
     """The addresses, by study and kind."""
     found, study = {}, ""
     for line in lines:
-        if match := re.fullmatch(r"(\S*) +(result|trials|models) (http\S+)", line.strip("\n")):
-            study = match[1] or study
-            found[study, match[2]] = match[3]
+        if match := re.fullmatch(r" +(report|result|trials|models) (http\S+)", line.strip("\n")):
+            found[study, match[1]] = match[2]
+        else:
+            study, _, answer = line.strip().partition(" ")
+            found[study, "answer"] = answer.strip()
     return found
 
 
