@@ -14,7 +14,9 @@ to that).
       sweep, live          data and teacher once, then the trials, as a stream of events · the
                            study's page meanwhile
       scheduler            decides and records: asks Optuna, hands out jobs, writes the runs, tells
-      study, storage       Optuna (only these know it): a study · its database
+      study, storage, learned
+                           Optuna (only these know it): a study · its database · what its search
+                           came to
       space                values as Optuna stores them; which recipes are nearly the same
       claims               which command trains which trial
       objective, stopping  what a study aims at · what it can no longer select

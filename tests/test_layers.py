@@ -23,7 +23,7 @@ SKIN = {"__main__", "api", "as_json", "cli", "completion", "doctor", "init", "sc
 SHELL_LIBRARIES = {"mlflow", "optuna", "typer", "click", "rich", "matplotlib"}
 OWNERS = {
     "mlflow": {"kdexp.runs.tracking"},
-    "optuna": {"kdexp.search.study", "kdexp.search.storage"},
+    "optuna": {"kdexp.search.study", "kdexp.search.storage", "kdexp.search.learned"},
     "onnx": {"kdexp.distill.deploy"},
     "onnxruntime": {"kdexp.distill.deploy", "kdexp.runs.served"},  # where kdexp is not installed
 }

@@ -23,7 +23,7 @@ from kdexp.runs import svg
 from kdexp.runs.describe import linked
 from kdexp.runs.records import NOTE, recipe_of, sealed
 from kdexp.runs.tracking import Tracking, TrackingAway
-from kdexp.search.study import importances, not_trained
+from kdexp.search.learned import importances, not_trained
 from kdexp.search.sweep import TrialFinished, run_sweep
 from kdexp.select import page
 from kdexp.select.confirm import confirm

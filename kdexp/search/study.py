@@ -1,5 +1,4 @@
-"""Optuna: the only file that knows it. A study on a storage, its controls, its trials, its
-verdicts.
+"""Optuna: a study on a storage, its controls, its trials, its verdicts.
 
 Trial 0 is the recipe's own values, trial 1 the same with alpha = 0: every study holds its baseline
 and its labels-only control. Optuna chooses what no trial has yet; who trains it is settled by
@@ -27,11 +26,8 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
-from kdexp import KdexpError
 from kdexp.config import (
     CONTROLS,
-    Choices,
-    Dimension,
     Objective,
     Recipe,
     Selection,
@@ -779,7 +775,7 @@ def check_study(sweep: Sweep, settings: Settings) -> Begun | None:
     Returns what is known of the study, if it has been set up.
     """
     check_search(sweep)
-    _quiet()
+    quiet()
     settings.stores.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.stores / ".optuna.lock"):
         storage = open_storage(settings)
@@ -813,7 +809,7 @@ def proposal_seconds(sweep: Sweep, told: int) -> float:
     """What a proposal takes here where so many trials have been told: measured, on a study in
     memory whose trials are made up.
     """
-    _quiet()
+    quiet()
     aim, rule = sweep.study.objective, of_one(sweep)
     study = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), directions=DIRECTIONS[aim]
@@ -836,80 +832,13 @@ def proposal_seconds(sweep: Sweep, told: int) -> float:
     return time.perf_counter() - started
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """What Optuna says of itself is not for people here."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # the latter: 'greenlet' would make proposals faster
     for talkative in ("alembic", "optuna._gp.batched_lbfgsb"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-
-
-def not_trained(name: str, parent_run: str, settings: Settings) -> int | None:
-    """How many proposals of a study, by its name and MLflow run, were not worth training. None
-    where Optuna's storage is not here, or does not know it. Makes no storage.
-    """
-    if settings.storage is None and not (settings.stores / "optuna.db").exists():
-        return None
-    _quiet()
-    try:
-        storage = open_storage(settings)
-    except KdexpError:  # the search's own store: a reader of its results does without
-        return None
-    try:
-        study = optuna.load_study(storage=storage, study_name=stored_name(storage, name))
-        if study.user_attrs.get("mlflow_run_id") != parent_run:
-            return None
-        return sum("skipped" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
-    except (KeyError, *AWAY):
-        return None
-    finally:
-        storage.engine.dispose()
-
-
-def importances(
-    search: Mapping[str, Dimension], trained: Sequence[tuple[Mapping[str, Any], float]]
-) -> dict[str, float]:
-    """How much of what made some recipes more accurate than others each searched value explains, as
-    shares of 1, largest first; given what each recipe had in the place of `search`, and its
-    accuracy. Empty where all are as accurate.
-
-    PED-ANOVA (Watanabe, Bansal & Hutter 2023, arXiv:2304.10255), of accuracy. Of size it would say
-    that the learning rate made students small: the search looks at small ones longest.
-    """
-    _quiet()
-    study = optuna.create_study(direction="maximize")
-    kinds = {path: _distribution(dimension) for path, dimension in search.items()}
-    for chosen, accuracy in trained:
-        if all(chosen[path] in dimension for path, dimension in search.items()):  # or a control's
-            stored = {path: _category(search[path], value) for path, value in chosen.items()}
-            study.add_trial(optuna.create_trial(params=stored, distributions=kinds, value=accuracy))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*importances will be equal")
-        try:
-            return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
-        except (UserWarning, ValueError):  # all alike, or none within what is searched
-            return {}
-
-
-def _category(dimension: Dimension, value: Any) -> Any:
-    """A choice as text, since a list is no category to Optuna; a number as it is."""
-    if not isinstance(dimension, Choices):
-        return value
-    plain = tuple(value) if isinstance(value, list) else value
-    return json.dumps(next(choice for choice in dimension.choices if choice == plain))
-
-
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    if isinstance(dimension, Choices):
-        listed = [json.dumps(choice) for choice in dimension.choices]
-        return optuna.distributions.CategoricalDistribution(listed)
-    low, high, step = dimension.low, dimension.last, dimension.step
-    if isinstance(low, int) and isinstance(high, int):
-        whole = 1 if step is None else int(step)
-        return optuna.distributions.IntDistribution(low, high, dimension.log, whole)
-    return optuna.distributions.FloatDistribution(low, high, dimension.log, step)
 
 
 def check_facts(sweep: Sweep, known: Mapping[str, Any], facts: Mapping[str, str]) -> None:

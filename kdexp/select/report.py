@@ -25,7 +25,7 @@ from kdexp.repeats import Verdict
 from kdexp.runs.describe import named
 from kdexp.runs.records import REPEATS, environment_of_run, input_of, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking, TrackingAway, TrackingGone
-from kdexp.search.study import importances, not_trained
+from kdexp.search.learned import importances, not_trained
 from kdexp.select.fresh import TRAIN_ONLY
 from kdexp.select.mistakes import Mistakes, mistakes_of
 from kdexp.select.promote import (
