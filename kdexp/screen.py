@@ -667,7 +667,7 @@ def show_trials(console: Console, rows: Sequence[TrialRow]) -> None:
         console.print("No trial of this study has begun.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    searched = list(rows[0].searched)
+    searched = list(dict.fromkeys(path for row in rows for path in row.searched))
     for name in ("trial", *(path.rpartition(".")[2] for path in searched), "parameters"):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for name in ("val accuracy", "test accuracy"):
@@ -677,7 +677,7 @@ def show_trials(console: Console, rows: Sequence[TrialRow]) -> None:
     for row in sorted(rows, key=_smallest_first):
         table.add_row(
             str(row.trial),
-            *(Text(_short(row.searched[path])) for path in searched),
+            *(Text(_short(row.searched.get(path))) for path in searched),
             "" if row.parameters is None else f"{row.parameters:,}",
             _percent_or_nothing(row.val_accuracy),
             _percent_or_nothing(row.test_accuracy),

@@ -241,6 +241,13 @@ def test_a_trial_that_has_not_ended_has_no_accuracy(study) -> None:
             None,
         )
         assert "running" in shown(show_trials, [last])
+        tags = {"kdexp.trial": "2", "mlflow.parentRunId": study.record.run_id}
+        before = tracking.start(
+            study.record.experiment_id, "trial", "trial 2", params={}, tags=tags
+        )
+        tracking.client.set_terminated(before, "KILLED")
+        assert [row.state for row in trials_of(study.record, tracking)][:3] == ["complete"] * 3
+        tracking.client.delete_run(before)
     finally:
         tracking.client.delete_run(run_id)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -50,6 +51,7 @@ __all__ = [
     "seal",
     "sealed",
     "text_of",
+    "values_of",
     "weights_of",
 ]
 
@@ -105,6 +107,20 @@ def input_of(run: RunRecord, tracking: Tracking) -> Input | None:
         return None
     stored = json.loads(text_of(run, INPUT, tracking))
     return Input(**{**stored, "classes": tuple(stored["classes"])})
+
+
+def values_of(run: RunRecord, keys: Iterable[str]) -> dict[str, Any]:
+    """What a run's params hold under these keys: words as they are, else JSON. Without those that
+    it has not.
+    """
+    found: dict[str, Any] = {}
+    for key in keys:
+        if key in run.params:
+            try:
+                found[key] = json.loads(run.params[key])
+            except ValueError:
+                found[key] = run.params[key]
+    return found
 
 
 def environment_of_run(run: RunRecord, tracking: Tracking) -> dict[str, str]:

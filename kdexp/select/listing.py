@@ -4,21 +4,24 @@ at or written.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdexp.config import Size, Sweep
 from kdexp.runs.outcome import Outcome
-from kdexp.runs.records import REPEATS
+from kdexp.runs.records import REPEATS, values_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.select.promote import candidates, sweep_of, under
 from kdexp.selection import Candidate, passes, standing
 
 __all__ = ["StudyRow", "TrialRow", "frontier", "studies_there", "trials_of"]
+
+
+ENDINGS = ("FINISHED", "RUNNING", "SCHEDULED", "FAILED", "KILLED")
+"""What a trial counts as, where it has runs of several."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,11 @@ def trials_of(study: RunRecord, tracking: Tracking) -> list[TrialRow]:
     known = under(sweep.selection, candidates(study, tracking), study, tracking)
     judged = {candidate.run_id: candidate for candidate in known}
     runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id}, study.experiment_id)
-    rows = [_trial(run, judged.get(run.run_id), sweep) for run in runs]
-    return sorted(rows, key=lambda row: row.trial)
+    rows = dict[int, TrialRow]()
+    for run in sorted(runs, key=lambda run: ENDINGS.index(run.status)):
+        row = _trial(run, judged.get(run.run_id), sweep)
+        rows.setdefault(row.trial, row)  # one that was begun anew has more runs than one
+    return [rows[number] for number in sorted(rows)]
 
 
 def frontier(rows: Sequence[TrialRow], size: Size = "parameters") -> list[TrialRow]:
@@ -152,20 +158,9 @@ def _trial(run: RunRecord, known: Candidate | None, sweep: Sweep) -> TrialRow:
         standing="" if known is None else standing(known, sweep.selection),
         passes=known is not None and passes(known, sweep.selection),
         run_id=run.run_id,
-        searched=dict(_searched(run, sweep)),
+        searched=values_of(run, sweep.search),
     )
 
 
 def _ended(run: RunRecord) -> bool:
     return run.status == "FINISHED" and "kdexp.state" in run.tags
-
-
-def _searched(run: RunRecord, sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    """The values that a trial has of what is searched, as its params hold them: text as it is, else
-    JSON.
-    """
-    for path in sweep.search:
-        value: Any = run.params.get(path)
-        with suppress(TypeError, ValueError):
-            value = json.loads(value)
-        yield path, value

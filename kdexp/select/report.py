@@ -23,7 +23,7 @@ from kdexp.distill.models import Size
 from kdexp.intervals import wilson_interval
 from kdexp.repeats import Verdict
 from kdexp.runs.describe import named
-from kdexp.runs.records import REPEATS, environment_of_run, input_of, recipe_of
+from kdexp.runs.records import REPEATS, environment_of_run, input_of, recipe_of, values_of
 from kdexp.runs.tracking import RunRecord, Tracking, TrackingAway, TrackingGone
 from kdexp.search.learned import importances, not_trained
 from kdexp.select.fresh import TRAIN_ONLY
@@ -80,7 +80,6 @@ ENOUGH = 30  # trials, for an importance to mean something
 ROUNDING = 1e-9
 EDGE = 3  # smallest students over the bar that share an end of a range
 SLICES = ("distillation.alpha", "distillation.temperature", "training.learning_rate")
-NOT_A_VALUE = object()
 
 
 @dataclass(frozen=True)
@@ -344,7 +343,7 @@ def _rows(
     for one in order:
         run = runs[one.run_id]
         found = metrics_of(run, one.variant)
-        values = _values(run, sweep)
+        values = values_of(run, sweep.search)
         rows.append(
             Row(
                 candidate=one,
@@ -365,21 +364,6 @@ def _rows(
 def _images(run: RunRecord) -> dict[str, float]:
     """Of a run's variants it is not recorded again."""
     return {name: run.metrics[name] for name in ("val_samples",) if name in run.metrics}
-
-
-def _values(run: RunRecord, sweep: Sweep) -> dict[str, Any]:
-    """What a trial has of what was searched, by its run's params."""
-    found = {path: _value(run.params.get(path)) for path in sweep.search}
-    return {path: value for path, value in found.items() if value is not NOT_A_VALUE}
-
-
-def _value(text: str | None) -> Any:
-    if text is None:
-        return NOT_A_VALUE
-    try:
-        return json.loads(text)
-    except ValueError:  # a word is stored as it is
-        return text
 
 
 def _network(sweep: Sweep, values: Mapping[str, Any]) -> str:
