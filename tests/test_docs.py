@@ -4,6 +4,7 @@ commands first.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -104,6 +105,18 @@ def test_what_is_shown_in_python_runs(what: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "'0'" in done.stdout or "['0', '1', '2', '3', '4']" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", ["commands", "keys"])
+def test_the_references_are_what_the_program_says(name: str) -> None:
+    spec = importlib.util.spec_from_file_location("references", ROOT / "docs" / "references.py")
+    references = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(references)
+    written = (ROOT / "docs" / f"{name}.md").read_text()
+    assert getattr(references, name)() == written, "python docs/references.py writes them anew"
+    assert all(
+        path in written for path in flatten(Sweep(name="x")) if name == "keys" and "." in path
+    )
 
 
 def test_the_two_commands_stand_on_the_readmes_first_screen() -> None:
