@@ -70,6 +70,12 @@ def test_everything_is_said_and_nothing_is_left(tiny: Sweep, tmp_path: Path) -> 
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_no_storage_is_made_to_look_for_a_study(tiny: Sweep, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'other.db'}"
+    checked(tiny, Settings(stores=tmp_path / "mlruns", storage=storage))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_cached_is_not_made_again_and_trials_that_are_done_not_trained(
     tiny: Sweep, settings: Settings, tracking: Tracking
 ) -> None:

@@ -38,8 +38,9 @@ from kdexp.distill.teacher import Missing, lane_of, last_epoch, missing, network
 from kdexp.distill.train import epochs_of, steps_of
 from kdexp.runs.prepare import read_images
 from kdexp.runs.rehearsed import Recorded, rehearse_recording
+from kdexp.runs.schema import schema_of
 from kdexp.search.sizes import Sized, Sizes, sizes_of
-from kdexp.search.storage import open_storage
+from kdexp.search.storage import OPTUNA, open_storage
 from kdexp.search.study import Begun, check_search, check_study, proposal_seconds
 from kdexp.search.sweep import (
     check_judging,
@@ -230,7 +231,10 @@ def check(
 
 def _begun(sweep: Sweep, settings: Settings) -> Begun | None:
     """The study of this name, if there is one; no store is made to look for it."""
-    there = settings.storage or (settings.stores / "optuna.db").exists()
+    if settings.storage:
+        there = schema_of(settings.storage_url, OPTUNA).age != "new"
+    else:
+        there = (settings.stores / "optuna.db").exists()
     return check_study(sweep, settings) if there else None
 
 
