@@ -94,6 +94,9 @@ def test_what_is_shown_in_python_runs(what: str, tmp_path: Path) -> None:
     if what == "notebook":
         (tmp_path / "digits.yaml").unlink()  # its first cell makes it
     script = "\n".join(PYTHON if what == "guide" else cells)
+    few = '"study.trials": 5, "training.epochs": 3, "teacher.epochs": 3'
+    assert '"study.trials": 12' in script
+    script = script.replace('"study.trials": 12', few)  # as it stands it takes minutes
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "script.py"],
@@ -104,7 +107,7 @@ def test_what_is_shown_in_python_runs(what: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "'0'" in done.stdout or "['0', '1', '2', '3', '4']" in done.stdout, done.stdout
+    assert what == "notebook" or "frontier" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["commands", "keys"])

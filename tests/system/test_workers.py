@@ -201,7 +201,7 @@ def test_stopping_the_command_stops_its_workers(
         "SIGTERM to all": lambda: os.killpg(process.pid, signal.SIGTERM),
     }[how]()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     (line,) = errors.splitlines()
     assert line.startswith("kdexp: Stopped; finished trials are kept")
     assert "kdexp sweep tiny.yaml --set training.epochs=40 --trials 6 --workers 2" in line
