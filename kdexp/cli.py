@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hi
 import typer
 
 from kdexp import KdexpError, __version__, completion
-from kdexp.files import settle
+from kdexp.files import check_output, settle, write_output
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import (
     expanded,
@@ -164,6 +164,17 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "pack": (Pack, None),
 }
 """Options that several commands share, with their defaults: together they are the settings."""
+SWEEPING = (
+    "workers",
+    "pack",
+    "stores",
+    "storage",
+    "tracking_uri",
+    "data_dir",
+    "device",
+    "threads",
+)
+"""Those of a whole sweep, in the order of its help."""
 RULE: dict[str, tuple[Any, Any]] = {
     "bar": (Bar, None),
     "size": (SizeUnit, None),
@@ -229,14 +240,7 @@ def _root(
 
 
 @command(
-    "workers",
-    "pack",
-    "stores",
-    "storage",
-    "tracking_uri",
-    "data_dir",
-    "device",
-    "threads",
+    *SWEEPING,
     example="kdexp sweep digits.yaml --workers 2",
 )
 def sweep(
@@ -284,14 +288,7 @@ def sweep(
 
 
 @command(
-    "workers",
-    "pack",
-    "stores",
-    "storage",
-    "tracking_uri",
-    "data_dir",
-    "device",
-    "threads",
+    *SWEEPING,
     example="kdexp check digits.yaml --workers 2",
 )
 def check(
@@ -602,11 +599,12 @@ def predict(
     """Name the two likeliest classes of images of any size, and how probable they are, by a run's
     student.
     """
-    from kdexp.select.predict import check_output, write_csv
+    from kdexp.distill.images import shown
+    from kdexp.select.predict import write_csv
 
     out = expanded(out) if out else None
     if out:
-        check_output(out)
+        check_output("--out", out, "predictions.csv", shown)
     console = _console()
     from kdexp.environment import configure
     from kdexp.runs.tracking import Tracking
@@ -710,16 +708,17 @@ def report(
     is, the frontier.
     """
     from kdexp.runs.tracking import Tracking
+    from kdexp.runs.views import REPORT
     from kdexp.select import page
 
     output = expanded(output) if output else None
     if output:
-        page.check_output(output)
+        check_output("--output", output, REPORT)
     tracking = Tracking(settings, make=False)
     parent = tracking.study(study)
     text = page.made(parent, _rule(study, tracking, rule), settings, tracking)
     file = output or Path(f"{parent.tags['kdexp.study'].replace('/', '-')}-report.html")
-    page.write(text, file)
+    write_output("--output", file, lambda path: path.write_text(text, "utf-8"))
     print(f"Written:  {file}")
     try:
         page.keep(text, parent, tracking)

@@ -10,7 +10,16 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-__all__ = ["settle", "sha256_of", "write_ahead", "write_atomically"]
+from kdexp import KdexpError
+
+__all__ = [
+    "check_output",
+    "settle",
+    "sha256_of",
+    "write_ahead",
+    "write_atomically",
+    "write_output",
+]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,6 +43,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(option: str, file: Path, example: str, shown: Callable[[Path], str] = str) -> None:
+    """That a file which an option names can be meant to be written, before the work for it. Raises
+    KdexpError.
+    """
+    if file.is_dir():
+        raise KdexpError(
+            f"{option} {shown(file)}: is a folder; name a file in it, such as"
+            f" {shown(file / example)}"
+        )
+
+
+def write_output(
+    option: str,
+    file: Path,
+    write: Callable[[Path], object],
+    shown: Callable[[Path], str] = str,
+) -> None:
+    """Write the file that an option names, whole or not at all. Raises KdexpError."""
+    try:
+        write_atomically(file, write)
+    except OSError as error:
+        raise KdexpError(
+            f"{option} {shown(file)}: cannot be written: {error.strerror}; name another file"
+        ) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -462,8 +462,8 @@ def show_promotion(console: Console, done: Promotion, tracking: str) -> None:
             "Not sure: one training met the bar, it may have been the luckiest of many.",
             style="yellow",
         )
-    accuracy = done.test_repeats.mean if done.test_repeats else done.test_accuracy
-    if short := short_on_test(done.rule, accuracy, done.test_samples):
+    short = short_on_test(done.rule, done.test_accuracy, done.test_samples, done.test_repeats)
+    if short:
         console.print(short, style="yellow")
     _note_looks(console, done.looks)
     console.print(

@@ -25,13 +25,14 @@ from kdexp.distill.datasets import _split, load_splits
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.images import read
 from kdexp.distill.inputs import Input, blank, open_image
+from kdexp.files import check_output
 from kdexp.runs.bench import Bench
 from kdexp.runs.prepare import prepare
 from kdexp.runs.recording import Entry, recorded
 from kdexp.runs.records import load_student
 from kdexp.runs.tracking import Tracking
 from kdexp.screen import show_predictions
-from kdexp.select.predict import Predictions, check_output, predict, write_csv
+from kdexp.select.predict import Predictions, predict, write_csv
 from kdexp.select.promote import register
 from kdexp.select.variants import made
 from kdexp.settings import Settings
@@ -350,7 +351,7 @@ def test_what_cannot_be_done_is_one_clear_line(digits_run, mixed, tmp_path) -> N
         assert says in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(KdexpError, match="is a folder; name a file in it"):
-        check_output(tmp_path)
+        check_output("--out", tmp_path, "predictions.csv")
     done = answers(digits_run, good)
     with pytest.raises(KdexpError, match="cannot be written: "):
         write_csv(done, broken / "p.csv")

@@ -19,6 +19,7 @@ from system.conftest import Kdexp, kdexp_here  # noqa: F401 - a fixture
 from kdexp import KdexpError
 from kdexp.config import Choices, Range, Selection, Sweep
 from kdexp.distill.inputs import Input
+from kdexp.files import check_output, write_output
 from kdexp.runs import svg
 from kdexp.runs.describe import linked
 from kdexp.runs.records import NOTE, recipe_of, sealed
@@ -498,12 +499,15 @@ def test_a_link_is_put_beside_the_others_or_nowhere() -> None:
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path) -> None:
+    def write(path: Path) -> None:
+        path.write_text("é", "utf-8")
+
     with pytest.raises(KdexpError, match=r"--output .*: is a folder; name a file in it"):
-        page.check_output(tmp_path)
+        check_output("--output", tmp_path, "report.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(KdexpError, match=r"--output .*: cannot be written: .*; name another file"):
-        page.write("x", tmp_path / "file" / "report.html")
-    page.write("é", tmp_path / "new" / "report.html")
+        write_output("--output", tmp_path / "file" / "report.html", write)
+    write_output("--output", tmp_path / "new" / "report.html", write)
     assert (tmp_path / "new" / "report.html").read_text("utf-8") == "é"
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["report.html"]
 

@@ -325,6 +325,7 @@ def answered(found: Answer) -> str:
     chosen, low, high = found.candidate, *found.test_interval
     variant = "" if chosen.variant == AS_TRAINED else f" as {chosen.variant}"
     again = f" Train it again: `kdexp reproduce {found.run_id}`."
+    short = short_on_test(found.rule, found.test_accuracy, found.test_samples, found.test_repeats)
     return "\n\n".join(
         [
             _answer(found),
@@ -337,7 +338,7 @@ def answered(found: Answer) -> str:
                 f" {found.test_accuracy:.2%} on test (95 % interval {low:.2%} to {high:.2%},"
                 f" {found.test_samples:,} images){_on_test(found.test_repeats)}."
             ),
-            *(filter(None, [_short(found), found.gain])),
+            *filter(None, [short, found.gain]),
             (
                 f"Rule: {found.rule.goal.replace('_', ' ')} by {_unit(found.rule)}, validation"
                 f" accuracy {requirement(found.rule)}{_limit(found.rule)}."
@@ -460,12 +461,6 @@ def _answer(found: Answer) -> str:
     )
 
 
-def _short(found: Answer) -> str:
-    """Where its repeats, or the one model, are under the bar on test."""
-    accuracy = found.test_repeats.mean if found.test_repeats else found.test_accuracy
-    return short_on_test(found.rule, accuracy, found.test_samples)
-
-
 def _ways_on(found: Answer) -> str:
     """The pages that show more."""
     repeats = {"repeats": view_page(found.experiment_id, REPEATED)}
@@ -481,10 +476,13 @@ def _ways_on(found: Answer) -> str:
     )
 
 
-def short_on_test(rule: Selection, accuracy: float, images: int) -> str:
-    """That a model, or the mean of its repeats, is under the bar on test, and how much that says;
-    nothing where it is not.
+def short_on_test(
+    rule: Selection, accuracy: float, images: int, repeats: FreshSeeds | None = None
+) -> str:
+    """That a model, or the mean of its repeats where there are any, is under the bar on test, and
+    how much that says; nothing where it is not.
     """
+    accuracy = repeats.mean if repeats else accuracy
     short = rule.accuracy_bar - accuracy
     if short <= 0:
         return ""

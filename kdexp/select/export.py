@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from kdexp import KdexpError
 from kdexp.config import Precision
 from kdexp.distill.compact import as_stored
 from kdexp.distill.deploy import Deployed
 from kdexp.distill.evaluate import Evaluation, evaluate
 from kdexp.distill.models import Size
-from kdexp.files import write_atomically
+from kdexp.files import check_output, write_output
 from kdexp.runs.records import load_student, recipe_of
 from kdexp.runs.tracking import Tracking
 from kdexp.select.students import check_student
@@ -55,7 +54,7 @@ def export(
     """
     run, file = tracking.read(run_id), output or Path(f"{run_id}-{precision}.onnx")
     check_student(run, "export", tracking)
-    _check(file)
+    check_output("--output", file, "student.onnx")
     recipe = recipe_of(run, tracking)
     splits = splits_of(run, recipe, settings)
     held_out = not recipe.data.train_on_validation
@@ -64,7 +63,8 @@ def export(
     run = made(run, recipe, precision, splits, tracking)
     verify(run, recipe, precision, splits, tracking, cpu)
     with tempfile.TemporaryDirectory() as temporary:
-        _write(file_of(run, precision, Path(temporary), tracking).read_bytes(), file)
+        content = file_of(run, precision, Path(temporary), tracking).read_bytes()
+    write_output("--output", file, lambda path: path.write_bytes(content))
     found, validation = metrics_of(run, precision), splits.validation
     trained = (
         None
@@ -80,19 +80,3 @@ def export(
         trained_accuracy=run.metrics["val_accuracy"] if trained is None else trained,
         held_out=held_out,
     )
-
-
-def _write(content: bytes, file: Path) -> None:
-    try:
-        write_atomically(file, lambda path: path.write_bytes(content))
-    except OSError as error:
-        raise KdexpError(
-            f"--output {file}: cannot be written: {error.strerror}; name another file"
-        ) from None
-
-
-def _check(file: Path) -> None:
-    if file.is_dir():
-        raise KdexpError(
-            f"--output {file}: is a folder; name a file in it, such as {file / 'student.onnx'}"
-        )

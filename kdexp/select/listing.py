@@ -14,7 +14,7 @@ from kdexp.config import Size, Sweep
 from kdexp.runs.outcome import Outcome
 from kdexp.runs.records import REPEATS, values_of
 from kdexp.runs.tracking import RunRecord, Tracking
-from kdexp.select.promote import candidates, sweep_of, under
+from kdexp.select.promote import candidates_of, ended, sweep_of, under
 from kdexp.selection import Candidate, passes, standing
 
 __all__ = ["StudyRow", "TrialRow", "frontier", "studies_there", "trials_of"]
@@ -79,9 +79,9 @@ def studies_there(tracking: Tracking) -> list[StudyRow]:
 def trials_of(study: RunRecord, tracking: Tracking) -> list[TrialRow]:
     """A study's trials by number, each by the study's own rule. Raises KdexpError."""
     sweep = sweep_of(study, tracking)
-    known = under(sweep.selection, candidates(study, tracking), study, tracking)
-    judged = {candidate.run_id: candidate for candidate in known}
     runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id}, study.experiment_id)
+    known = under(sweep.selection, candidates_of(ended(runs)), study, tracking)
+    judged = {candidate.run_id: candidate for candidate in known}
     rows = dict[int, TrialRow]()
     for run in sorted(runs, key=lambda run: ENDINGS.index(run.status)):
         row = _trial(run, judged.get(run.run_id), sweep)
@@ -117,11 +117,11 @@ def _accuracy(row: TrialRow) -> float:
 
 def _study(run: RunRecord, tracking: Tracking) -> StudyRow:
     trials = tracking.find("trial", {"mlflow.parentRunId": run.run_id}, run.experiment_id)
-    ended = [trial for trial in trials if trial.status == "FINISHED"]
+    finished = [trial for trial in trials if trial.status == "FINISHED"]
     metrics, parameters = run.metrics, run.metrics.get("selected_parameters")
     return StudyRow(
         study=run.tags["kdexp.study"],
-        trials=len(ended),
+        trials=len(finished),
         accuracy_bar=_bar(run, tracking),
         selected_parameters=None if parameters is None else int(parameters),
         selected_val_accuracy=metrics.get("selected_val_accuracy"),
@@ -139,19 +139,19 @@ def _bar(run: RunRecord, tracking: Tracking) -> float | None:
 
 
 def _trial(run: RunRecord, known: Candidate | None, sweep: Sweep) -> TrialRow:
-    ended = Outcome.recorded(run) if "val_accuracy" in run.metrics and _ended(run) else None
-    low, high = ended.val_interval if ended and ended.val_samples else (None, None)
-    size, repeats = ended.size if ended else None, run.tags.get(REPEATS)
+    end = Outcome.recorded(run) if "val_accuracy" in run.metrics and _ended(run) else None
+    low, high = end.val_interval if end and end.val_samples else (None, None)
+    size, repeats = end.size if end else None, run.tags.get(REPEATS)
     return TrialRow(
         trial=int(run.tags["kdexp.trial"]),
         repeats=None if repeats is None else int(repeats),
         fold=int(run.params.get("data.fold", 0)),
-        state=ended.state if ended else run.tags.get("kdexp.state", run.status.lower()),
+        state=end.state if end else run.tags.get("kdexp.state", run.status.lower()),
         parameters=size.parameters if size else None,
         multiply_adds=size.multiply_adds if size else None,
         bytes=size.bytes if size else None,
         activation_bytes=size.activation_bytes if size else None,
-        val_accuracy=ended.val_accuracy if ended else None,
+        val_accuracy=end.val_accuracy if end else None,
         val_low=low,
         val_high=high,
         test_accuracy=run.metrics.get("test_accuracy"),

@@ -16,9 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kdexp import KdexpError
 from kdexp.config import Selection
-from kdexp.files import write_atomically
 from kdexp.runs import svg
 from kdexp.runs.describe import in_bytes, linked, short_on_test
 from kdexp.runs.records import LONGEST_NOTE, NOTE, PARTS, log_text
@@ -29,7 +27,7 @@ from kdexp.select.report import ENOUGH, Report, Row, Slice, gathered
 from kdexp.selection import AS_TRAINED, requirement
 from kdexp.settings import Settings, in_one_line
 
-__all__ = ["REPORT", "check_output", "html", "keep", "kept", "made", "write"]
+__all__ = ["html", "keep", "kept", "made"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 FOLDED = 300  # students of the folded table, of a study with more
@@ -111,24 +109,6 @@ def kept(study: RunRecord, rule: Selection, settings: Settings, tracking: Tracki
         again = shlex.join(["kdexp", "report", study.tags["kdexp.study"]])
         return f"No report was written: {in_one_line(error)} ({again} tries it again)"
     return ""
-
-
-def check_output(file: Path) -> None:
-    """Before any work, that a report can have that name. Raises KdexpError."""
-    if file.is_dir():
-        raise KdexpError(
-            f"--output {file}: is a folder; name a file in it, such as {file / REPORT}"
-        )
-
-
-def write(text: str, file: Path) -> None:
-    """The page as a file, whole or not at all. Raises KdexpError."""
-    try:
-        write_atomically(file, lambda path: path.write_text(text, "utf-8"))
-    except OSError as error:
-        raise KdexpError(
-            f"--output {file}: cannot be written: {error.strerror}; name another file"
-        ) from None
 
 
 def keep(text: str, study: RunRecord, tracking: Tracking) -> None:

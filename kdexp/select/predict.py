@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdexp import KdexpError
 from kdexp.config import Recipe, Variant
 from kdexp.distill.datasets import DataError, Split
 from kdexp.distill.folders import images_below, listed
 from kdexp.distill.images import Picture, Unreadable, shown
 from kdexp.distill.inputs import blank, open_image, probabilities
 from kdexp.distill.inspection import Seen, seen_of, what_was_done
-from kdexp.files import write_atomically
+from kdexp.files import write_output
 from kdexp.runs.records import input_of, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.select.students import student_named
@@ -34,7 +33,6 @@ __all__ = [
     "Prediction",
     "Predictions",
     "Reading",
-    "check_output",
     "input_like",
     "predict",
     "write_csv",
@@ -144,21 +142,7 @@ def write_csv(done: Predictions, file: Path) -> None:
                 for row in done.rows
             )
 
-    try:
-        write_atomically(file, write)
-    except OSError as error:
-        raise KdexpError(
-            f"--out {shown(file)}: cannot be written: {error.strerror}; name another file"
-        ) from None
-
-
-def check_output(file: Path) -> None:
-    """That a file can be meant to be written, before the work for it. Raises KdexpError."""
-    if file.is_dir():
-        raise KdexpError(
-            f"--out {shown(file)}: is a folder; name a file in it, such as"
-            f" {shown(file / 'predictions.csv')}"
-        )
+    write_output("--out", file, write, shown)
 
 
 def input_like(run: RunRecord, recipe: Recipe, settings: Settings, tracking: Tracking) -> Split:

@@ -77,6 +77,7 @@ __all__ = [
     "Gain",
     "Promotion",
     "candidates",
+    "candidates_of",
     "ended",
     "gain",
     "its_repeats",
@@ -280,7 +281,11 @@ def _promote(
 
 def candidates(study: RunRecord, tracking: Tracking) -> list[Candidate]:
     """Every trial of a study that ended with weights, by trial number, with its repeats."""
-    runs = _trials(study, tracking)
+    return candidates_of(_trials(study, tracking))
+
+
+def candidates_of(runs: Sequence[RunRecord]) -> list[Candidate]:
+    """The same out of the runs of a study's trials that have ended: see `ended`."""
     repeats = _repeats(runs)
     first = {
         int(run.tags["kdexp.trial"]): Outcome.recorded(run)

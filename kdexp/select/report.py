@@ -29,7 +29,7 @@ from kdexp.search.learned import importances, not_trained
 from kdexp.select.fresh import TRAIN_ONLY
 from kdexp.select.mistakes import Mistakes, mistakes_of
 from kdexp.select.promote import (
-    candidates,
+    candidates_of,
     ended,
     gain,
     its_repeats,
@@ -266,9 +266,7 @@ def gathered(study: RunRecord, rule: Selection, settings: Settings, tracking: Tr
     sweep = sweep_of(study, tracking)
     every = tracking.find("trial", {"mlflow.parentRunId": study.run_id}, study.experiment_id)
     runs = {run.run_id: run for run in ended(every)}
-    # those that ended meanwhile are for the next report
-    known = [one for one in candidates(study, tracking) if one.run_id in runs]
-    known = under(rule, known, study, tracking)
+    known = under(rule, candidates_of(list(runs.values())), study, tracking)
     trials = _with_variants(known, runs)
     rows = _rows(trials, runs, sweep, rule)
     teacher = _teacher(sweep, list(runs.values()), tracking)
