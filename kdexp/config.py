@@ -346,6 +346,12 @@ class Teacher(Network, Training):
 
     architecture: str = Field("resnet50", description="as the student's")
     weights: str | None = Field(None, description="a checkpoint: .safetensors, .pt or .pth")
+    start: str | None = Field(
+        None,
+        json_schema_extra=LATER,
+        description="a checkpoint that its training begins from; a head for other classes is drawn"
+        " anew",
+    )
     members: int = Field(
         1,
         ge=1,
@@ -375,6 +381,12 @@ class Teacher(Network, Training):
         """
         fold = 0 if self.shared else data.fold
         return data.model_copy(update={"fold": fold, "train_on_validation": False})
+
+    @model_validator(mode="after")
+    def _weights_are_used_or_trained_on(self) -> Self:
+        if self.weights is not None and self.start is not None:
+            raise ValueError("weights are used as they are, start is trained further: give one")
+        return self
 
     @model_validator(mode="after")
     def _epoch_is_one_of_the_epochs(self) -> Self:

@@ -22,10 +22,13 @@ from kdexp.distill.evaluate import evaluate, logits_of
 from kdexp.distill.execution import choose
 from kdexp.distill.logits import CacheProgress
 from kdexp.distill.models import build, weights_hash
-from kdexp.distill.packs import Lane
+from kdexp.distill.packs import Lane, fresh
 from kdexp.distill.teacher import (
     Ensemble,
     TeacherError,
+    WeightsRead,
+    lane_of,
+    missing,
     prepare_teacher,
     read_weights,
     write_atomically,
@@ -592,3 +595,77 @@ def test_each_fold_has_a_teacher_of_its_own_unless_it_is_shared(tmp_path, digits
     module.load_state_dict(read_weights(other.weights, module))
     held_out = evaluate(module, digits.cut_by(fold(3)).validation)
     assert (other.val_correct, other.val_samples) == (held_out.correct, held_out.samples)
+
+
+BEGUN = {
+    "optimizer": "sgd",
+    "learning_rate": 1e-9,
+    "weight_decay": 0.0,
+    "epochs": 1,
+    "max_steps": 1,
+}
+"""A training that leaves its weights where they begin."""
+
+
+def test_a_training_begins_from_a_checkpoint_and_its_content_counts_not_its_place(
+    tmp_path, digits
+) -> None:
+    first, _ = prepared(tmp_path, digits)
+    save_file(load_file(first.weights), tmp_path / "elsewhere.safetensors")
+    begun = TEACHER.model_copy(update={**BEGUN, "start": str(first.weights)})
+    tuned, events = prepared(tmp_path, digits, begun)
+    assert [type(e) for e in events[:2]] == [WeightsRead, EpochReport]
+    assert events[0].said == str(first.weights)
+    assert tuned.start_sha256 == first.sha256
+    assert tuned.sha256 != first.sha256  # BatchNorm's statistics moved by one batch
+    state, start = load_file(tuned.weights), load_file(first.weights)
+    for name, _ in build(TEACHER, digits.train).named_parameters():
+        assert torch.allclose(state[name], start[name], atol=1e-6)
+    moved = begun.model_copy(update={"start": str(tmp_path / "elsewhere.safetensors")})
+    again, events = prepared(tmp_path, digits, moved)
+    assert events == []
+    assert again.sha256 == tuned.sha256
+    other = {name: tensor * 1.5 for name, tensor in load_file(first.weights).items()}
+    save_file(other, tmp_path / "elsewhere.safetensors")
+    _, events = prepared(tmp_path, digits, moved)
+    assert any(isinstance(event, EpochReport) for event in events)
+
+
+def test_a_head_for_other_classes_is_drawn_from_the_seed_and_named(tmp_path, digits) -> None:
+    first, _ = prepared(tmp_path, digits)
+    state = {n: t for n, t in load_file(first.weights).items() if t.ndim}  # as before PyTorch 0.4.1
+    head = sorted(name for name in state if len(state[name]) == 10)
+    file = tmp_path / "of7.safetensors"
+    save_file(state | {name: state[name][:7].clone() for name in head}, file)
+    begun = TEACHER.model_copy(update={**BEGUN, "start": str(file)})
+    tuned, events = prepared(tmp_path, digits, begun)
+    assert events[0].said == f"{file}; drawn anew: {', '.join(head)}"
+    drawn, found = fresh(lane_of(begun), digits.train).state_dict(), load_file(tuned.weights)
+    for name, _ in build(TEACHER, digits.train).named_parameters():
+        origin = drawn if name in head else state
+        assert torch.allclose(found[name], origin[name], atol=1e-6)
+    assert missing(begun, DATA, digits, tmp_path).trainings == 0
+
+
+def test_what_no_training_can_begin_from_is_said(tmp_path, digits) -> None:
+    with pytest.raises(
+        TeacherError, match=r"nowhere.pt: no such checkpoint; correct teacher.start"
+    ):
+        prepared(tmp_path, digits, TEACHER.model_copy(update={"start": "nowhere.pt"}))
+    first, _ = prepared(tmp_path, digits)
+    other = TEACHER.model_copy(update={"channels": (8, 24), "start": str(first.weights)})
+    with pytest.raises(TeacherError, match=r"wrong shape: .*\(16, 8, 3, 3\).*\(24, 8, 3, 3\)"):
+        prepared(tmp_path, digits, other)
+    with pytest.raises(ValueError, match="weights are used as they are, start is trained further"):
+        Teacher(weights="a.pt", start="b.pt")
+
+
+def test_each_member_of_an_ensemble_begins_from_the_same_checkpoint(tmp_path, digits) -> None:
+    first, _ = prepared(tmp_path, digits)
+    both = TEACHER.model_copy(update={"start": str(first.weights), "epochs": 1, "members": 2})
+    teacher, events = prepared(tmp_path, digits, both)
+    assert sum(isinstance(event, EpochReport) for event in events) == 2
+    assert teacher.val_accuracy > first.val_accuracy, (teacher.val_accuracy, first.val_accuracy)
+    alone, events = prepared(tmp_path, digits, both.model_copy(update={"members": 1}))
+    assert not any(isinstance(event, EpochReport) for event in events)
+    assert alone.start_sha256 == first.sha256

@@ -8,7 +8,7 @@ Nothing of a lane reaches another: its result depends on K and on its slot, not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
@@ -55,6 +55,8 @@ class Lane:
     network: Network
     training: Training
     distillation: Distillation
+    start: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """The weights that it begins from; None: they are drawn."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Lane:
@@ -588,7 +590,10 @@ def _columns(
 def fresh(lane: Lane, like: Split) -> nn.Module:
     """A lane's network at its start: the same weights whatever was drawn before."""
     with drawing(lane.training.seed):
-        return build(lane.network, like)
+        module = build(lane.network, like)
+    if lane.start is not None:
+        module.load_state_dict(lane.start)
+    return module
 
 
 def _unstored(module: nn.Module) -> dict[str, Tensor]:

@@ -34,10 +34,10 @@ from kdexp.distill.logits import (
     mapped,
     passes_left,
 )
-from kdexp.distill.models import build, layout_of, weights_hash
-from kdexp.distill.packs import Lane
+from kdexp.distill.models import build, layout_of, outline, weights_hash
+from kdexp.distill.packs import Lane, fresh
 from kdexp.distill.train import EpochReport, TeacherLogits, epochs_of, train
-from kdexp.distill.weights import TeacherError, find_weights, read_weights
+from kdexp.distill.weights import Found, TeacherError, find_weights, read_weights
 from kdexp.files import write_atomically
 from kdexp.surroundings import expanded
 
@@ -92,6 +92,8 @@ class CachedTeacher:
     weights: Path
     history: tuple[Mapping[str, int | float], ...]
     cache: Path
+    start_sha256: str | None = None
+    """Of the weights that its training began from; None: they were drawn."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled for another process without the logits: there they are mapped from the same
@@ -145,7 +147,7 @@ def prepare_teacher(
     it makes them.
 
     It holds out what its students do; where it is shared, fold 0, whatever they hold out. It is
-    measured on that.
+    measured on that. Its training may begin from a checkpoint's weights (`teacher.start`).
     `weights` overrides the recipe's checkpoint (reproduction takes it from the run's record). Given
     the one `training` that all students share in seed and epochs, the cache may hold its draws
     only; with `whole` it serves trainings on every fold. Raises TeacherError.
@@ -154,8 +156,10 @@ def prepare_teacher(
     given = weights or (expanded(teacher.weights) if teacher.weights else None)
     held = teacher.data(data)
     own = splits if data == held else splits.cut_by(held)
+    start = None
     if given is None:
-        home = yield from _trained(teacher, held, own, folder)
+        start = _start(teacher, splits.train)
+        home = yield from _trained(teacher, held, own, folder, start)
         module.load_state_dict(_own_weights(home, module))
     else:
         found = find_weights(given, module)
@@ -180,6 +184,7 @@ def prepare_teacher(
         weights=home / WEIGHTS,
         history=history,
         cache=cache.file,
+        start_sha256=weights_hash(start.state) if start else None,
     )
 
 
@@ -190,21 +195,36 @@ def network_of(teacher: Teacher, like: Split) -> nn.Module:
     return Ensemble([build(teacher, like) for _ in range(teacher.members)])
 
 
+def _start(teacher: Teacher, like: Split) -> Found | None:
+    """The weights that the training of each member begins from, of the checkpoint that the recipe
+    names; a head for other classes is drawn from its seed. Raises TeacherError.
+    """
+    if teacher.start is None:
+        return None
+    module = fresh(lane_of(teacher), like)
+    wider = outline(teacher, replace(like, classes=(*like.classes, "one more"))).state_dict()
+    head = {name for name, own in module.state_dict().items() if own.shape != wider[name].shape}
+    return find_weights(expanded(teacher.start), module, head)
+
+
 def _trained(
-    teacher: Teacher, data: Data, splits: Splits, folder: Path
-) -> Generator[EpochReport, None, Path]:
+    teacher: Teacher, data: Data, splits: Splits, folder: Path, start: Found | None
+) -> Generator[EpochReport | WeightsRead, None, Path]:
     """The home of a recipe's weights and history; trained now where they are not there."""
-    home = _home(teacher, data, splits, folder)
+    home = _home(teacher, data, splits, folder, start)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):  # N processes that start together train it once
         if not (home / WEIGHTS).exists() and teacher.members == 1:
             check_network(teacher, splits.train)
-            yield from _train(teacher, data, splits, home)
+            if start:
+                yield WeightsRead(start.said)
+            yield from _train(teacher, data, splits, home, start)
         elif not (home / WEIGHTS).exists():
             homes = []
             # each at home where it would be alone: more members train only the new
             for alone in _members(teacher):
-                homes.append((yield from _trained(alone, data, splits, folder)))
+                own = _start(alone, splits.train)
+                homes.append((yield from _trained(alone, data, splits, folder, own)))
             _unite(homes, Ensemble([build(teacher, splits.train) for _ in homes]), home)
     return home
 
@@ -232,7 +252,7 @@ def missing(
     """
     module, held = network_of(teacher, splits.train), teacher.data(data)
     own = splits if data == held else splits.cut_by(held)
-    home = _home(teacher, held, own, folder)
+    home = _home(teacher, held, own, folder, _start(teacher, splits.train))
     trainings, sha256 = 0, None
     if teacher.weights:
         module.load_state_dict(find_weights(expanded(teacher.weights), module).state)
@@ -240,15 +260,22 @@ def missing(
     elif (home / WEIGHTS).exists():
         sha256 = weights_hash(_own_weights(home, module))
     else:
-        homes = [_home(alone, held, own, folder) for alone in _members(teacher)]
+        homes = [
+            _home(alone, held, own, folder, _start(alone, splits.train))
+            for alone in _members(teacher)
+        ]
         trainings = sum(not (home / WEIGHTS).exists() for home in homes)
     left = passes_left(sha256, data, splits, folder, training, own.validation, whole)
     return Missing(trainings, left)
 
 
-def _home(teacher: Teacher, data: Data, splits: Splits, folder: Path) -> Path:
-    """Where a teacher of these images is kept."""
-    return folder / digest(identity(teacher), identity(data), *fingerprints(splits))[:16]
+def _home(teacher: Teacher, data: Data, splits: Splits, folder: Path, start: Found | None) -> Path:
+    """Where a teacher of these images is kept. The weights that it began from count, not where they
+    were read.
+    """
+    recipe = identity(teacher.model_copy(update={"start": None}))
+    begun = [f"start {weights_hash(start.state)}"] if start else []
+    return folder / digest(recipe, identity(data), *fingerprints(splits), *begun)[:16]
 
 
 def _members(teacher: Teacher) -> list[Teacher]:
@@ -292,10 +319,11 @@ def _holds(home: Path, module: nn.Module) -> bool:
 
 
 def _train(
-    teacher: Teacher, data: Data, splits: Splits, home: Path
+    teacher: Teacher, data: Data, splits: Splits, home: Path, start: Found | None
 ) -> Generator[EpochReport, None, None]:
     last = last_epoch(teacher, len(splits.train))
     lane, checkpoints = lane_of(teacher), Checkpoints(home)
+    lane = replace(lane, start=start.state) if start else lane
     how = choose([lane], splits.train)
     begun = checkpoints.load("teacher")
     made_by = {"kdexp": __version__, "torch": torch.__version__, **how.record(0)}

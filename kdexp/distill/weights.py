@@ -12,8 +12,8 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +100,31 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     return find_weights(path, module).state
 
 
-def find_weights(path: Path, module: nn.Module) -> Found:
-    """The one dict of tensors in a checkpoint that fits `module`, and where it was. Raises
-    TeacherError.
+def find_weights(path: Path, module: nn.Module, head: Collection[str] = ()) -> Found:
+    """The one dict of tensors in a checkpoint that fits `module`, and where it was. Those named in
+    `head` need not fit: then they stay as they are in `module`. Raises TeacherError.
     """
     if not path.is_file():
+        key, without = ("start", "from scratch") if head else ("weights", "one")
         raise TeacherError(
-            f"{path}: no such checkpoint; correct teacher.weights, or set it to null to train one"
+            f"{path}: no such checkpoint; correct teacher.{key}, or set it to null to train"
+            f" {without}"
         )
     expected, states = module.state_dict(), list(_states(_load(path)))
     if not states:
         raise TeacherError(f"{path}: holds no weights by name; save the network's state_dict()")
     candidates = [
-        candidate for keys, state in states for candidate in _candidates(keys, state, expected)
+        _less(candidate, head, expected)
+        for keys, state in states
+        for candidate in _candidates(keys, state, expected)
     ]
-    fitting = [candidate for candidate in candidates if not _unlike(candidate.state, expected)]
+    fitting = [c for c in candidates if not _unlike(c.state, _due(c.state, head, expected))]
     if not fitting:
         _check_members(path, states, expected)
         nearest = min(candidates, key=lambda c: (_distance(c.state, expected), c.rank))
         raise TeacherError(
             f"{path}{f' ({nearest.place})' if nearest.place else ''}:"
-            f" {_what_differs(nearest.state, expected)}"
+            f" {_what_differs(nearest.state, _due(nearest.state, head, expected))}"
         )
     taken = min(fitting, key=lambda candidate: candidate.rank)
     if taken.prefix.startswith(f"{MEMBERS}."):
@@ -145,6 +149,8 @@ def find_weights(path: Path, module: nn.Module) -> Found:
         else []
     )
     said += [f"not taken: {other.place}, which fits too and differs" for other in others[:2]]
+    drawn = sorted(set(head) - taken.state.keys())
+    said += [f"drawn anew: {', '.join(drawn)}"] if drawn else []
     return Found(
         {name: taken.state.get(name, tensor) for name, tensor in expected.items()}, "; ".join(said)
     )
@@ -304,6 +310,21 @@ def _candidates(keys: tuple[str, ...], state: State, expected: State) -> Iterato
             else "".join(written) or prefix
         )
         yield _Candidate(keys, shown, taken, tuple(sorted(beside | (state.keys() - within.keys()))))
+
+
+def _less(candidate: _Candidate, head: Collection[str], expected: State) -> _Candidate:
+    """A candidate without the tensors of a head for other classes."""
+    state = {
+        name: tensor
+        for name, tensor in candidate.state.items()
+        if name not in head or tensor.shape == expected[name].shape
+    }
+    return replace(candidate, state=state)
+
+
+def _due(state: State, head: Collection[str], expected: State) -> State:
+    """What of a network a state must hold."""
+    return {name: tensor for name, tensor in expected.items() if name in state or name not in head}
 
 
 def _unlike(state: State, expected: State) -> bool:

@@ -124,6 +124,7 @@ def _record_teacher(recipe: Recipe, teacher: CachedTeacher, splits: Splits, benc
         tags={
             "kdexp.weights_sha256": teacher.sha256,
             "mlflow.note.content": describe.of_teacher(recipe, teacher),
+            **({"kdexp.start_sha256": teacher.start_sha256} if teacher.start_sha256 else {}),
         },
     )
     with closed(run_id, tracking), tempfile.TemporaryDirectory() as temporary:
