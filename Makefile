@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: sweep test lint audit clean
+.PHONY: sweep test lint audit docs clean
 
 sweep: $(VENV)/.kdexp
 	$(BIN)/kdexp sweep sweeps/digits.yaml
@@ -19,6 +19,11 @@ lint: $(VENV)/.lint
 
 audit: $(VENV)/.lint
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --progress-spinner off
+
+# A page, a link or a heading that does not hold fails.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env --conf-dir docs . build/docs
+	@cp build/docs/README.html build/docs/index.html && echo build/docs/index.html
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -38,4 +43,8 @@ $(VENV)/.test: $(VENV)/.kdexp
 
 $(VENV)/.lint: $(VENV)/.kdexp
 	$(PIP) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.kdexp
+	$(PIP) -e '.[docs]'
 	@touch $@
