@@ -1,5 +1,6 @@
 """MLflow's pages as a browser that was never there shows them, by the links that kdexp ui prints on
-127.0.0.1.
+127.0.0.1: those of the MLflow that is locked, and of its newest release where the package registry
+has one.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,11 +53,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def kdexp(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+def kdexp(
+    folder: Path, *arguments: str, code: int = 0, **variables: str
+) -> subprocess.CompletedProcess:
     done = subprocess.run(
         command(*arguments),
         cwd=folder,
-        env=environment(),
+        env=environment() | variables,
         capture_output=True,
         text=True,
         timeout=180,
@@ -69,14 +74,33 @@ def studies(place) -> Tracking:
     return Tracking(Settings(stores=place / "mlruns"))
 
 
+@pytest.fixture(scope="module", params=["locked", pytest.param("newest", marks=pytest.mark.slow)])
+def served(request, place, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The stores that are served, and the variables that let another MLflow serve them."""
+    if request.param == "locked":
+        return place, {}
+    packages, copy = (tmp_path_factory.mktemp(name) for name in ("mlflow", "newest"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
+    names = ("mlflow", "mlflow-skinny", "mlflow-tracing")
+    got = subprocess.run([*pip, *names], capture_output=True, text=True, check=False)
+    if got.returncode:
+        pytest.skip(f"the package registry could not be asked: {got.stderr.splitlines()[-1:]}")
+    if list(packages.glob(f"mlflow-{version('mlflow')}.dist-info")):
+        pytest.skip("the locked MLflow is the newest")
+    shutil.copytree(place, copy, dirs_exist_ok=True)
+    newest = {"PYTHONPATH": str(packages)}
+    kdexp(copy, "doctor", "--upgrade", **newest)
+    return copy, newest
+
+
 @pytest.fixture(scope="module")
-def printed(place) -> Iterator[dict[tuple[str, str], str]]:
+def printed(served) -> Iterator[dict[tuple[str, str], str]]:
     """What kdexp ui prints, by study and kind of page, while it runs."""
-    port = free_port()
+    port, (folder, variables) = free_port(), served
     server = subprocess.Popen(
         command("ui", "--port", str(port)),
-        cwd=place,
-        env=environment(),
+        cwd=folder,
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
