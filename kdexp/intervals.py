@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
 from scipy.optimize import brentq
-from scipy.special import stdtrit  # Student's t, inverted
+from scipy.special import bdtrik, stdtrit  # the binomial distribution and Student's t, inverted
 
-__all__ = ["mean_interval", "mean_low", "paired_interval", "wilson_interval", "wilson_low"]
+__all__ = [
+    "luckiest",
+    "mean_interval",
+    "mean_low",
+    "paired_interval",
+    "wilson_interval",
+    "wilson_low",
+]
 
 TINY = 1e-18  # in the place of a spread of 0, at an end
 
@@ -61,6 +68,13 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     quantile = float(stdtrit(count - 1, (1 + level) / 2))
     half = quantile * stdev(values) / math.sqrt(count)
     return mean - half, mean + half
+
+
+def luckiest(accuracy: float, samples: int, models: int) -> float:
+    """What the luckiest of so many models, all truly of this accuracy, shows on so many images of
+    its own: the median of their maximum, which is the 0.5^(1 / models) quantile of one.
+    """
+    return math.ceil(bdtrik(0.5 ** (1 / models), samples, accuracy)) / samples
 
 
 def paired_interval(

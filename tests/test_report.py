@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import random
 import re
+import statistics
 import tarfile
 from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from browser.test_ui import words
 from conftest import CPU, drain, migrated_store, stores_in, tiny_sweep
@@ -18,8 +22,11 @@ from system.conftest import Kdexp, kdexp_here  # noqa: F401 - a fixture
 
 from kdexp import KdexpError
 from kdexp.config import Choices, Range, Selection, Sweep
+from kdexp.distill.datasets import load_splits
+from kdexp.distill.evaluate import logits_of
 from kdexp.distill.inputs import Input
 from kdexp.files import check_output, write_output
+from kdexp.intervals import luckiest
 from kdexp.runs import svg
 from kdexp.runs.describe import linked
 from kdexp.runs.records import NOTE, recipe_of, sealed
@@ -28,10 +35,10 @@ from kdexp.search.learned import importances, not_trained
 from kdexp.search.sweep import TrialFinished, run_sweep
 from kdexp.select import page
 from kdexp.select.confirm import confirm
-from kdexp.select.mistakes import Mistakes, mistakes_of
+from kdexp.select.mistakes import Bin, Mistakes, mistakes_of
 from kdexp.select.promote import promote, sweep_of
 from kdexp.select.report import Measured, Report, gathered
-from kdexp.select.variants import made, splits_of
+from kdexp.select.variants import load_variant, made, splits_of
 from kdexp.selection import AS_TRAINED, requirement
 from kdexp.settings import Settings
 
@@ -141,6 +148,66 @@ def test_what_it_gets_wrong_is_what_its_accuracy_leaves(report, store) -> None:
     assert f"{found.wrong} of {found.images} validation images" in text
     true, taken, n, total = found.pairs(1)[0]
     assert f"Most often it takes {true} for {taken} ({n} of {total})" in text
+
+
+def test_how_sure_it_is_and_where_it_was_surest_and_wrong(report, store) -> None:
+    run = store.read(store.study("tiny").tags["kdexp.selected_run"])
+    found = mistakes_of(run, AS_TRAINED, store)
+    assert found is not None
+    assert sum(each.images for each in found.bins) == found.images
+    assert sum(each.right for each in found.bins) == found.images - found.wrong
+    assert len(found.surest) == min(found.wrong, 12)
+    sure = [each.probability for each in found.surest]
+    assert sure == sorted(sure, reverse=True)
+    recipe = recipe_of(run, store)
+    splits = load_splits(recipe.data, Path("data"))
+    student = load_variant(run, recipe, AS_TRAINED, splits.validation, store)
+    logits = logits_of(student, splits.validation).double()
+    wrong = logits.argmax(1) != splits.validation.labels
+    assert sure[0] == pytest.approx(float(logits.softmax(1).max(1).values[wrong].max()))
+    shown = [PIL.Image.open(io.BytesIO(base64.b64decode(each.png))) for each in found.surest]
+    held = {image.numpy().tobytes() for image in splits.validation.images[wrong]}
+    assert all(image.size == (8, 8) and image.tobytes() in held for image in shown)
+    for each in found.surest:
+        assert each.true != each.taken
+        assert found.counts[each.true, each.taken] >= 1
+    text = page.html(report)
+    assert text.count('src="data:image/png;base64,') == len(shown)
+    assert f"{100 * found.calibration_error:.1f} points off" in words(text)
+
+
+def test_a_calibration_error_is_the_mean_distance_by_images() -> None:
+    bins = (Bin(3, 1, 0.5), Bin(7, 7, 0.9))
+    known = Mistakes(("a", "b"), {(0, 0): 8, (0, 1): 2}, bins)
+    assert known.calibration_error == pytest.approx((0.5 + 0.7) / 10)
+
+
+def test_what_a_former_version_counted_is_shown_without_pictures(report) -> None:
+    counted = Mistakes(("a", "b"), {(0, 0): 3, (0, 1): 2})
+    text = page.html(replace(report, mistakes=counted))
+    assert "2 of 5 validation images" in words(text)
+    assert "base64" not in text
+    assert "believed" not in text
+
+
+def test_accuracy_is_shown_against_each_size_and_beside_luck(report) -> None:
+    text = page.html(report)
+    units = re.findall(r'<label for="size-\d">([^<]+)</label>', text)
+    assert units == ["parameters", "multiply-adds", "bytes"]
+    for unit in units:
+        assert f">{unit} (log scale)</text>" in text
+    assert text.count(' name="size"') == 3
+    by_bytes = replace(report, rule=report.rule.model_copy(update={"size": "bytes"}))
+    first = re.findall(r'<label for="size-1">([^<]+)</label>', page.html(by_bytes))
+    assert first == ["bytes"]
+    lucky = luckiest(LOW.accuracy_bar, report.rows[0].val.images, len(report.rows))
+    assert f"luck: to {100 * lucky:.2f} %" in words(text)
+    drawn = random.Random(7)
+    best = [
+        max(sum(drawn.random() < 0.9 for _ in range(200)) for _ in range(20)) / 200
+        for _ in range(301)
+    ]
+    assert luckiest(0.9, 200, 20) == pytest.approx(statistics.median(best), abs=0.006)
 
 
 def test_forms_are_shown_once_they_were_measured(place, store) -> None:

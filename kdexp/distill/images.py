@@ -19,6 +19,7 @@ what Pillow's `convert` and `resize` give.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -29,13 +30,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from kdexp import KdexpError
 
-__all__ = ["DataError", "Picture", "Unreadable", "is_image", "quietly", "read", "shown"]
+__all__ = ["DataError", "Picture", "Unreadable", "is_image", "png_of", "quietly", "read", "shown"]
 
 BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000")
 """Known by their first bytes, whatever the file is called. The others are believed under their own
@@ -88,6 +90,15 @@ def read(file: Path, size: int, channels: int) -> Picture:
         raise
     except Exception as error:  # each of Pillow's decoders fails in its own way at damaged files
         raise Unreadable(_reason(error, file)) from None
+
+
+def png_of(pixels: np.ndarray[Any, np.dtype[np.uint8]], longest: int) -> bytes:
+    """8-bit pixels, (1 or 3, height, width), as a PNG file, no side of it longer than `longest`."""
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    image.thumbnail((longest, longest))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
 
 
 def is_image(file: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from kdexp.runs.plots import BLUE, GREEN, GREY, ORANGE, drawing
 
-__all__ = ["Dot", "frontier", "slice_of"]
+__all__ = ["Dot", "frontier", "reliability", "slice_of"]
 
 INK = "#333333"
 NAMELESS = re.compile(r'<g id="[^"]*"')  # of many pictures in one page
@@ -48,11 +48,17 @@ def frontier(
     teacher: float | None,
     labels_only: float | None,
     unit: str,
+    lucky: float | None = None,
 ) -> str:
-    """Validation accuracy over size: the dots, ordered by size, the bar, the limit, and the best so
-    far as a step line; the accuracies of the teacher and of labels only as dashed lines.
+    """Validation accuracy over size: the dots, the bar, the limit, and the best up to each size as
+    a step line; the accuracies of the teacher and of labels only as dashed lines; between the bar
+    and `lucky` a pale band.
     """
     figure, axes = _figure(9.0, 4.6)
+    dots = sorted(dots, key=lambda dot: dot.x)
+    axes.axhline(100 * bar, color=GREEN, linewidth=1.4, zorder=1)
+    if lucky is not None:
+        axes.axhspan(100 * bar, 100 * lucky, color=GREEN, alpha=0.12, linewidth=0, zorder=0)
     for dot in dots:
         if dot.interval and (dot.selected or dot.control):
             axes.plot([dot.x] * 2, _percent(dot.interval), color=GREY, linewidth=1, zorder=1)
@@ -65,22 +71,39 @@ def frontier(
             dashed.set_linestyle((0, (5, 4)))
     if limit:
         axes.axvline(limit, color=GREY, linewidth=1.2, linestyle=(0, (1, 3)), zorder=1)
-    _dots(axes, dots, bar)
+    _dots(axes, dots)
     axes.set(xlabel=f"{unit} (log scale)", ylabel="validation accuracy, %")
     if dots and dots[0].x == dots[-1].x and not limit:  # one size: it stands in the middle
         axes.set_xlim(dots[0].x / 2, 2 * dots[0].x)
     _log(axes)
-    return _text(figure, "frontier", dots)
+    return _text(figure, f"frontier {unit}", dots)
 
 
 def slice_of(dots: Sequence[Dot], bar: float, log: bool, name: str) -> str:
     """Validation accuracy over one searched number."""
     figure, axes = _figure(4.4, 3.0)
-    _dots(axes, dots, bar)
+    axes.axhline(100 * bar, color=GREEN, linewidth=1.4, zorder=1)
+    _dots(axes, dots)
     axes.set(xlabel=name, ylabel="validation accuracy, %")
     if log:
         _log(axes)
     return _text(figure, name, dots)
+
+
+def reliability(dots: Sequence[Dot]) -> str:
+    """Share of right answers over the probability that they were given, with the line where both
+    are equal.
+    """
+    figure, axes = _figure(4.4, 3.4)
+    axes.plot([0, 100], [0, 100], color=GREEN, linewidth=1.4, zorder=1)
+    for dot in dots:
+        if dot.interval:
+            axes.plot([100 * dot.x] * 2, _percent(dot.interval), color=GREY, linewidth=1, zorder=1)
+    placed = [replace(dot, x=100 * dot.x) for dot in dots]
+    _dots(axes, placed)
+    axes.set(xlabel="probability of the answer, %", ylabel="right answers, %")
+    axes.set(xlim=(0, 103), ylim=(0, 103))
+    return _text(figure, "reliability", placed)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -106,8 +129,7 @@ def _groups(dots: Sequence[Dot]) -> list[tuple[bool, bool, list[Dot]]]:
     return [group for group in of if group[2]]
 
 
-def _dots(axes: Axes, dots: Sequence[Dot], bar: float) -> None:
-    axes.axhline(100 * bar, color=GREEN, linewidth=1.4, zorder=1)
+def _dots(axes: Axes, dots: Sequence[Dot]) -> None:
     for number, (meets, control, group) in enumerate(_groups(dots)):
         # a line's marks, not a scatter: each is one short element, in this order
         axes.plot(

@@ -16,7 +16,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kdexp.config import Selection
+from kdexp.config import Selection, Size
+from kdexp.intervals import luckiest, wilson_interval
 from kdexp.runs import svg
 from kdexp.runs.describe import in_bytes, linked, short_on_test
 from kdexp.runs.records import LONGEST_NOTE, NOTE, PARTS, log_text
@@ -24,15 +25,17 @@ from kdexp.runs.tracking import RunRecord, Tracking
 from kdexp.runs.views import REPORT, artifact_page
 from kdexp.select.mistakes import Mistakes
 from kdexp.select.report import ENOUGH, Report, Row, Slice, gathered
-from kdexp.selection import AS_TRAINED, requirement
+from kdexp.selection import AS_TRAINED, requirement, size_of
 from kdexp.settings import Settings, in_one_line
 
 __all__ = ["html", "keep", "kept", "made"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 FOLDED = 300  # students of the folded table, of a study with more
-DOTS = 1000  # of the frontier: with both the page stays under 1 MB
+DOTS = 1000  # of the frontier, and ...
+FEWER = 300  # ... by its other sizes: with all three the page stays under 1 MB
 FAR = 4  # times the largest student: a limit beyond is not drawn
+SIZES: tuple[Size, ...] = ("parameters", "multiply_adds", "bytes")
 MATRIX = 25  # classes of a confusion matrix that can be read
 WORDS = {
     "confirmed": "Confirmed by fresh seeds",
@@ -73,12 +76,15 @@ def html(report: Report) -> str:
         main=main,
         rest=rest[:FOLDED],
         left_out=len(rest[FOLDED:]),
-        frontier=_frontier(report),
+        frontiers=_frontiers(report),
+        lucky=_lucky(report),
+        fewer=FEWER,
         trained=len(_trained(report)),
         dots=min(DOTS, len(_trained(report))),
         slices=[(one.path, _slice(one, report)) for one in report.learned.slices],
         limit_shown=_limit_shown(report),
         matrix=_matrix(report.mistakes),
+        reliability=_reliability(report.mistakes),
         repeats=report.sweep.repeats,
         enough=ENOUGH,
         as_trained=AS_TRAINED,
@@ -149,22 +155,33 @@ def _trained(report: Report) -> list[Row]:
     return [row for row in report.rows if row.candidate.variant == AS_TRAINED]
 
 
-def _frontier(report: Report) -> str:
-    """Without any trial there is none."""
-    rows = _trained(report)
-    if not rows:
-        return ""
+def _frontiers(report: Report) -> list[tuple[str, str]]:
+    """Accuracy against each size, that of the rule first. Without any trial there is none."""
+    units = [report.rule.size, *(unit for unit in SIZES if unit != report.rule.size)]
+    trained = bool(_trained(report))
+    return [(FILTERS["unit"](unit), _frontier(unit, report)) for unit in units if trained]
+
+
+def _frontier(unit: Size, report: Report) -> str:
     only = [row.val.accuracy for row in report.controls if row.candidate.trial == 1]
-    dots = [_dot(row, row.sized, report) for row in rows[:DOTS]]
-    rule = report.rule
+    rule, own = report.rule, unit == report.rule.size
+    rows = _trained(report)[: DOTS if own else FEWER]
     return svg.frontier(
-        dots,
+        [_dot(row, size_of(row.candidate, unit), report) for row in rows],
         rule.accuracy_bar,
-        rule.limit if _limit_shown(report) else None,
+        rule.limit if own and _limit_shown(report) else None,
         report.teacher.val.accuracy if report.teacher else None,
         only[0] if only else None,
-        rule.size.replace("_", "-"),
+        FILTERS["unit"](unit),
+        _lucky(report),
     )
+
+
+def _lucky(report: Report) -> float | None:
+    """What the luckiest of the students that were trained would show, were all just at the bar."""
+    rows = _trained(report)
+    images = rows[0].val.images if rows else None
+    return luckiest(report.rule.accuracy_bar, images, len(rows)) if images else None
 
 
 def _limit_shown(report: Report) -> bool:
@@ -208,6 +225,25 @@ def _matrix(found: Mistakes | None) -> Sequence[tuple[str, Sequence[tuple[int, i
         shares = [(count, round(100 * count / total) if total else 0) for count in counts]
         rows.append((found.classes[true], shares, total))
     return rows
+
+
+def _reliability(found: Mistakes | None) -> str:
+    """Empty where a former version counted the mistakes."""
+    if found is None or not found.bins:
+        return ""
+    dots = [
+        svg.Dot(
+            x=each.probability,
+            accuracy=each.right / each.images,
+            interval=wilson_interval(each.right, each.images),
+            meets=True,
+            selected=False,
+            control=False,
+            said=f"{each.right} of {each.images} right, at {100 * each.probability:.1f} %",
+        )
+        for each in found.bins
+    ]
+    return svg.reliability(dots)
 
 
 def _minutes(minutes: float) -> str:
