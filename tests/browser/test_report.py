@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.test_ui import chromium, dom, kdexp, place, printed, studies, words
+from browser.test_ui import chromium, dom, kdexp, place, printed, served, studies, words
 
 pytestmark = pytest.mark.browser
 REFUSED = "violates the following Content Security Policy"
