@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -141,9 +141,9 @@ def pages(lines: list[str]) -> dict[tuple[str, str], str]:
 
 
 def dom(chromium: str, url: str, profile: Path, *until: str, width: int = 1600) -> str:
-    """A page's HTML once all of `until` are on it, as a real browser renders it."""
+    """A page's HTML once all of `until` are in its words or tags, as a real browser renders it."""
     deadline, text = time.monotonic() + SECONDS, ""
-    while not all(each in words(text) for each in until) and time.monotonic() < deadline:
+    while not shows(text, until) and time.monotonic() < deadline:
         done = subprocess.run(
             [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--window-size={width},2400",
@@ -151,9 +151,13 @@ def dom(chromium: str, url: str, profile: Path, *until: str, width: int = 1600) 
             capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
         text = done.stdout
-    shown = words(text)
-    assert all(each in shown for each in until), f"{url}: {shown[:3000]}"
+    assert shows(text, until), f"{url}: {words(text)[:3000]}"
     return text
+
+
+def shows(text: str, until: Sequence[str]) -> bool:
+    said = words(text)
+    return all(each in (text if each.startswith("<") else said) for each in until)
 
 
 def words(text: str) -> str:
