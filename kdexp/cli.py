@@ -823,8 +823,9 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        # typer takes it for Ctrl-D; but nobody is asked anything here
-        if isinstance(stop.__context__, EOFError):
+        # typer takes it for Ctrl-D; but nobody is asked anything here. A Ctrl-C is one, whatever
+        # was being handled as it came.
+        if isinstance(stop, typer.Abort) and isinstance(stop.__context__, EOFError):
             _fail(
                 "A process that this one had started is gone. Give the same command again; --debug"
                 " shows more.",
@@ -837,7 +838,16 @@ def main() -> None:
         if debug:
             print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
             sys.exit(1)
-        _fail(in_one_line(error), STOPPED if isinstance(error, Stopped) else 1)
+        _fail(in_one_line(error), STOPPED if _stopped(error) else 1)
+
+
+def _stopped(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C led to an error: it says so, or came up on the way out after one."""
+    while error is not None:
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def yield_all(events: Any, screen: Any) -> Any:

@@ -5,12 +5,15 @@ RUNNING.
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import until
 
+from kdexp import KdexpError, cli
 from system.conftest import runs, started, trials, wait_for_trial
 
 
@@ -89,3 +92,30 @@ def test_a_stop_while_libraries_are_loaded_is_said_too(tiny_file: Path, tmp_path
     assert errors.startswith("kdexp: Stopped"), errors
     assert "kdexp sweep tiny.yaml --set training.epochs=40" in errors
     assert len(errors.splitlines()) == 1
+
+
+WAYS_OUT = {
+    "Ctrl-C while a lost process is noticed": (EOFError, KeyboardInterrupt, 130, "Stopped."),
+    "a process is lost": (EOFError, typer.Abort, 1, "A process that this one had started is gone."),
+    "Ctrl-C, then a failure on the way out": (KeyboardInterrupt, KdexpError, 130, "why"),
+    "a failure": (ValueError, KdexpError, 1, "why"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_a_ctrl_c_is_one_whatever_else_goes_wrong_with_it(way: str, monkeypatch, capsys) -> None:
+    first, then, code, says = WAYS_OUT[way]
+
+    def app(*_: object, **__: object) -> None:
+        try:
+            raise first
+        finally:
+            raise then("why")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["kdexp", "sweep", "x.yaml"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith(f"kdexp: {says}")
