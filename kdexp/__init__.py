@@ -29,6 +29,7 @@ to that).
       export, variants     a run's student as a file · the smaller forms of a student
       predict, benchmark   what a student says of images from anywhere · its forms side by side
       students, listing    which student a command is about · what studies and trials there are
+      status               how a study stands: how far, who is at it
       reproduce            a run trained again
       compare, verify      two runs' records · a record against itself and its weights
       report, page         what a study comes to, from its records · as one HTML file

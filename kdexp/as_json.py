@@ -17,6 +17,7 @@ from kdexp.select.confirm import Verdict as Tried
 from kdexp.select.export import Exported
 from kdexp.select.listing import StudyRow, TrialRow
 from kdexp.select.promote import Gain, Promotion
+from kdexp.select.status import Status
 from kdexp.selection import AS_TRAINED, Candidate, FreshSeeds, passes
 
 __all__ = ["plain", "text"]
@@ -37,7 +38,7 @@ def plain(answer: Any) -> Any:
 
 @plain.register
 def _(rows: list) -> list[Value]:  # type: ignore[type-arg]
-    """Of kdexp list."""
+    """Of kdexp list and status."""
     return [plain(row) for row in rows]
 
 
@@ -45,6 +46,12 @@ def _(rows: list) -> list[Value]:  # type: ignore[type-arg]
 def _(row: StudyRow | TrialRow) -> Value:
     """A row of kdexp list."""
     return asdict(row)
+
+
+@plain.register
+def _(found: Status) -> Value:
+    """Of kdexp status."""
+    return asdict(found)
 
 
 @plain.register

@@ -694,6 +694,46 @@ def list_(
         _print_json(studies) if as_json else show_studies(_console(), studies)
 
 
+@command("stores", "storage", "tracking_uri", example="kdexp status digits --watch")
+def status(
+    settings: Settings,
+    study: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            metavar="STUDY",
+            help="A study's name; default: every study that is not finished.",
+            autocompletion=completion.studies,
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every few seconds, until it is finished.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how a study stands: how far it is, who is at it, what is sure so far, how long it takes
+    yet.
+    """
+    from kdexp.runs.tracking import Tracking
+    from kdexp.screen import show_status, watch_status
+    from kdexp.select.status import status as looked
+    from kdexp.select.status import unfinished
+
+    if watch and as_json:
+        raise typer.BadParameter("--watch shows it again and again, --json prints it once")
+    tracking = Tracking(settings, make=False)
+
+    def look() -> list[Any]:
+        studies = [tracking.study(study)] if study else unfinished(tracking)
+        return [looked(each, settings, tracking) for each in studies]
+
+    if watch:
+        watch_status(_console(), look)
+    elif as_json:
+        _print_json(look())
+    else:
+        show_status(_console(), look())
+
+
 @command("stores", "storage", "tracking_uri", example="kdexp report digits --open")
 def report(
     study: StudyName,

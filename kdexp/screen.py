@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,7 +36,7 @@ from kdexp.distill.logits import CacheProgress
 from kdexp.distill.teacher import CachedTeacher, WeightsRead
 from kdexp.distill.train import EpochReport
 from kdexp.runs import describe
-from kdexp.runs.describe import short_on_test
+from kdexp.runs.describe import duration, short_on_test
 from kdexp.runs.outcome import Outcome
 from kdexp.search.check import Check, Looked, Study, Teaching
 from kdexp.search.scheduler import TrialTaken, WorkerLost
@@ -58,6 +60,7 @@ from kdexp.select.listing import StudyRow, TrialRow
 from kdexp.select.predict import Predictions, Reading
 from kdexp.select.promote import Promotion, load_call
 from kdexp.select.reproduce import Checked, Comparison, Difference
+from kdexp.select.status import Status, in_words
 from kdexp.selection import (
     AS_TRAINED,
     LEVEL,
@@ -83,13 +86,16 @@ __all__ = [
     "show_export",
     "show_predictions",
     "show_promotion",
+    "show_status",
     "show_studies",
     "show_trials",
     "teacher_line",
     "trials_table",
+    "watch_status",
 ]
 
 ROWS = 20  # trials shown; the rest are in the UI
+WATCH_SECONDS = 5.0
 
 
 class Screen:
@@ -661,6 +667,22 @@ def show_studies(console: Console, rows: Sequence[StudyRow]) -> None:
     _print_whole(console, table)
 
 
+def show_status(console: Console, found: Sequence[Status]) -> None:
+    """How studies stand: how far, who is at it, what is sure so far, how long yet."""
+    console.print(in_words(found), markup=False, soft_wrap=True)
+
+
+def watch_status(console: Console, look: Callable[[], Sequence[Status]]) -> None:
+    """The same, looked at anew every few seconds, until all are finished or Ctrl-C."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            found = look()
+            live.update(Text(in_words(found)), refresh=True)
+            if all(each.state == "finished" for each in found):
+                return
+            time.sleep(WATCH_SECONDS)
+
+
 def show_trials(console: Console, rows: Sequence[TrialRow]) -> None:
     """A line for each trial of a study, smallest first, those without a size last."""
     if not rows:
@@ -895,15 +917,6 @@ def _whole_study(study: Study, most: str) -> str:
         f"in all    about {duration(study.most)}{most} with every fold's teacher,"
         f" {duration(study.least)} with the first alone"
     )
-
-
-def duration(seconds: float) -> str:
-    """As people say it: '35 ms', '12 s', '3.5 min', '2.1 h'."""
-    for unit, length, digits in (("h", 3600.0, 1), ("min", 60.0, 1), ("s", 1.0, 0)):
-        if seconds >= 1.5 * length or (unit == "s" and seconds >= 1):
-            shown = f"{seconds / length:.{digits if seconds < 10 * length else 0}f}"
-            return f"{shown} {unit}"
-    return f"{1000 * seconds:.0f} ms"
 
 
 def interval(pair: tuple[float, float]) -> str:

@@ -291,7 +291,7 @@ def test_a_sure_model_is_said_to_be_sure_and_shows_its_repeats(settings, trackin
     assert "Under the bar on test" not in text
     high = replace(found, rule=found.rule.model_copy(update={"accuracy_bar": 0.999}))
     assert "Under the bar on test" in words(page.html(high))
-    skipped = not_trained("small", tracking.study("small").run_id, settings)
+    skipped = not_trained(found.sweep, tracking.study("small").run_id, settings)
     assert found.cost.not_trained == skipped
 
     # with another bar kdexp confirm goes on where the study's own repeats ended

@@ -45,6 +45,7 @@ __all__ = [
     "card",
     "concluded",
     "confirmed",
+    "duration",
     "in_bytes",
     "linked",
     "looked_at",
@@ -312,6 +313,15 @@ def under_way(
     return "\n\n".join(
         filter(None, [line, links, shown and picture(run_id, shown), before or of_study(sweep)])
     )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: '35 ms', '12 s', '3.5 min', '2.1 h'."""
+    for unit, length, digits in (("h", 3600.0, 1), ("min", 60.0, 1), ("s", 1.0, 0)):
+        if seconds >= 1.5 * length or (unit == "s" and seconds >= 1):
+            shown = f"{seconds / length:.{digits if seconds < 10 * length else 0}f}"
+            return f"{shown} {unit}"
+    return f"{1000 * seconds:.0f} ms"
 
 
 def _time_left(seconds: float) -> str:

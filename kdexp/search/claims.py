@@ -36,6 +36,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -127,14 +128,13 @@ class Claimant:
     """
 
     def __init__(self, settings: Settings) -> None:
-        place = _folder(settings)
-        self._url = settings.storage_url
+        self._settings, self._url = settings, settings.storage_url
         self._locks: _Locks = (
-            _Session(self._url) if _is_postgresql(self._url) else _Files(self._url, place)
+            _Session(self._url)
+            if _is_postgresql(self._url)
+            else _Files(self._url, _folder(settings))
         )
         self.name = self._locks.name
-        self.turn = FileLock(place / "turn.lock")
-        """Held by the one command here that is taking a trial: it spares others a vain attempt."""
         self._mine: set[str] = set()
         self._free_since: dict[tuple[str, int], float] = {}
         """When a claimant, in which of its connections, was first seen without its lock."""
@@ -146,7 +146,16 @@ class Claimant:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock, and of the database. One who only looks has nothing else to do."""
         self._locks.release()
+
+    @cached_property
+    def turn(self) -> FileLock:
+        """Held by the one command here that is taking a trial: it spares others a vain attempt."""
+        return FileLock(_folder(self._settings) / "turn.lock")
 
     def look(self, names: Sequence[str]) -> dict[str, Standing]:
         """How each of these claims stands."""

@@ -12,34 +12,22 @@ from typing import Any
 import optuna
 
 from kdexp import KdexpError
-from kdexp.config import Choices, Dimension
-from kdexp.search.storage import AWAY, open_storage, stored_name
-from kdexp.search.study import quiet
+from kdexp.config import Choices, Dimension, Sweep
+from kdexp.search.study import quiet, study_there
 from kdexp.settings import Settings
 
 __all__ = ["importances", "not_trained"]
 
 
-def not_trained(name: str, parent_run: str, settings: Settings) -> int | None:
-    """How many proposals of a study, by its name and MLflow run, were not worth training. None
-    where Optuna's storage is not here, or does not know it. Makes no storage.
+def not_trained(sweep: Sweep, parent_run: str, settings: Settings) -> int | None:
+    """How many proposals of a study, by its MLflow run, were not worth training. None where
+    Optuna's storage is not here, or does not know it. Makes no storage.
     """
-    if settings.storage is None and not (settings.stores / "optuna.db").exists():
-        return None
-    quiet()
     try:
-        storage = open_storage(settings)
+        with study_there(sweep, parent_run, settings) as study:
+            return study.skipped
     except KdexpError:  # the search's own store: a reader of its results does without
         return None
-    try:
-        study = optuna.load_study(storage=storage, study_name=stored_name(storage, name))
-        if study.user_attrs.get("mlflow_run_id") != parent_run:
-            return None
-        return sum("skipped" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
-    except (KeyError, *AWAY):
-        return None
-    finally:
-        storage.engine.dispose()
 
 
 def importances(

@@ -25,6 +25,7 @@ __all__ = [
     "StudyAway",
     "StudyError",
     "answered",
+    "away",
     "open_storage",
     "stored_name",
     "upgrade",
@@ -64,9 +65,14 @@ def answered(call: Callable[[], T]) -> T:
     try:
         return patiently(asked, _may_pass, PATIENCE, "Optuna's storage")
     except AWAY as error:
-        if _may_pass(error):
-            raise StudyAway(f"Optuna's storage has gone away: {_cause(error)}") from error
-        raise StudyError(f"Optuna's storage: {_cause(error)}") from error
+        raise away(error) from error
+
+
+def away(error: Exception) -> StudyError:
+    """A database that does not answer, in one line."""
+    if _may_pass(error):
+        return StudyAway(f"Optuna's storage has gone away: {_cause(error)}")
+    return StudyError(f"Optuna's storage: {_cause(error)}")
 
 
 def _may_pass(error: Exception) -> bool:

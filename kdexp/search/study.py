@@ -16,10 +16,11 @@ import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import optuna
 from filelock import FileLock
@@ -65,9 +66,9 @@ from kdexp.search.space import (
     suggest,
 )
 from kdexp.search.stopping import futile
-from kdexp.search.storage import AWAY, StudyError, answered, open_storage, stored_name
+from kdexp.search.storage import AWAY, StudyError, answered, away, open_storage, stored_name
 from kdexp.selection import of_one, plan_of, size_of
-from kdexp.settings import Settings
+from kdexp.settings import Settings, without_credentials
 
 __all__ = []
 
@@ -83,6 +84,7 @@ IN_VAIN = STUBBORN + 100
 # a sixteenth of the trainings repeats each control
 COMPARED = 16
 SET_UP_SECONDS = 30.0
+LAST = 20  # trials, for how long one takes
 log = logging.getLogger("kdexp")
 
 
@@ -114,6 +116,19 @@ class Begun:
     """What its trials share, by name: the hashes of data and teacher."""
     sweep: Sweep
     """The sweep file that it goes on with."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A trial that has begun and not ended."""
+
+    number: int
+    repeats: int | None
+    """The trial whose recipe it trains again."""
+    state: Literal["held", "doubtful", "free"]
+    """Whether the command that has it lives; free: it waits for one."""
+    command: str
+    """Its claimant; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +235,39 @@ class OpenStudy:
     def done(self) -> int:
         """How many trials have ended."""
         return sum(trial.state.is_finished() for trial in answered(self._trained))
+
+    @property
+    def skipped(self) -> int:
+        """How many proposals were not worth training."""
+        return sum("skipped" in trial.user_attrs for trial in self._trials())
+
+    @property
+    def given_up(self) -> int:
+        """How many trials broke too often."""
+        return sum("given_up" in trial.user_attrs for trial in answered(self._trials))
+
+    @property
+    def seconds_a_trial(self) -> float | None:
+        """From a trial's begin to its end: the median of the last ones, by the clocks of those who
+        trained them. None while there is none.
+        """
+        ended = [trial.duration for trial in answered(self._trained) if trial.values]
+        seconds = [each.total_seconds() for each in ended if each is not None]
+        return median(seconds[-LAST:]) if seconds else None
+
+    def at_work(self, claimant: Claimant) -> list[UnderWay]:
+        """The trials that have begun and not ended, and who has them."""
+        return [
+            UnderWay(
+                trial.number,
+                trial.user_attrs.get("repeats"),
+                standing.state,
+                standing.claim.claimant
+                if standing.claim and not standing.claim.handed_back
+                else "",
+            )
+            for trial, standing in answered(lambda: self._under_way(claimant))
+        ]
 
     @property
     def left(self) -> int:
@@ -891,6 +939,35 @@ def open_study(
             study.set_user_attr("mlflow_run_id", new_parent_run(_mark(study)))
     _check_same(study, sweep)
     return OpenStudy(study, sweep, folds)
+
+
+@contextmanager
+def study_there(
+    sweep: Sweep, parent_run: str, settings: Settings, folds: int = 1
+) -> Iterator[OpenStudy]:
+    """A study that has begun, by its MLflow run. Makes no storage. Raises StudyError."""
+    unknown = StudyError(
+        f"Optuna's storage {without_credentials(settings.storage_url.partition('?')[0])} does not"
+        f" know study '{sweep.name}' of run {parent_run}: name the one that its sweep has"
+        " (--storage, --stores)."
+    )
+    if settings.storage is None and not (settings.stores / "optuna.db").exists():
+        raise unknown
+    quiet()
+    storage = open_storage(settings)
+    try:
+        try:
+            study = optuna.load_study(storage=storage, study_name=stored_name(storage, sweep.name))
+            known = answered(lambda: study.user_attrs)
+        except KeyError:
+            raise unknown from None
+        if known.get("mlflow_run_id") != parent_run:
+            raise unknown
+        yield OpenStudy(study, sweep, folds)
+    except AWAY as error:
+        raise away(error) from error
+    finally:
+        storage.engine.dispose()  # its connections: a server has few
 
 
 def _names(sweep: Sweep) -> list[str]:

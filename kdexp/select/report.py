@@ -702,7 +702,7 @@ def _cost(study: RunRecord, sweep: Sweep, every: Sequence[RunRecord], settings: 
     return Cost(
         trials=Counter(_ending(run)[0] for run in runs.values()),
         repeats=sum(REPEATS in run.tags for run in runs.values()),
-        not_trained=not_trained(study.tags["kdexp.study"], study.run_id, settings),
+        not_trained=not_trained(sweep, study.run_id, settings),
         budget=sweep.study.trials,
         minutes=seconds / 60,
         finished=study.status == "FINISHED",
