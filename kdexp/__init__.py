@@ -71,7 +71,7 @@ to that).
     settings             where to run it
     selection, repeats   the selection rule · what repeats of a recipe prove
     intervals            how sure a measured accuracy is
-    environment          what a result depends on besides its recipe
+    environment, limits  what a result depends on besides its recipe · cores and memory to use
     own, imported        files with networks of one's own · what they import
     surroundings         what a process cannot choose: locale, closed streams, ~, memory
     patience, files, urls how a server is waited for · atomic writes · addresses and their secrets

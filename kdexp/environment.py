@@ -18,6 +18,7 @@ from typing import Any
 from kdexp import __version__
 from kdexp.config import Recipe
 from kdexp.imported import own_modules
+from kdexp.limits import cores
 from kdexp.own import own_file
 
 __all__ = [
@@ -69,8 +70,9 @@ def configure(device: str, threads: int | None) -> Any:
         raise KdexpError(
             f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda or auto"
         ) from None
-    if threads:
-        torch.set_num_threads(threads)
+    # torch counts the machine's cores, whatever a container leaves of them
+    if threads or cores() < torch.get_num_threads():
+        torch.set_num_threads(threads or cores())
     _keep_memory()
     remember_code()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 
 import pytest
 import torch
 
-from kdexp import KdexpError
+from kdexp import KdexpError, limits
 from kdexp.search.scheduler import WorkerLost
 from kdexp.settings import Settings, in_one_line
 from kdexp.workers import pool
@@ -35,19 +34,15 @@ def test_cores_memory_and_trials_decide_how_many_workers(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     cores, memory, workers, threads, trials, chosen = CASES[name]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(limits, "cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads or cores)
-    monkeypatch.setattr(pool, "_free_memory", lambda: memory * WORKER_BYTES)
+    monkeypatch.setattr(limits, "free_memory", lambda: memory * WORKER_BYTES)
     assert pool_size(Settings(workers=workers, threads=threads), CPU, trials) == chosen
 
 
 def test_a_gpu_has_one_worker_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pool_size(Settings(workers=None, threads=1), torch.device("cuda"), 50) == PoolSize(1, 1)
     assert pool_size(Settings(workers=3, threads=1), torch.device("cuda"), 50) == PoolSize(3, 1)
-
-
-def test_the_memory_that_is_free_is_known_or_no_limit() -> None:
-    assert pool._free_memory() > 2**20
 
 
 def test_what_a_worker_ended_of_is_one_line() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _thread
 import multiprocessing
-import os
 import pickle
 import queue
 import signal
@@ -26,11 +25,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from kdexp import limits
 from kdexp.environment import configure
 from kdexp.settings import Settings, in_one_line
 from kdexp.surroundings import open_streams
@@ -180,21 +179,7 @@ def pool_size(settings: Settings, device: torch.device, trials: int) -> PoolSize
 def _as_many_as_fit(device: torch.device, threads: int) -> int:
     if device.type != "cpu":
         return 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return min(cores // threads, _free_memory() // WORKER_BYTES)
-
-
-def _free_memory() -> int:
-    """Bytes that processes may still take; without an answer, more than they ever will."""
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        free = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(free.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 2**63
+    return min(limits.cores() // threads, limits.free_memory() // WORKER_BYTES)
 
 
 # --- a thread of this process ---
