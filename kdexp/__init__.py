@@ -74,7 +74,8 @@ to that).
     environment, limits  what a result depends on besides its recipe · cores and memory to use
     own, imported        files with networks of one's own · what they import
     surroundings         what a process cannot choose: locale, closed streams, ~, memory
-    patience, files, urls how a server is waited for · atomic writes · addresses and their secrets
+    patience, deadline   how a server is waited for · when a command must have ended
+    files, urls          atomic writes · addresses and their secrets
 
 Importing `kdexp` imports nothing heavy: the names of `kdexp.api` come with their first use.
 """

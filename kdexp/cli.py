@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hi
 import typer
 
 from kdexp import KdexpError, __version__, completion
+from kdexp.deadline import Deadline
 from kdexp.files import check_output, settle, write_output
 from kdexp.settings import Settings, checked, deaf, in_one_line, without_credentials
 from kdexp.surroundings import (
@@ -184,10 +185,15 @@ RULE: dict[str, tuple[Any, Any]] = {
 }
 """Options that change a study's own selection rule."""
 STOPPED = 130  # the exit code of what was interrupted
+TIME_UP = 75  # of what has to be gone on with: EX_TEMPFAIL of sysexits.h
 
 
 class Stopped(KdexpError):
     """Ended before its time by a person or the system, with nothing lost."""
+
+
+class TimeUp(KdexpError):
+    """Ended because it was not to last longer, with nothing lost."""
 
 
 def command(*options: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -248,8 +254,17 @@ def sweep(
     settings: Settings,
     trials: Trials = None,
     overrides: Overrides = None,
+    until: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TIME",
+            help="Stop after so long, such as 3h50m, with exit code 75; default: a minute before"
+            " its SLURM job ends, if it is one.",
+        ),
+    ] = None,
 ) -> None:
     """Run a study, or continue it, and select its smallest model over the bar."""
+    deadline = Deadline.of(until)
     config = _load(file, _with_trials(overrides, trials))
     from kdexp.workers.processes import warm_up
 
@@ -259,20 +274,25 @@ def sweep(
     from kdexp.environment import configure
     from kdexp.runs.tracking import Tracking, TrackingAway
     from kdexp.screen import Screen
-    from kdexp.search.scheduler import WorkersGone
+    from kdexp.search.scheduler import NoMore, WorkersGone
     from kdexp.search.storage import StudyAway
     from kdexp.search.sweep import run_sweep
 
     tracking, chosen = Tracking(settings), configure(settings.device, settings.threads)
     try:
-        events = run_sweep(config, settings, tracking, chosen)
+        events = run_sweep(config, settings, tracking, chosen, deadline)
         screen = Screen(console, config.study.trials, config.selection, config.repeats)
-        with screen, closing(events):
+        with screen, closing(events), deadline.kept():
             others = yield_all(events, screen)
     except KeyboardInterrupt:
-        raise Stopped(
-            "Stopped; finished trials are kept, those under way go on from their last checkpoint. "
-            f"Continue with the same command: {_again()}"
+        up = deadline.left <= 0
+        raise (TimeUp if up else Stopped)(
+            f"{'The time is up' if up else 'Stopped'}; finished trials are kept, those under way go"
+            f" on from their last checkpoint. Continue with the same command: {_again()}"
+        ) from None
+    except NoMore as error:
+        raise (TimeUp if error.late else Stopped)(
+            f"Stopped: {error} Continue with the same command: {_again()}"
         ) from None
     except (WorkersGone, TrackingAway, StudyAway) as error:
         raise KdexpError(
@@ -694,6 +714,25 @@ def list_(
         _print_json(studies) if as_json else show_studies(_console(), studies)
 
 
+@command("stores", "storage", "tracking_uri", example="kdexp stop digits")
+def stop(study: StudyName, settings: Settings) -> None:
+    """Let every sweep of a study end what it trains and begin nothing more; the same sweep goes on
+    later.
+    """
+    from kdexp.runs.tracking import Tracking
+    from kdexp.select.status import stop as asked
+
+    tracking = Tracking(settings, make=False)
+    busy = asked(tracking.study(study), settings, tracking)
+    trials = "1 trial" if busy == 1 else f"{busy} trials"
+    print(
+        f"Study {study} begins nothing more; {trials} under way {'is' if busy == 1 else 'are'}"
+        " trained to the end. kdexp sweep goes on with it."
+        if busy
+        else f"Nobody is at study {study}. kdexp sweep goes on with it."
+    )
+
+
 @command("stores", "storage", "tracking_uri", example="kdexp status digits --watch")
 def status(
     settings: Settings,
@@ -878,7 +917,8 @@ def main() -> None:
         if debug:
             print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
             sys.exit(1)
-        _fail(in_one_line(error), STOPPED if _stopped(error) else 1)
+        code = STOPPED if _stopped(error) else 1
+        _fail(in_one_line(error), TIME_UP if isinstance(error, TimeUp) else code)
 
 
 def _stopped(error: BaseException | None) -> bool:

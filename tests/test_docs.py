@@ -60,7 +60,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) == 18
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -18,7 +18,8 @@ from typing import Literal, TypeVar
 
 from kdexp import KdexpError
 from kdexp.config import Recipe
-from kdexp.distill.checkpoints import Checkpoint
+from kdexp.deadline import Deadline
+from kdexp.distill.checkpoints import CHECKPOINT_SECONDS, Checkpoint
 from kdexp.distill.execution import choose
 from kdexp.distill.models import ModelError, Size, measure, outline
 from kdexp.distill.packs import Lane
@@ -50,6 +51,7 @@ from kdexp.workers.work import (
 
 __all__ = [
     "EpochDone",
+    "NoMore",
     "Scheduler",
     "TrialEvent",
     "TrialFailed",
@@ -74,6 +76,16 @@ class TrialsFail(KdexpError):
 
 class WorkersGone(KdexpError):
     """Every worker is gone, and trials are left."""
+
+
+class NoMore(KdexpError):
+    """Trials are left that this command was not to begin: it was asked to stop, or (`late`) its
+    time is nearly up.
+    """
+
+    def __init__(self, said: str, late: bool) -> None:
+        super().__init__(said)
+        self.late = late
 
 
 @dataclass(frozen=True)
@@ -244,9 +256,10 @@ class Scheduler:
         claimant: Claimant,
         pool: Pool,
         pack: int = 1,
+        deadline: Deadline | None = None,
     ) -> None:
         """With `pack` above 1, so many trials are asked for at once, and those that can be fused
-        train as one.
+        train as one. Before the `deadline` nothing is begun that would not reach a checkpoint.
         """
         self.study = study
         self.prepared = prepared
@@ -254,6 +267,10 @@ class Scheduler:
         self.claimant = claimant
         self.pool = pool
         self.pack, self.checkpoints = pack, study.checkpoints(bench.settings)
+        self.deadline, self.longest = deadline or Deadline(None), 0.0
+        """When this command ends; the longest epoch so far, in seconds."""
+        self.late = self.stopped = False
+        """That nothing more is begun: the time is nearly up; somebody has asked for it."""
         self.folds: dict[tuple[int, int | None], Prepared] = {}
         """Data and teacher of other folds, where one teacher does not serve all; by the seed, too,
         where its cache holds the draws of one.
@@ -310,15 +327,25 @@ class Scheduler:
 
     def _next_group(self) -> list[_Claimed]:
         """The next trials that can train as one: asked for together, of one key."""
+        if self._stops_here():
+            return []
         while len(self.waiting) < self.pack and (claimed := self._ask()):
             self.waiting.append(claimed)
         return self._take(self.waiting[0].key, self.pack) if self.waiting else []
 
     def _next_like(self, key: tuple[str, ...]) -> _Claimed | None:
         """One more trial of a key; one of another key waits for the next job."""
+        if self._stops_here():
+            return None
         if not any(claimed.key == key for claimed in self.waiting) and (claimed := self._ask()):
             self.waiting.append(claimed)
         return next(iter(self._take(key, 1)), None)
+
+    def _stops_here(self) -> bool:
+        """Whether this command begins nothing more."""
+        self.late = self.deadline.left < self.longest + CHECKPOINT_SECONDS
+        self.stopped = self.stopped or self.study.stopped
+        return self.late or self.stopped
 
     def _take(self, key: tuple[str, ...], count: int) -> list[_Claimed]:
         taken: list[_Claimed] = []
@@ -542,6 +569,7 @@ class Scheduler:
         ]
         for running, epoch in known:
             running.recording.take(epoch)
+            self.longest = max(self.longest, epoch.report.seconds)
         if assigned.job.watched:
             stop = frozenset(
                 epoch.run_id for running, epoch in known if self._stops(running, epoch.report)
@@ -696,8 +724,14 @@ class Scheduler:
     # --- on the way out ---
 
     def _check_left(self) -> None:
-        """Raises WorkersGone where trials are left that nobody here can train."""
+        """Raises WorkersGone where trials are left that nobody here can train, NoMore where nobody
+        is to.
+        """
         left = self.study.left
+        if left and (self.late or self.stopped):
+            why = "the time is nearly up" if self.late else "kdexp stop has asked for it"
+            name = self.study.sweep.name
+            raise NoMore(f"{left} trials of study '{name}' are left, and {why}.", self.late)
         if not (self.lost and left and not self.pool.living):
             return
         causes = "; ".join(str(event) for event, _ in self.lost)

@@ -85,6 +85,7 @@ IN_VAIN = STUBBORN + 100
 COMPARED = 16
 SET_UP_SECONDS = 30.0
 LAST = 20  # trials, for how long one takes
+STOPS = "stops"  # the attribute that counts how often a study was asked to stop
 log = logging.getLogger("kdexp")
 
 
@@ -207,6 +208,7 @@ class OpenStudy:
     def __init__(self, study: optuna.Study, sweep: Sweep, folds: int = 1) -> None:
         self._study, self.sweep, self._folds = study, sweep, folds
         self._aim = sweep.study.objective
+        self._stops = study.user_attrs.get(STOPS, 0)
         self._claims: dict[int, _Claimed] = {}
         """Of trials that this process has taken, by number."""
         self._recipes: dict[int, Recipe] = {}
@@ -235,6 +237,15 @@ class OpenStudy:
     def done(self) -> int:
         """How many trials have ended."""
         return sum(trial.state.is_finished() for trial in answered(self._trained))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has asked, since this was opened, that no more trials are begun."""
+        return bool(answered(lambda: self._study.user_attrs.get(STOPS, 0)) > self._stops)
+
+    def stop(self) -> None:
+        """Ask that of every command that has the study open now."""
+        answered(lambda: self._study.set_user_attr(STOPS, self._stops + 1))
 
     @property
     def skipped(self) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from kdexp import KdexpError
 from kdexp.config import Range, Recipe, Student, Sweep, Training, flatten
+from kdexp.deadline import Deadline
 from kdexp.distill.datasets import Splits
 from kdexp.distill.execution import best_pack
 from kdexp.distill.inspection import changed
@@ -104,7 +105,11 @@ Event = Misremembered | TeacherProgress | TeacherReady | PoolSize | TrialEvent |
 
 
 def run_sweep(
-    sweep: Sweep, settings: Settings, tracking: Tracking, device: torch.device
+    sweep: Sweep,
+    settings: Settings,
+    tracking: Tracking,
+    device: torch.device,
+    deadline: Deadline | None = None,
 ) -> Generator[Event, None, int]:
     """Run or continue a study until its trials are done; yield what happens.
 
@@ -151,7 +156,7 @@ def run_sweep(
             yield size
             pack = pack_size(sweep, settings, prepared.source, size, study.left)
             pool = Pool(size, prepared, str(device))
-            scheduler = Scheduler(study, prepared, bench, claimant, pool, pack)
+            scheduler = Scheduler(study, prepared, bench, claimant, pool, pack, deadline)
             with closing(scheduler.run()) as events:
                 for event in events:
                     if isinstance(event, TrialFinished):

@@ -1,5 +1,5 @@
 """How a study stands, seen from anywhere that reaches its stores: how far it is, who is at it, what
-is sure so far, how long it takes yet. Nothing is written.
+is sure so far, how long it takes yet; and how it is asked to stop.
 
 A command of which nothing is heard may be gone, or cut off from the storage; on a server those who
 train take half a minute to be sure of that (`kdexp.search.claims`).
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from kdexp.search.study import OpenStudy, UnderWay, study_there
 from kdexp.select.promote import sweep_of
 from kdexp.settings import Settings
 
-__all__ = ["AtWork", "Status", "in_words", "status", "unfinished"]
+__all__ = ["AtWork", "Status", "in_words", "status", "stop", "unfinished"]
 
 State = Literal["running", "waiting", "finished"]
 """Somebody is at it; nobody is, and trials are left; none is left."""
@@ -83,11 +84,7 @@ def status(study: RunRecord, settings: Settings, tracking: Tracking) -> Status:
     """How a study stands now. Raises KdexpError."""
     sweep, folds = sweep_of(study, tracking), int(study.tags.get(FOLDS, 1))
     with study_there(sweep, study.run_id, settings, folds) as there:
-        claimant = Claimant(settings)
-        try:
-            under_way = there.at_work(claimant)
-        finally:
-            claimant.close()
+        under_way = _under_way(there, settings)
         left, one, smallest = there.left, there.seconds_a_trial, _smallest(there)
         skipped, given_up = there.skipped, there.given_up
     runs = tracking.find("trial", {"mlflow.parentRunId": study.run_id}, study.experiment_id)
@@ -116,9 +113,23 @@ def status(study: RunRecord, settings: Settings, tracking: Tracking) -> Status:
     )
 
 
+def stop(study: RunRecord, settings: Settings, tracking: Tracking) -> int:
+    """Ask every command that is at a study to begin nothing more; how many trials they are at.
+    Raises KdexpError.
+    """
+    with study_there(sweep_of(study, tracking), study.run_id, settings) as there:
+        there.stop()
+        return sum(each.state == "held" for each in _under_way(there, settings))
+
+
 def unfinished(tracking: Tracking) -> list[RunRecord]:
     """The studies whose trials have not all ended, as far as their runs say, oldest first."""
     return [run for run in tracking.find("study", {}) if run.status != "FINISHED"]
+
+
+def _under_way(study: OpenStudy, settings: Settings) -> list[UnderWay]:
+    with closing(Claimant(settings)) as onlooker:
+        return study.at_work(onlooker)
 
 
 def _smallest(study: OpenStudy) -> Passing | None:

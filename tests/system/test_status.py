@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 from conftest import until
@@ -11,7 +12,7 @@ from conftest import until
 from kdexp.runs.tracking import Tracking
 from kdexp.select.status import Status, in_words, status
 from kdexp.settings import Settings
-from system.conftest import started, trials, wait_for_trial
+from system.conftest import runs, started, trials, wait_for_trial
 
 
 def test_it_says_who_is_at_work_and_after_a_kill_who_is_not(
@@ -66,3 +67,33 @@ def test_a_study_whose_search_is_elsewhere_is_said(kdexp, tiny_file: Path, tmp_p
     assert not (tmp_path / "mlruns" / "optuna.db").exists()
     there = kdexp("status", "tiny", "--storage", "sqlite:///elsewhere.db")
     assert "2 of 2 trials ended" in there.stdout
+
+
+def test_a_study_is_asked_to_stop_and_ends_what_it_trains(
+    kdexp, tiny_file: Path, tmp_path: Path
+) -> None:
+    process = started(tmp_path, "--set", "training.epochs=60")
+    wait_for_trial(process, 0)
+    done = kdexp("stop", "tiny")
+    assert done.returncode == 0
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "are left, and kdexp stop has asked for it. Continue with the same command" in errors
+    ended = runs(tmp_path, "trial")
+    assert set(ended) == {"FINISHED"}, "none is broken off"
+    assert 1 <= ended["FINISHED"] < 4
+    assert kdexp("sweep", "tiny.yaml", "--set", "training.epochs=60").returncode == 0
+    assert trials(tmp_path) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert "Nobody is at study tiny" in kdexp("stop", "tiny").stdout
+
+
+def test_a_sweep_ends_in_time_with_a_code_of_its_own(
+    kdexp, tiny_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    done = kdexp("sweep", "tiny.yaml", "--until", "1s")
+    assert done.returncode == 75
+    assert done.stderr.startswith("kdexp: The time is up; finished trials are kept")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
+    assert kdexp("sweep", "tiny.yaml").returncode == 75
+    wrong = kdexp("sweep", "tiny.yaml", "--until", "soon")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (1, 1)
