@@ -127,11 +127,11 @@ def test_killed_while_the_store_is_made(place: Path, whole: Facts) -> None:
 
 
 def test_killed_at_every_step_of_the_way(tmp_path: Path, whole: Facts) -> None:
-    """Twenty lives cut short at random moments of one study, until it is done."""
+    """Forty lives of one study, each cut short at a random moment."""
     place = written(tmp_path / "place", training__epochs=4, study__retries=100)
     dice = random.Random(8787)
     kills = 0
-    while kills < 100:
+    while kills < 40:
         life = Life(place, SWEEP)
         life.process.join(dice.uniform(0.2, 2.5))
         if not life.process.is_alive():

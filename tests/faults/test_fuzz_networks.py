@@ -170,8 +170,6 @@ def noticed(number: int, splits: Splits) -> bool:
 
 
 @pytest.mark.slow
-def test_a_thousand_random_networks_train_as_torch_trains_them_and_store_what_they_record(
-    few,
-) -> None:
-    counts = check(range(60, 1060), few)
-    assert min(counts["stacked"], counts["stepped"]) >= 250, counts
+def test_many_random_networks_train_as_torch_trains_them_and_store_what_they_record(few) -> None:
+    counts = check(range(60, 460), few)
+    assert min(counts["stacked"], counts["stepped"]) >= 100, counts
