@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ import typer
 import yaml
 
 from kdexp.cli import app
-from kdexp.config import Sweep, flatten, load
+from kdexp.config import Data, Distillation, Student, Sweep, Training, flatten, load
+from kdexp.distill.datasets import load_splits
+from kdexp.distill.packs import Lane
+from kdexp.distill.train import train
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -122,6 +126,65 @@ def test_the_references_are_what_the_program_says(name: str) -> None:
     )
 
 
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """What a document shows to be typed: its indented lines that begin with kdexp."""
+    lines = [line.strip() for line in re.findall(r"^    kdexp .*$", text, re.MULTILINE)]
+    shown = [re.sub(r"\s{2,}.*", "", line) for line in lines]  # what stands beside it explains it
+    return [shlex.split(line, comments=True)[1:] for line in shown if "…" not in line]
+
+
+SHOWN = [command for document in DOCUMENTS for command in commands_in(document.read_text())]
+
+
+def test_documents_show_commands() -> None:
+    assert len(SHOWN) >= 15, SHOWN
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=" ".join)
+def test_every_command_that_a_document_shows_is_one(shown: list[str]) -> None:
+    name, *arguments = shown
+    COMMANDS[name].make_context(name, arguments)
+
+
+def test_a_command_that_is_none_is_noticed() -> None:
+    for line in ("    kdexp sweep x.yaml --epochs 3", "    kdexp select"):
+        ((name, *arguments),) = commands_in(line)
+        with pytest.raises(Exception, match=r"No such option|Missing parameter"):
+            COMMANDS[name].make_context(name, arguments)
+
+
+YAML = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", YAML, ids=lambda block: block.split()[0].strip(":{"))
+def test_every_piece_of_a_sweep_file_is_valid(block: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETWORK)
+    (tmp_path / "x.yaml").write_text(block if block.startswith("name:") else f"name: x\n{block}")
+    load(tmp_path / "x.yaml")
+
+
+(NETWORK,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "def mlp" in b]
+
+
+def test_the_network_of_the_guide_trains(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "guide_nets.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = Sweep(
+        name="x",
+        data=Data(dataset="digits", channels=1),
+        student=Student(architecture="guide_nets:mlp", options={"width": 64}),
+        training=Training(epochs=6, learning_rate=0.01),
+        distillation=Distillation(alpha=0.0),
+    ).recipe
+    splits = load_splits(recipe.data)
+    reports = list(train([Lane.of(recipe)], splits, recipe.data))
+    assert reports[-1][0].val_accuracy > 0.85
+
+
 def test_the_two_commands_stand_on_the_readmes_first_screen() -> None:
     first = "\n".join(README.splitlines()[:30])
     assert "make sweep" in first
@@ -134,9 +197,7 @@ def test_no_placeholder_is_left() -> None:
     assert not [document for document in documents if "@@" in document.read_text()]
 
 
-@pytest.mark.parametrize(
-    "document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_every_link_and_sweep_file_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
