@@ -28,7 +28,7 @@ from statistics import fmean, median
 import torch
 
 from benchmarks.report import Kept, Row, print_report
-from kdexp.config import Recipe, Sweep, load
+from kdexp.config import Recipe, Sweep, identity, load
 from kdexp.distill.datasets import load_splits, load_test
 from kdexp.distill.evaluate import evaluate
 from kdexp.distill.models import build
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _answers(options: argparse.Namespace, teachers: Path) -> Iterator[Row]:
     base, kept = load(options.file), Kept(options.keep)
-    file = f"{options.file.stem} {sha256(base.model_dump_json().encode()).hexdigest()[:12]}"
+    file = f"{options.file.stem} {sha256(identity(base).encode()).hexdigest()[:12]}"
     for number in range(options.studies):
         for way in options.ways:
             study = {"seed": number} | ({"repeats": 1} if way == "one" else {})

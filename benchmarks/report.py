@@ -43,17 +43,18 @@ class Kept:
 
 
 def print_report(title: str, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:
-    """The table of these rows, whose columns are the keys of the first; then the figures as
-    JSON.
+    """The table of these rows, with a column for every key that one of them has; then the figures
+    as JSON.
     """
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for name in rows[0]:
-        table.add_column(
-            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
-        )
+    first = {name: value for row in reversed(rows) for name, value in row.items()}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        justify = "left" if isinstance(first[name], str) else "right"
+        table.add_column(name.replace("_", " "), justify=justify)
     for row in rows:
-        table.add_row(*(_text(row[name]) for name in rows[0]))
+        table.add_row(*(_text(row.get(name, "")) for name in names))
     console.print(table)
     console.print(f"\n{machine()}")
     print(json.dumps({**figures, "machine": machine()}))

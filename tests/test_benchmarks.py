@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch
 from conftest import tiny_sweep
 
 from benchmarks import contenders, honesty, leak
-from benchmarks.report import Kept
-from kdexp.config import Recipe, load
+from benchmarks.report import Kept, print_report
+from kdexp.config import Recipe, identity, load
 from kdexp.distill.datasets import Split
 from kdexp.distill.losses import distillation_loss
 from kdexp.distill.models import build, measure
@@ -247,3 +248,20 @@ def test_simulated_studies_go_on_from_what_is_kept(tmp_path, capsys) -> None:
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
         assert len(file.read_text().splitlines()) == int(repetitions)
     assert rows == plain
+
+
+def test_a_table_has_a_column_for_every_figure_that_some_row_has(capsys) -> None:
+    print_report("x", [{"way": "a", "only": 1.5}, {"way": "b", "other": 2}], {"n": 1})
+    head, *rows = capsys.readouterr().out.splitlines()[1:4]
+    assert head.split() == ["way", "only", "other"]
+    assert [row.split() for row in rows] == [["a", "1.5"], ["b", "2"]]
+
+
+def test_what_was_measured_of_real_studies_is_found_again() -> None:
+    kept = ROOT / "docs" / "results" / "answers.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    named = f"digits {sha256(identity(load(ROOT / 'sweeps' / 'digits.yaml')).encode()).hexdigest()[:12]}"
+    assert {row["file"] for row in rows} == {named}, "of the file as it is now"
+    assert sorted((row["study"], row["way"]) for row in rows) == [
+        (study, way) for study in range(20) for way in ("one", "repeats")
+    ]
