@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 
@@ -24,7 +25,7 @@ from kdexp.runs.prepare import prepare
 from kdexp.runs.recording import Entry, recorded
 from kdexp.runs.tracking import Tracking
 from kdexp.screen import show_benchmark
-from kdexp.select.benchmark import below, benchmark
+from kdexp.select.benchmark import TIMED, below, benchmark, timed
 from kdexp.select.promote import register
 from kdexp.settings import Settings
 
@@ -80,11 +81,17 @@ def test_a_form_is_compared_with_the_student_as_trained_on_the_same_images(done)
     assert done.forms[1].same == 1.0, "folding changes no answer"
 
 
-def test_nothing_of_the_clock_is_recorded_and_a_second_time_nothing_at_all(trained, done) -> None:
+def test_of_the_clock_one_hidden_tag_is_recorded_and_a_second_time_nothing_else(
+    trained, done
+) -> None:
     run_id, settings, tracking = trained
     before = tracking.read(run_id)
     again = benchmark(run_id, None, settings, tracking)
-    assert tracking.read(run_id) == before
+    after = tracking.read(run_id)
+    assert timed(before).seconds == {form.variant: form.latency for form in done.forms}
+    assert timed(after).seconds == {form.variant: form.latency for form in again.forms}
+    assert replace(after, tags=before.tags) == before
+    assert {name for name in after.tags if after.tags[name] != before.tags[name]} == {TIMED}
     assert not [name for name in before.metrics if re.search("latency|p50|p90|second/", name)]
     for one, other in zip(done.forms, again.forms, strict=True):
         assert (one.accuracy, one.bytes, one.same) == (other.accuracy, other.bytes, other.same)

@@ -12,10 +12,12 @@ import tarfile
 from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from browser.test_ui import words
 from conftest import CPU, drain, migrated_store, stores_in, tiny_sweep
 from system.conftest import Kdexp, kdexp_here  # noqa: F401 - a fixture
@@ -25,6 +27,7 @@ from kdexp.config import Choices, Range, Selection, Sweep
 from kdexp.distill.datasets import load_splits
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.inputs import Input
+from kdexp.environment import cpu_name
 from kdexp.files import check_output, write_output
 from kdexp.intervals import luckiest
 from kdexp.runs import svg
@@ -34,11 +37,13 @@ from kdexp.runs.tracking import Tracking, TrackingAway
 from kdexp.search.learned import importances, not_trained
 from kdexp.search.sweep import TrialFinished, run_sweep
 from kdexp.select import page
+from kdexp.select.benchmark import benchmark
 from kdexp.select.confirm import confirm
 from kdexp.select.mistakes import Bin, Mistakes, mistakes_of
 from kdexp.select.promote import promote, sweep_of
 from kdexp.select.report import Measured, Report, gathered
 from kdexp.select.variants import load_variant, made, splits_of
+from kdexp.select.verify import verify
 from kdexp.selection import AS_TRAINED, requirement
 from kdexp.settings import Settings
 
@@ -224,6 +229,19 @@ def test_forms_are_shown_once_they_were_measured(place, store) -> None:
     assert f"int8 {int(own['int8/model_bytes']):,}" in words(page.html(after))
     change = own["int8/val_accuracy"] - own["val_accuracy"]
     assert after.forms[1].change == pytest.approx(change)
+    assert after.timed is None
+    assert "p90" not in words(page.html(after))
+
+    measured = benchmark(run.run_id, None, place, store)
+    last = gathered(store.study("tiny"), LOW, place, store)
+    assert last.timed is not None
+    assert last.timed.seconds == {form.variant: form.latency for form in measured.forms}
+    text = words(page.html(last))
+    for form in measured.forms:
+        assert f"{1000 * form.latency.p50:.3f} {1000 * form.latency.p90:.3f}" in text
+    assert f"on one thread of {cpu_name()}, with torch {version('torch')}" in text
+    recipe, cpu = recipe_of(run, store), torch.device("cpu")
+    verify(store.read(run.run_id), recipe, AS_TRAINED, splits_of(run, recipe, place), store, cpu)
 
 
 def test_the_same_records_give_the_same_page(place, store, report) -> None:

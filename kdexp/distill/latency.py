@@ -1,5 +1,5 @@
 """How long a network takes for one image, on one thread. A measurement of this machine at this
-moment, never a fact of the network: nothing records it.
+moment, never a fact of the network.
 """
 
 from __future__ import annotations

@@ -1,14 +1,19 @@
 """A student's deployable forms side by side: how large, how good, how fast each is here.
 
-Sizes and accuracies are facts, kept with the run as kdexp export keeps them. Latencies are measured
-anew each time and recorded nowhere. The test split is not touched.
+Sizes and accuracies are facts, kept with the run as kdexp export keeps them. Latencies are of one
+machine at one moment: measured anew each time, the last ones kept with the run, with the machine
+and the day. The test split is not touched.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +29,7 @@ from kdexp.distill.deploy import Deployed, DeployError
 from kdexp.distill.evaluate import logits_of
 from kdexp.distill.latency import Latency, Runner, latencies, one_thread
 from kdexp.distill.models import FromPixels, measure
+from kdexp.environment import cpu_name
 from kdexp.intervals import paired_interval, wilson_interval
 from kdexp.runs.records import load_student, recipe_of
 from kdexp.runs.tracking import RunRecord, Tracking
@@ -33,7 +39,12 @@ from kdexp.select.verify import verify
 from kdexp.selection import AS_TRAINED
 from kdexp.settings import Settings
 
-__all__ = ["Benchmark", "Form", "below", "benchmark"]
+__all__ = ["Benchmark", "Form", "Timed", "below", "benchmark", "timed"]
+
+TIMED = "mlflow.kdexp.benchmark"
+"""The tag that keeps it. MLflow's page shows none that begins with mlflow. A file would have its
+sum on record, which two that measure at once would break.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,20 @@ class Benchmark:
         return difference, paired_interval(form.gained, form.lost, self.samples)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What a run's forms took when they were last measured."""
+
+    machine: str
+    """Its processor."""
+    versions: Mapping[str, str]
+    day: str
+    seconds: Mapping[str, Latency]
+    """By variant."""
+    same: Mapping[str, float]
+    """Share of validation images on which a form answers as the student as trained does."""
+
+
 def benchmark(
     name: str, asked: Variant | None, settings: Settings, tracking: Tracking
 ) -> Benchmark:
@@ -111,6 +136,8 @@ def benchmark(
         verify(run, recipe, precision, splits, tracking, cpu)
         precisions.append(precision)
     forms = _forms(run, recipe, precisions, splits, tracking)
+    with tracking.at_once(), suppress(KdexpError):  # a store that this person may only read
+        tracking.tag(run.run_id, {TIMED: _kept(forms)})
     return Benchmark(
         run_id=run.run_id,
         forms=forms,
@@ -119,6 +146,33 @@ def benchmark(
         held_out=not recipe.data.train_on_validation,
         missing=missing,
     )
+
+
+def timed(run: RunRecord) -> Timed | None:
+    """What a run's forms took when they were last measured; None where they were not."""
+    try:
+        stored = json.loads(run.tags[TIMED])
+        seconds = {name: Latency(**each) for name, each in stored.pop("seconds").items()}
+        return Timed(**stored, seconds=seconds)
+    except (KeyError, TypeError, ValueError):  # none, or not as it was written
+        return None
+
+
+def _kept(forms: tuple[Form, ...]) -> str:
+    found = Timed(
+        cpu_name(),
+        {name: version(name) for name in ("torch", "onnxruntime") if _is_here(name)},
+        f"{datetime.now(UTC):%Y-%m-%d}",
+        {form.variant: form.latency for form in forms},
+        {form.variant: form.same for form in forms},
+    )
+    return json.dumps(asdict(found))
+
+
+def _is_here(name: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(name))
+    return False
 
 
 def below(done: Benchmark, floor: float) -> str:

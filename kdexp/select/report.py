@@ -26,6 +26,7 @@ from kdexp.runs.describe import named
 from kdexp.runs.records import REPEATS, environment_of_run, input_of, recipe_of, values_of
 from kdexp.runs.tracking import RunRecord, Tracking, TrackingAway, TrackingGone
 from kdexp.search.learned import importances, not_trained
+from kdexp.select.benchmark import Timed, timed
 from kdexp.select.fresh import TRAIN_ONLY
 from kdexp.select.mistakes import Mistakes, mistakes_of
 from kdexp.select.promote import (
@@ -240,6 +241,8 @@ class Report:
     teacher: Teacher | None
     gain: str
     forms: tuple[Form, ...]
+    timed: Timed | None
+    """How fast these were when they were last measured."""
     mistakes: Mistakes | None
     learned: Learned
     looks: tuple[Look, ...]
@@ -284,6 +287,7 @@ def gathered(study: RunRecord, rule: Selection, settings: Settings, tracking: Tr
         teacher=teacher,
         gain=str(found) if found else "",
         forms=_forms(answer),
+        timed=timed(answer.run) if answer.run else None,
         mistakes=mistakes_of(answer.run, _variant(answer), tracking) if answer.run else None,
         learned=_learned(rows, runs, sweep, rule),
         looks=tuple(_looks(runs, fresh)),
